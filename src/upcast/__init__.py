@@ -1,0 +1,1 @@
+"""float16 weights, float32 math, no NaNs."""

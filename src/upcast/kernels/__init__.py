@@ -1,0 +1,1 @@
+"""Kernels: the native library, its loader, and the reference twins in plain PyTorch."""
