@@ -1,5 +1,41 @@
-"""Start-up hook of upcast, run by site through upcast.pth (or upcast.start from Python 3.15 on)."""
+"""Start-up hook of upcast, called by Python's site through upcast.pth (from Python 3.15 on: upcast.start).
+
+Top-level and standard library only, so that it costs nothing: while UPCAST is unset nothing is imported, and with
+it set torch is not, until the program itself imports one of the libraries below.
+"""
+
+import os
+import warnings
+from types import ModuleType
+
+TARGETS = ("litgpt.api", "transformers.modeling_utils")
+_OFF = ("", "0", "false", "off", "no")
+_started = False
 
 
 def start() -> None:
-    """Do nothing yet."""
+    """Arrange for the loaders of LitGPT and Transformers to be patched when these are imported, if UPCAST is on."""
+    global _started  # site may read a .pth file twice
+    if _started or os.environ.get("UPCAST", "").strip().lower() in _OFF:
+        return
+    _started = True
+    try:
+        import wrapt
+    except ImportError:
+        warnings.warn(
+            "UPCAST is set, but wrapt is missing: nothing is patched. Install upcast again.", stacklevel=1
+        )
+        return
+    for target in TARGETS:
+        wrapt.register_post_import_hook(_activate, target)
+
+
+def _activate(module: ModuleType) -> None:
+    """Never let a failure of ours break the import of somebody's library: warn, once."""
+    try:
+        from upcast import startup
+
+        startup.activate(module)
+    except Exception as error:
+        message = f"upcast is not active for {module.__name__}: {error}"
+        warnings.warn(message, RuntimeWarning, stacklevel=1)

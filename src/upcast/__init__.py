@@ -1,1 +1,16 @@
-"""float16 weights, float32 math, no NaNs."""
+"""float16 weights, float32 math, no NaNs: one line, on any PyTorch model, on CPU."""
+
+from importlib.metadata import version
+
+from upcast import ops as _ops
+from upcast import products as _products
+from upcast.errors import UpcastError
+from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt import load_litgpt
+from upcast.patching import patch, patched, unpatch
+from upcast.planning import Plan, plan
+
+__all__ = ["HalfWeight", "Plan", "UpcastError", "load_litgpt", "patch", "patched", "plan", "unpatch"]
+__version__ = version("upcast")
+
+del _ops, _products, version  # imported so that HalfWeight knows its operations

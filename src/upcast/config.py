@@ -1,0 +1,70 @@
+"""The environment, read in one place and strictly: an unknown value raises and lists the valid ones."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from upcast.errors import UpcastError
+from upcast.policy import POLICIES
+
+ON = ("1", "true", "on", "yes")
+OFF = ("", "0", "false", "off", "no")
+KERNELS = ("auto", "native", "portable")
+VERBOSITY = ("0", "1", "2")
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: the values it takes, the value when unset, and what it does."""
+
+    name: str
+    values: tuple[str, ...]
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("UPCAST", ON + OFF, "0", "patch what LitGPT and Transformers load, with no code change"),
+    Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32"),
+    Variable(
+        "UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"
+    ),
+    Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """What the environment asks for."""
+
+    enabled: bool
+    policy: str
+    kernels: str
+    verbose: int
+
+
+def read(environ: Mapping[str, str] = os.environ) -> Config:
+    """Return the environment's settings.
+
+    Raises:
+        UpcastError: a variable has a value that is not one of its valid ones, or the name of a variable that
+            starts with ``UPCAST_`` is not known.
+    """
+    values = {variable.name: _value(variable, environ) for variable in VARIABLES}
+    return Config(
+        enabled=values["UPCAST"] in ON,
+        policy=values["UPCAST_POLICY"],
+        kernels=values["UPCAST_KERNELS"],
+        verbose=int(values["UPCAST_VERBOSE"]),
+    )
+
+
+def _value(variable: Variable, environ: Mapping[str, str]) -> str:
+    value = environ.get(variable.name, variable.default).strip().lower()
+    if value in variable.values:
+        return value
+    valid = ", ".join(repr(v) for v in variable.values if v)
+    raise UpcastError(
+        f"{variable.name}={value!r} in the environment; it takes one of {valid} ({variable.meaning}). "
+        f"Correct it, or unset it for the default {variable.default!r}."
+    )

@@ -1,0 +1,73 @@
+"""What a patched module does differently when it is saved, loaded or converted."""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast.errors import UpcastError
+from upcast.half_weight import HalfWeight, out_of_range, parameter
+
+
+def install(root: nn.Module) -> None:
+    """Give every module that holds a HalfWeight its hooks, and ``root`` a guard on conversions."""
+    for module in root.modules():
+        if any(_half_weights(module)):
+            module.register_state_dict_post_hook(_plain_state)
+            module.register_load_state_dict_pre_hook(_accept_state)
+    root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
+
+
+def remove(root: nn.Module) -> None:
+    """Take away what `install` gave."""
+    for module in root.modules():
+        _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
+        _discard(module._load_state_dict_pre_hooks, lambda hook: getattr(hook, "hook", hook) is _accept_state)
+    root.__dict__.pop("_apply", None)
+
+
+def _half_weights(module: nn.Module) -> Iterator[tuple[str, HalfWeight]]:
+    return ((name, value) for name, value in module._parameters.items() if isinstance(value, HalfWeight))
+
+
+def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
+    for key in [key for key, hook in registered.items() if ours(hook)]:
+        del registered[key]
+
+
+def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+    """Put plain float16 tensors into a state dict; with keep_vars=True the parameters themselves stay."""
+    for name, _ in _half_weights(module):
+        value = state.get(prefix + name)
+        if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
+            # A later twin gets bytes of its own: formats such as safetensors refuse shared ones.
+            state[prefix + name] = value.stored.clone() if value.twin == 2 else value.stored
+
+
+def _accept_state(
+    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object
+) -> None:
+    """With assign=True, take over incoming tensors as float16 weights; float16 ones without a copy.
+
+    What float16 cannot hold is assigned as it is, in float32. Without assign=True, HalfWeight.copy_ does the rest.
+    """
+    if not metadata.get("assign_to_params_buffers", False):
+        return
+    for name, weight in _half_weights(module):
+        value = state.get(prefix + name)
+        if type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and not out_of_range(value):
+            state[prefix + name] = parameter(value.detach().half(), weight.fallbacks)
+
+
+def _guarded_apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
+    probe = function(torch.empty(0))
+    if probe.device.type == "cpu" and probe.dtype == torch.float32:
+        return type(root)._apply(root, function, recurse)
+    wanted = probe.dtype if probe.dtype != torch.float32 else probe.device
+    raise UpcastError(
+        f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed with "
+        "in float32, on the CPU. Call upcast.unpatch(model) first."
+    )

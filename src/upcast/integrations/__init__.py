@@ -1,0 +1,1 @@
+"""What upcast knows of other libraries: how they load models."""

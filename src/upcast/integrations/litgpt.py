@@ -1,0 +1,166 @@
+"""LitGPT: build a model from its checkpoint folder without a float32 copy, and LLM.load under UPCAST=1."""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from torch import Tensor
+
+from upcast import checkpoint, config, patching, report
+from upcast.errors import UpcastError
+
+
+def load_litgpt(checkpoint_dir: str | Path) -> Any:
+    """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
+
+    The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
+    as it is, without a copy; bfloat16 and float32 ones are rounded tensor by tensor, so that the peak is float16's
+    size plus the largest tensor. The file must stay as it is while the model lives.
+
+    Args:
+        checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
+
+    Returns:
+        ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
+
+    Raises:
+        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config.
+    """
+    folder = Path(checkpoint_dir)
+    settings = _read_config(folder)
+    weights = checkpoint.read(folder / "lit_model.pth")
+    model = _build(settings)
+    _check_fits(model, weights, folder)
+    known = checkpoint.to_float16(weights)
+    model.load_state_dict(weights, assign=True)
+    model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
+    patching.adopt(model, known)
+    return model.eval()
+
+
+def _read_config(folder: Path) -> Any:
+    from litgpt import Config
+
+    path = folder / "model_config.yaml"
+    if not path.is_file():
+        raise UpcastError(
+            f"no file {path}; a LitGPT checkpoint folder holds model_config.yaml and lit_model.pth. "
+            "Check the path, or run `litgpt download`."
+        )
+    try:
+        return Config.from_file(path)
+    except Exception as error:
+        raise UpcastError(
+            f"{path} is not a LitGPT config ({error}); it must be the file that LitGPT wrote. Download it again."
+        ) from None
+
+
+def _build(settings: Any) -> Any:
+    from litgpt import GPT
+
+    with torch.device("meta"):
+        return GPT(settings)
+
+
+def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+    """Refuse a checkpoint of another config, before anything is converted."""
+    expected = model.state_dict()
+    wrong = [f"{name} is missing" for name in expected if name not in weights]
+    wrong += [f"{name} is not part of the model" for name in weights if name not in expected]
+    wrong += [
+        f"{name} is {tuple(weights[name].shape)}, the config says {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UpcastError(
+            f"{folder}: {'; '.join(wrong[:3])}{more}; lit_model.pth and model_config.yaml must belong together. "
+            "Download or convert the checkpoint again."
+        )
+
+
+# --- UPCAST=1 -------------------------------------------------------------------------------------------------------
+
+
+def activate(module: ModuleType) -> None:
+    """Make ``LLM.load`` and ``LLM.distribute`` of ``litgpt.api`` give patched models."""
+    wrapt.wrap_function_wrapper(module, "LLM.load", _load)
+    wrapt.wrap_function_wrapper(module, "LLM.distribute", _distribute)
+
+
+def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    call = _arguments(wrapped, args, kwargs)
+    if call["distribute"] != "auto":  # distribute() comes later
+        return wrapped(*args, **kwargs)
+    if _accelerator("auto") != "cpu":
+        report.say(f"the model goes to {_accelerator('auto')}, not to the CPU: left alone")
+        return wrapped(*args, **kwargs)
+    if call["init"] != "pretrained":
+        llm = wrapped(*args, **kwargs)
+        return llm if llm is None else patching.patch(llm, policy=config.read().policy)
+    llm = wrapped(**{**call, "distribute": None})
+    _place(llm, None)
+    return llm
+
+
+def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -> Any:
+    call = _arguments(wrapped, args, kwargs)
+    reason = _not_ours(llm, call)
+    if reason:
+        report.say(f"LLM.distribute runs as it is, unpatched: {reason}")
+        return wrapped(*args, **kwargs)
+    _place(llm, call["fixed_kv_cache_size"])
+    return None
+
+
+def _not_ours(llm: Any, call: dict[str, Any]) -> str:
+    """Return why this call of LLM.distribute is not for upcast, or an empty string."""
+    target = _accelerator(call["accelerator"])
+    if target != "cpu":
+        return f"accelerator={target!r} is not the CPU"
+    if llm.checkpoint_dir is None:
+        return "there is no checkpoint"
+    if call["quantize"] is not None:
+        return f"quantize={call['quantize']!r}"
+    if call["generate_strategy"] is not None:
+        return f"generate_strategy={call['generate_strategy']!r}"
+    if "mixed" in str(call["precision"]):
+        return f"precision={call['precision']!r}"
+    return ""
+
+
+def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
+    """Give ``llm`` its patched model in a Fabric of float32 precision, as LLM.distribute would."""
+    from lightning import Fabric
+    from litgpt.utils import check_file_size_on_cpu_and_warn
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
+    check_file_size_on_cpu_and_warn(llm.checkpoint_dir / "lit_model.pth", fabric.device)
+    model = load_litgpt(llm.checkpoint_dir)
+    llm.model, llm.fabric = fabric.setup_module(model), fabric
+    llm.preprocessor.device = fabric.device
+    llm.kv_cache_initialized = fixed_kv_cache_size is not None
+    if fixed_kv_cache_size is not None:
+        size = model.max_seq_length if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
+        model.set_kv_cache(batch_size=1, max_seq_length=size, device=fabric.device)
+        llm.fixed_kv_cache_size = fixed_kv_cache_size
+
+
+def _accelerator(requested: str) -> str:
+    """Return where LitGPT would put the model."""
+    if requested != "auto":
+        return requested
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    call = inspect.signature(function).bind(*args, **kwargs)
+    call.apply_defaults()
+    return call.arguments

@@ -1,0 +1,79 @@
+"""The kernels in plain PyTorch: the portable path, and the reference twins of the native ones.
+
+Weights are upcast in tiles of about a million elements into a scratch that is used again and again, so that no
+float32 copy of a large weight ever exists. Figures behind the tile size: 256 K elements lose 40 % on a large output
+projection, whole weights lose 50 %.
+"""
+
+import threading
+
+import torch
+
+TILE = 1 << 20
+
+_local = threading.local()
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ weight.T + bias + residual`` in float32.
+
+    Args:
+        x: float32 (..., K).
+        weight: float16 (N, K), any strides.
+        bias: float32 (N,).
+        residual: float32 (..., N), added after the sum over K.
+
+    Returns:
+        float32 (..., N).
+    """
+    n, k = weight.shape
+    rows = x.reshape(-1, k)
+    out = x.new_empty(rows.shape[0], n)
+    step = max(1, TILE // max(k, 1))
+    for start in range(0, n, step):
+        tile = _upcast(weight[start : start + step])
+        part = out[:, start : start + step]
+        if bias is None:
+            torch.mm(rows, tile.t(), out=part)
+        else:
+            torch.addmm(bias[start : start + step], rows, tile.t(), out=part)
+    out = out.view(*x.shape[:-1], n)
+    return out if residual is None else out.add_(residual)
+
+
+def matmul(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return ``x @ weight + bias + residual`` in float32, for a weight of shape (K, N); else as `linear`."""
+    return linear(x, weight.t(), bias, residual)
+
+
+def embedding(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Return the rows of ``weight`` (float16, (V, D)) at ``indices`` (integers, any shape) in float32."""
+    return torch.nn.functional.embedding(indices, weight).float()
+
+
+def _upcast(part: torch.Tensor) -> torch.Tensor:
+    """Return ``part`` (float16, 2-D) in float32, in this thread's scratch: valid until the next call."""
+    scratch = _scratch(part.numel())
+    if part.stride(0) == 1 and part.stride(1) != 1:  # column-major: copy along the contiguous dimension
+        return scratch.view(part.shape[1], part.shape[0]).copy_(part.t()).t()
+    return scratch.view(part.shape).copy_(part)
+
+
+def _scratch(elements: int) -> torch.Tensor:
+    scratch: torch.Tensor | None = getattr(_local, "scratch", None)
+    if scratch is None or scratch.numel() < elements:
+        # A tensor born in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            scratch = torch.empty(max(elements, TILE))
+        _local.scratch = scratch
+    return scratch[:elements]

@@ -1,0 +1,220 @@
+"""patch, unpatch, patched: the only module that changes a model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from upcast import hooks, kernels, report
+from upcast import policy as policies
+from upcast.errors import UpcastError
+from upcast.half_weight import Fallbacks, HalfWeight, parameter
+from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, settle
+from upcast.rounding import Rounding, to_half
+from upcast.targets import Slot, prepare, slots, unwrap
+
+Model = TypeVar("Model")
+Undo = list[tuple[nn.Module, str, Tensor]]
+
+_OURS = ("stored", "fallbacks", "twin", "_is_param")  # what a HalfWeight itself keeps in its __dict__
+_RECORD = "_upcast"  # the attribute in which a patched module keeps its Record
+
+
+@dataclass
+class Record:
+    """What `patch` did to a model: all that `unpatch` and the report need."""
+
+    plan: Plan
+    fallbacks: Fallbacks
+    required_grad: frozenset[str]
+
+
+def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Model:
+    """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
+
+    Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
+    used as they are, without a copy. Vectors and half-precision buffers become float32. A weight with a value beyond
+    65504, or one that is not finite, stays in float32. The weights are frozen: gradients flow through, not into them.
+    While it works, up to float32's and float16's bytes exist side by side; `upcast.load_litgpt` avoids that.
+
+    Args:
+        model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline.
+        policy: ``"safe"``: every operation runs in float32.
+        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+
+    Raises:
+        UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy or
+            pattern. Nothing has been changed then, nor when the patch is interrupted.
+    """
+    policies.check(policy)
+    root, found = prepare(model, keep)
+    record, _ = _patch(root, found, keep, {})
+    report.say(_summary(record.plan), record.plan)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undo `patch`: weights and vectors return to their original dtype, hooks and marks go. Returns ``model``.
+
+    Weights that were float16 keep their storage, without a copy. What rounding to float16 lost stays lost (and is
+    said); use `patched` to get the original numbers back.
+
+    Raises:
+        UpcastError: the model is not patched.
+    """
+    root = unwrap(model)
+    record = record_of(root)
+    undo: Undo = []
+    try:
+        for slot in slots(root):
+            restored = _restored(slot, record)
+            if restored is not None:
+                _replace(slot, restored, undo)
+    except BaseException:
+        _put_back(undo)
+        raise
+    _clear(root)
+    report.say(_loss(record.plan))
+    return model
+
+
+@contextmanager
+def patched(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Iterator[Model]:
+    """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
+
+    The originals stay in memory for that time. Arguments and errors as for `patch`.
+    """
+    policies.check(policy)
+    root, found = prepare(model, keep)
+    record, undo = _patch(root, found, keep, {})
+    report.say(_summary(record.plan), record.plan)
+    try:
+        yield model
+    finally:
+        _clear(root)
+        _put_back(undo)
+
+
+def record_of(root: nn.Module) -> Record:
+    """Return what `patch` noted on ``root``; raise UpcastError when it is not patched."""
+    record = root.__dict__.get(_RECORD)
+    if isinstance(record, Record):
+        return record
+    inner = next((name for name, module in root.named_modules() if _RECORD in module.__dict__), None)
+    remedy = f"Its module {inner!r} is: pass that one." if inner else "Call upcast.patch(model) first."
+    raise UpcastError(
+        f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}"
+    )
+
+
+def adopt(root: nn.Module, roundings: Mapping[str, tuple[torch.dtype, Rounding]]) -> Record:
+    """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
+    root, found = prepare(root, ())
+    record, _ = _patch(root, found, (), roundings)
+    report.say(_summary(record.plan), record.plan)
+    return record
+
+
+def _patch(
+    root: nn.Module,
+    found: Sequence[Slot],
+    keep: Sequence[str],
+    known: Mapping[str, tuple[torch.dtype, Rounding]],
+) -> tuple[Record, Undo]:
+    fallbacks, undo = Fallbacks(), Undo()
+    changes: dict[str, Change] = {}
+    weights: dict[str, HalfWeight] = {}
+    try:
+        for slot, action, reason, numbers, twin in settle(found, keep):
+            rounding = numbers if twin is None else changes[twin.name].rounding
+            if action == CONVERT:
+                half, rounding = to_half(slot.tensor.detach())
+                weights[slot.name] = parameter(half, fallbacks)
+            elif action == SHARE and twin is not None:
+                weights[slot.name] = _twin_of(weights[twin.name], fallbacks)
+            elif action not in (KEEP, WIDEN):
+                weights[slot.name] = parameter(slot.tensor.detach(), fallbacks)
+            new = _widened(slot) if action == WIDEN else weights.get(slot.name)
+            if new is not None:
+                _replace(slot, new, undo)
+            change = change_of(slot, action, reason, rounding)
+            if slot.name in known:
+                dtype, rounding = known[slot.name]
+                change = replace(
+                    change, dtype=dtype, rounding=rounding, bytes_before=slot.tensor.numel() * dtype.itemsize
+                )
+            changes[slot.name] = change
+        hooks.install(root)
+    except BaseException:
+        hooks.remove(root)
+        _put_back(undo)
+        raise
+    required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
+    record = Record(Plan(type(root).__name__, tuple(changes.values())), fallbacks, required_grad)
+    root.__dict__[_RECORD] = record
+    return record, undo
+
+
+def _twin_of(first: HalfWeight, fallbacks: Fallbacks) -> HalfWeight:
+    second = parameter(first.stored, fallbacks)
+    first.twin, second.twin = 1, 2
+    return second
+
+
+def _widened(slot: Slot) -> Tensor:
+    wide = slot.tensor.detach().float()
+    return nn.Parameter(wide, slot.tensor.requires_grad) if slot.is_parameter else wide
+
+
+def _replace(slot: Slot, new: Tensor, undo: Undo) -> None:
+    """Put ``new`` where the slot's tensor is; what users hung on a parameter goes with it."""
+    if slot.is_parameter:
+        new.__dict__.update({key: value for key, value in vars(slot.tensor).items() if key not in _OURS})
+    for module, name in slot.places:
+        undo.append((module, name, slot.tensor))
+        setattr(module, name, new)  # not _parameters[name]: recurrent layers keep a second list
+
+
+def _put_back(undo: Undo) -> None:
+    for module, name, original in reversed(undo):
+        setattr(module, name, original)
+
+
+def _clear(root: nn.Module) -> None:
+    hooks.remove(root)
+    root.__dict__.pop(_RECORD, None)
+
+
+def _restored(slot: Slot, record: Record) -> Tensor | None:
+    """Return the tensor as it was before the patch, or None when the patch did not change it."""
+    change = next((change for change in record.plan.changes if change.name == slot.name), None)
+    dtype = torch.float32 if change is None else change.dtype
+    if isinstance(slot.tensor, HalfWeight):
+        stored = slot.tensor.stored
+        plain = stored.clone() if slot.tensor.twin == 2 and dtype == torch.float16 else stored.to(dtype)
+    elif change is not None and change.action == WIDEN and slot.tensor.dtype == torch.float32:
+        plain = slot.tensor.detach().to(dtype)
+    else:
+        return None
+    return nn.Parameter(plain, slot.name in record.required_grad) if slot.is_parameter else plain
+
+
+def _summary(plan: Plan) -> str:
+    """Return upcast's one line about a patched model."""
+    sizes = f"{report.megabytes(plan.bytes_before)} -> {report.megabytes(plan.bytes_after)}"
+    float32 = ", ".join(f"{count} ({reason})" for reason, count in plan.in_float32().items())
+    return f"{plan.model} {sizes}, {kernels.name()} kernels; tensors in float32: {float32 or 'none'}"
+
+
+def _loss(plan: Plan) -> str:
+    lost = [change for change in plan.changes if change.in_float16 and not change.rounding.lossless]
+    if not lost:
+        return f"{plan.model} unpatched; nothing was lost"
+    worst = max(lost, key=lambda change: change.rounding.max_error)
+    return (
+        f"{plan.model} unpatched; rounding to float16 changed {len(lost)} tensors, "
+        f"by up to {worst.rounding.max_error:.1e} ({worst.name})"
+    )

@@ -1,0 +1,219 @@
+"""What patching would do to each tensor of a model: pure, printable, and what `upcast.patching` carries out."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from upcast import report
+from upcast.rounding import Rounding, measure, survey
+from upcast.targets import Slot, matches, prepare
+
+CONVERT = "convert"  # rounded to float16
+WRAP = "wrap"  # float16 already: used as it is, without a copy
+SHARE = "share"  # bitwise equal to another weight: one storage for both
+WIDEN = "widen"  # to float32
+KEEP = "keep"  # left as it is
+IN_FLOAT16 = (CONVERT, WRAP, SHARE)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one tensor."""
+
+    name: str
+    action: str
+    reason: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+    rounding: Rounding
+
+    @property
+    def in_float16(self) -> bool:
+        """Whether the tensor is stored in float16 afterwards."""
+        return self.action in IN_FLOAT16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The changes, one per tensor. Printing it gives a table; tied tensors appear once."""
+
+    model: str
+    changes: tuple[Change, ...]
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all listed tensors before patching."""
+        return sum(change.bytes_before for change in self.changes)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all listed tensors after patching."""
+        return sum(change.bytes_after for change in self.changes)
+
+    def __str__(self) -> str:
+        headers = (
+            "tensor",
+            "shape",
+            "dtype",
+            "action",
+            "MB before",
+            "after",
+            "max error",
+            "to zero",
+            "reason",
+        )
+        rows = [_row(change) for change in self.changes]
+        total = f"{report.megabytes(self.bytes_before)} -> {report.megabytes(self.bytes_after)}"
+        return f"{report.table(headers, rows, right=(4, 5, 6, 7))}\n{self.model}: {total}"
+
+    def in_float32(self) -> dict[str, int]:
+        """Return reason -> count for the tensors that are float32 afterwards."""
+        reasons: dict[str, int] = {}
+        for change in self.changes:
+            if not change.in_float16:
+                reasons[change.reason] = reasons.get(change.reason, 0) + 1
+        return reasons
+
+
+def _row(change: Change) -> tuple[str, ...]:
+    error = "lossless" if change.rounding.lossless else f"{change.rounding.max_error:.1e}"
+    return (
+        change.name,
+        "x".join(map(str, change.shape)),
+        str(change.dtype).removeprefix("torch."),
+        change.action,
+        f"{change.bytes_before / 1e6:,.3f}",
+        f"{change.bytes_after / 1e6:,.3f}",
+        error if change.in_float16 else "",
+        f"{change.rounding.flushed:,}" if change.in_float16 else "",
+        change.reason,
+    )
+
+
+def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, str]:
+    """Return (action, reason) for a slot, from its kind and shape alone (not from its numbers)."""
+    tensor = slot.tensor
+    if not slot.is_parameter:
+        return _decide_buffer(tensor, widen_float64)
+    unsupported = _unsupported(tensor)
+    if unsupported:
+        return KEEP, unsupported
+    pattern = next((p for p in keep if matches(slot.name, p)), None)
+    if pattern is None and tensor.dim() >= 2:
+        return (WRAP, "float16 already") if tensor.dtype == torch.float16 else (CONVERT, "a weight")
+    reason = f"matches keep pattern {pattern!r}" if pattern is not None else "a vector"
+    return (KEEP if tensor.dtype == torch.float32 else WIDEN), reason
+
+
+def _decide_buffer(tensor: Tensor, widen_float64: bool) -> tuple[str, str]:
+    halves = (torch.float16, torch.bfloat16) + ((torch.float64,) if widen_float64 else ())
+    return (WIDEN, "a buffer") if tensor.dtype in halves and type(tensor) is Tensor else (KEEP, "a buffer")
+
+
+def _unsupported(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return f"{tensor.layout} layout".replace("torch.", "")
+    if tensor.is_quantized or tensor.dtype not in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        return f"stored as {tensor.dtype}".replace("torch.", "")
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    return ""
+
+
+def relevant(slot: Slot) -> bool:
+    """Whether a slot belongs in the table: every parameter, and the buffers that may change."""
+    return slot.is_parameter or slot.tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
+
+
+def settle(
+    found: Sequence[Slot], keep: Sequence[str]
+) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
+    """Yield (slot, action, reason, survey of its numbers, twin) for the slots that belong in the table."""
+    widen_float64 = any(slot.is_parameter and slot.tensor.dtype == torch.float64 for slot in found)
+    twins = Twins()
+    for slot in filter(relevant, found):
+        action, reason = decide(slot, keep, widen_float64)
+        numbers, twin = Rounding(), None
+        if action in IN_FLOAT16:
+            numbers = survey(slot.tensor)
+            if not numbers.fits:
+                action, reason = _left_in_float32(slot, numbers)
+            elif (twin := twins.find(slot)) is not None:
+                action, reason = SHARE, f"equal to {twin.name}"
+        yield slot, action, reason, numbers, twin
+
+
+def _left_in_float32(slot: Slot, numbers: Rounding) -> tuple[str, str]:
+    found = []
+    if numbers.out_of_range:
+        found.append(f"{numbers.out_of_range} values beyond 65504")
+    if numbers.nonfinite:
+        found.append(f"{numbers.nonfinite} values not finite")
+    return (KEEP if slot.tensor.dtype == torch.float32 else WIDEN), " and ".join(found)
+
+
+def change_of(slot: Slot, action: str, reason: str, rounding: Rounding) -> Change:
+    """Return the table's row for a slot."""
+    tensor, elements = slot.tensor, slot.tensor.numel()
+    before = elements * tensor.element_size()
+    after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, WIDEN: 4 * elements, KEEP: before}[action]
+    return Change(slot.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
+
+
+class Twins:
+    """Finds weights that are bitwise equal, so that they can share one storage."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[object, ...], list[Slot]] = {}
+
+    def find(self, slot: Slot) -> Slot | None:
+        """Return an earlier slot with the same bits, if there is one; remember this one otherwise."""
+        tensor = slot.tensor
+        earlier = self._seen.setdefault((tensor.shape, tensor.dtype, _sample(tensor)), [])
+        for other in earlier:
+            if _bits_equal(other.tensor, tensor):
+                return other
+        earlier.append(slot)
+        return None
+
+
+def _sample(tensor: Tensor) -> tuple[float, ...]:
+    """A few numbers that tell most weights apart without reading them whole."""
+    rows = tensor.detach()[:: max(1, len(tensor) // 8)]
+    while rows.dim() > 2:
+        rows = rows[:, :1].squeeze(1)
+    return tuple(rows[:, :8].flatten().tolist())
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(a.detach().view(integer), b.detach().view(integer))
+
+
+def plan(model: object, *, keep: Sequence[str] = ()) -> Plan:
+    """Return what `upcast.patch` would do to each tensor of ``model``; changes nothing.
+
+    Args:
+        model: any module on the CPU, or what else `upcast.patch` accepts.
+        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+
+    Raises:
+        UpcastError: as `upcast.patch` would.
+    """
+    root, found = prepare(model, keep)
+    changes: dict[str, Change] = {}
+    for slot, action, reason, numbers, twin in settle(found, keep):
+        rounding = measure(slot.tensor) if action == CONVERT else numbers
+        if twin is not None:
+            rounding = changes[twin.name].rounding
+        changes[slot.name] = change_of(slot, action, reason, rounding)
+    return Plan(type(root).__name__, tuple(changes.values()))

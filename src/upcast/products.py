@@ -1,0 +1,229 @@
+"""Products of activations with a HalfWeight: linear, matmul, convolutions, einsum, experts.
+
+Everything that is a matrix product goes to the kernels. Convolutions and einsum run in torch on tiles of the weight
+along a dimension of the output, so that no whole large weight is ever widened.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcast import kernels
+from upcast.half_weight import HalfWeight, call_widened
+from upcast.kernels.portable import TILE
+from upcast.ops import handles, handles_each, named
+
+
+def _times(x: Tensor, weight: HalfWeight, bias: Tensor | None = None) -> Tensor:
+    """Return x @ weight.T + bias for a 2-D weight."""
+    if x.dtype in (
+        torch.float16,
+        torch.bfloat16,
+    ):  # an input the caller halved; the model computes in float32
+        x = x.float()
+    return kernels.linear(x, weight.stored, bias)
+
+
+@handles(F.linear)
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if (
+        type(weight) is not HalfWeight
+        or isinstance(x, HalfWeight)
+        or isinstance(bias, HalfWeight)
+        or weight.stored.dim() != 2
+        or x.dtype == torch.float64
+    ):
+        return call_widened(F.linear, (x, weight, bias), {})  # type: ignore[no-any-return]
+    return _times(x, weight, bias)
+
+
+@handles(*named("matmul mm bmm mv __matmul__"))
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    if isinstance(a, HalfWeight) and isinstance(b, HalfWeight):
+        a, b = (a.widened(), b) if a.stored.numel() < b.stored.numel() else (a, b.widened())
+    result = _product(a, b)
+    return result if out is None else out.copy_(result)
+
+
+@handles(Tensor.__rmatmul__)
+def _rmatmul(b: Tensor, a: Tensor) -> Tensor:
+    return _product(a, b)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b, one of which is a HalfWeight."""
+    weight = a if isinstance(a, HalfWeight) else b
+    assert isinstance(weight, HalfWeight)
+    other = b if weight is a else a
+    if weight.stored.dim() == 1 or other.dtype == torch.float64:
+        return call_widened(torch.matmul, (a, b), {})  # type: ignore[no-any-return]
+    if weight.stored.dim() > 2:
+        return _batched(a, b)
+    if weight is b:
+        return _times(a, weight.like(weight.stored.t()))
+    if other.dim() == 1:
+        return _times(other, weight)
+    return _times(other.mT, weight).mT
+
+
+def _batched(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b for a weight of more than two dimensions (experts): one matrix at a time."""
+    a2, b2 = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
+    batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])
+    a3 = a2.expand(*batch, *a2.shape[-2:]).reshape(-1, *a2.shape[-2:])
+    b3 = b2.expand(*batch, *b2.shape[-2:]).reshape(-1, *b2.shape[-2:])
+    out = torch.stack([_product(a3[i], b3[i]) for i in range(a3.shape[0])])
+    out = out.view(*batch, *out.shape[-2:])
+    out = out.squeeze(-2) if a.dim() == 1 else out
+    return out.squeeze(-1) if b.dim() == 1 else out
+
+
+@handles(*named("addmm baddbmm addmv"))
+def _add_product(
+    addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+) -> Tensor:
+    """Return beta * addend + alpha * (a @ b)."""
+    if not isinstance(a, HalfWeight) and not isinstance(b, HalfWeight):
+        assert isinstance(addend, HalfWeight)
+        result = beta * addend.widened() + alpha * (a @ b)
+    elif (
+        isinstance(b, HalfWeight)
+        and b.stored.dim() == 2
+        and beta == alpha == 1
+        and addend.shape == b.shape[1:]
+    ):
+        result = _times(a, b.like(b.stored.t()), addend)
+    else:
+        product = _matmul(a, b)
+        result = (product if alpha == 1 else alpha * product) + (addend if beta == 1 else beta * addend)
+    return result if out is None else out.copy_(result)
+
+
+@handles(*(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f))
+def _grouped_mm(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows offs[e-1]..offs[e] of x (T, K) times weight[e] of (E, K, N), for the experts that have rows."""
+    if (
+        not isinstance(weight, HalfWeight)
+        or isinstance(x, HalfWeight)
+        or x.dim() != 2
+        or weight.stored.dim() != 3
+    ):
+        args = (x, weight, offs, bias, out_dtype)
+        return call_widened(F.grouped_mm, args, {})  # type: ignore[no-any-return]
+    assert offs is not None
+    ends = offs.tolist()
+    parts = [
+        _product(x[start:end], weight.like(weight.stored[expert]))
+        for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
+        if end > start
+    ]
+    used = ends[-1] if ends else 0
+    parts.append(x.new_zeros(x.shape[0] - used, weight.stored.shape[2]))  # rows of no expert
+    out = torch.cat(parts)
+    out = out if bias is None else out + bias
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+# --- tiles along a dimension of the output --------------------------------------------------------------------------
+
+
+def _in_tiles(
+    weight: HalfWeight, dim: int, out_dim: int, product: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
+    """Join ``product(tile, where)`` over float32 tiles of ``weight`` cut along ``dim``, along ``out_dim``."""
+    size = weight.stored.shape[dim]
+    step = max(1, TILE * size // max(weight.stored.numel(), 1))
+    cuts = [slice(start, min(start + step, size)) for start in range(0, size, step)] or [slice(0, 0)]
+    parts = [product(weight.stored.narrow(dim, cut.start, cut.stop - cut.start).float(), cut) for cut in cuts]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, out_dim)
+
+
+@handles_each(torch.conv1d, torch.conv2d, torch.conv3d)
+def _conv(
+    function: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Tensor:
+    if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or input.dtype == torch.float64:
+        args = (input, weight, bias, stride, padding, dilation, groups)
+        return call_widened(function, args, {})  # type: ignore[no-any-return]
+    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+    def product(tile: Tensor, cut: slice) -> Tensor:
+        part = None if bias is None else bias[cut]
+        return function(x, tile, part, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+
+    if groups > 1:  # tiles would cut across groups; a grouped weight is small: its inputs are split
+        if weight.stored.numel() > TILE:
+            weight.fallbacks.count(function.__name__, weight.stored.numel())
+        return product(weight.widened(), slice(None))
+    return _in_tiles(weight, 0, -(weight.stored.dim() - 1), product)
+
+
+@handles_each(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def _conv_transpose(
+    function: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Tensor:
+    if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or groups > 1:
+        args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return call_widened(function, args, {})  # type: ignore[no-any-return]
+
+    def product(tile: Tensor, cut: slice) -> Tensor:
+        part = None if bias is None else bias[cut]
+        return function(  # type: ignore[no-any-return]
+            input, tile, part, stride, padding, output_padding, groups, dilation
+        )
+
+    return _in_tiles(weight, 1, -(weight.stored.dim() - 1), product)
+
+
+@handles(torch.einsum)
+def _einsum(equation: Any, *operands: Any) -> Tensor:
+    weights = [i for i, operand in enumerate(operands) if isinstance(operand, HalfWeight)]
+    where = weights[0] if len(weights) == 1 and isinstance(equation, str) else None
+    cut = None if where is None else _cut_dimension(equation, where, operands[where].stored.shape)
+    if where is None or cut is None:
+        return call_widened(torch.einsum, (equation, *operands), {})  # type: ignore[no-any-return]
+    dim, out_dim = cut
+
+    def product(tile: Tensor, _: slice) -> Tensor:
+        return torch.einsum(equation, *operands[:where], tile, *operands[where + 1 :])
+
+    return _in_tiles(operands[where], dim, out_dim, product)
+
+
+def _cut_dimension(equation: str, where: int, shape: torch.Size) -> tuple[int, int] | None:
+    """Return (dimension of operand ``where``, dimension of the output) for its longest index of its own, if any."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if not arrow or "." in equation or not math.prod(shape):
+        return None
+    others = "".join(terms[:where] + terms[where + 1 :])
+    own = [i for i, index in enumerate(terms[where]) if index in output and index not in others]
+    if not own:
+        return None
+    dim = max(own, key=lambda i: shape[i])
+    return dim, output.index(terms[where][dim])

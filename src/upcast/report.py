@@ -1,0 +1,34 @@
+"""What upcast says: aligned tables, byte counts, and its one line per patched model."""
+
+import sys
+from collections.abc import Sequence
+
+from upcast import config
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Return ``rows`` under ``headers`` in aligned columns; the columns in ``right`` are flush right."""
+    widths = [max(len(line[i]) for line in [headers, *rows]) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def megabytes(count: float) -> str:
+    """Return a byte count in megabytes (10^6 bytes)."""
+    return f"{count / 1e6:,.1f} MB"
+
+
+def say(line: str, detail: object = None) -> None:
+    """Print ``line`` to standard error, and ``detail`` when UPCAST_VERBOSE=2; nothing when it is 0."""
+    verbose = config.read().verbose
+    if verbose >= 1:
+        print(f"upcast: {line}", file=sys.stderr)
+    if verbose >= 2 and detail is not None:
+        print(detail, file=sys.stderr)
