@@ -10,24 +10,26 @@ from types import ModuleType
 
 TARGETS = ("litgpt.api", "transformers.modeling_utils")
 _OFF = ("", "0", "false", "off", "no")
-_started = False
+_started: list[bool] = []
 
 
 def start() -> None:
     """Arrange for the loaders of LitGPT and Transformers to be patched when these are imported, if UPCAST is on."""
-    global _started  # site may read a .pth file twice
-    if _started or os.environ.get("UPCAST", "").strip().lower() in _OFF:
+    if os.environ.get("UPCAST", "").strip().lower() in _OFF or _started:
         return
-    _started = True
+    _started.append(True)  # site may read a .pth file twice
     try:
         import wrapt
     except ImportError:
-        warnings.warn(
-            "UPCAST is set, but wrapt is missing: nothing is patched. Install upcast again.", stacklevel=1
-        )
+        warnings.warn("UPCAST is set, but wrapt is missing: nothing is patched. Install upcast again.", stacklevel=1)
         return
     for target in TARGETS:
         wrapt.register_post_import_hook(_activate, target)
+
+
+def started() -> bool:
+    """Return whether the hooks are in place."""
+    return bool(_started)
 
 
 def _activate(module: ModuleType) -> None:

@@ -24,9 +24,7 @@ def read(path: Path) -> dict[str, Tensor]:
         UpcastError: the file is missing, truncated, or holds anything but tensors (nothing of it is executed).
     """
     if not path.is_file():
-        raise UpcastError(
-            f"no file {path}; a checkpoint folder holds one. Check the path, or download the model."
-        )
+        raise UpcastError(f"no file {path}; a checkpoint folder holds one. Check the path, or download the model.")
     try:
         loaded = _load(path)
     except pickle.UnpicklingError as error:
@@ -41,9 +39,7 @@ def read(path: Path) -> dict[str, Tensor]:
         ) from None
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UpcastError(
-            f"{path} is not a state dict: a dictionary of names and tensors. Save model.state_dict()."
-        )
+        raise UpcastError(f"{path} is not a state dict: a dictionary of names and tensors. Save model.state_dict().")
     return state
 
 

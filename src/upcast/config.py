@@ -26,9 +26,7 @@ class Variable:
 VARIABLES = (
     Variable("UPCAST", ON + OFF, "0", "patch what LitGPT and Transformers load, with no code change"),
     Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32"),
-    Variable(
-        "UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"
-    ),
+    Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),
 )
 
@@ -47,8 +45,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
     """Return the environment's settings.
 
     Raises:
-        UpcastError: a variable has a value that is not one of its valid ones, or the name of a variable that
-            starts with ``UPCAST_`` is not known.
+        UpcastError: a variable has a value that is not one of its valid ones.
     """
     values = {variable.name: _value(variable, environ) for variable in VARIABLES}
     return Config(
@@ -57,6 +54,12 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         kernels=values["UPCAST_KERNELS"],
         verbose=int(values["UPCAST_VERBOSE"]),
     )
+
+
+def shown(variable: Variable, environ: Mapping[str, str] = os.environ) -> str:
+    """Return a variable's value for people: as it is set, or its default."""
+    value = environ.get(variable.name)
+    return f"{variable.default!r} (default)" if value is None else repr(value)
 
 
 def _value(variable: Variable, environ: Mapping[str, str]) -> str:

@@ -8,7 +8,7 @@ the tile, the rows or the experts in use. Any other operation sees a float32 cop
 
 import copy
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,13 +23,12 @@ HANDLERS: dict[Any, Callable[..., Any]] = {}
 
 # Questions about the tensor rather than about its numbers: answered by the wrapper, which knows shape and dtype.
 _METADATA = {
-    getattr(torch.Tensor, name)
-    for name in (
-        "size dim ndimension stride numel nelement is_contiguous is_floating_point is_complex is_signed get_device "
-        "storage_offset __len__ __hash__ register_hook is_inference dim_order"
-    ).split()
-    if hasattr(torch.Tensor, name)
-} | {torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, torch.is_signed}
+    *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.stride, torch.Tensor.dim_order),
+    *(torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.is_contiguous, torch.Tensor.storage_offset),
+    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_signed, torch.Tensor.is_inference),
+    *(torch.Tensor.get_device, torch.Tensor.__len__, torch.Tensor.__hash__, torch.Tensor.register_hook),
+    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, torch.is_signed),
+}
 
 
 class Fallbacks:
@@ -50,9 +49,7 @@ class Fallbacks:
         return (Fallbacks, ())  # a copy of a model starts its own count
 
     def __str__(self) -> str:
-        rows = [
-            f"{name}: {n} calls, up to {self.largest[name]:,} bytes" for name, n in sorted(self.calls.items())
-        ]
+        rows = [f"{name}: {n} calls, up to {self.largest[name]:,} bytes" for name, n in sorted(self.calls.items())]
         return "\n".join(rows) or "none"
 
 
@@ -71,11 +68,9 @@ class HalfWeight(torch.Tensor):
     @staticmethod
     def __new__(cls, stored: torch.Tensor, fallbacks: Fallbacks | None = None) -> "HalfWeight":
         if stored.dtype != torch.float16:
-            raise UpcastError(
-                f"a HalfWeight of {stored.dtype}; it stores float16. Convert the tensor with .half()."
-            )
+            raise UpcastError(f"a HalfWeight of {stored.dtype}; it stores float16. Convert the tensor with .half().")
         # torch's own stub of _make_wrapper_subclass is untyped
-        self: HalfWeight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: HalfWeight = torch.Tensor._make_wrapper_subclass(
             cls,
             stored.shape,
             strides=stored.stride(),
@@ -92,13 +87,7 @@ class HalfWeight(torch.Tensor):
         self.twin = 0
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(*args, **kwargs) if kwargs else handler(*args)
@@ -108,12 +97,8 @@ class HalfWeight(torch.Tensor):
         return call_widened(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(
-        cls,
-        func: Any,
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """The slow door: what reaches a HalfWeight from inside torch, past `__torch_function__`."""
         if func is torch.ops.aten.detach.default:
@@ -134,9 +119,7 @@ class HalfWeight(torch.Tensor):
         Raises:
             UpcastError: ``source`` has a value beyond 65504 or not finite; nothing has been changed then.
         """
-        source = (
-            source.stored if isinstance(source, HalfWeight) else source.detach().expand(self.stored.shape)
-        )
+        source = source.stored if isinstance(source, HalfWeight) else source.detach().expand(self.stored.shape)
         if out_of_range(source):
             raise UpcastError(
                 f"writing values beyond {FLOAT16_MAX:.0f} or not finite into a weight stored in float16; float16 "
@@ -162,7 +145,7 @@ class HalfWeight(torch.Tensor):
     def _flags(self) -> tuple[int, bool]:
         return self.twin, isinstance(self, torch.nn.Parameter)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             return f"HalfWeight(float32 {tuple(self.shape)} stored in float16:\n{self.stored})"
 
@@ -198,9 +181,7 @@ def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return value
         if id(value) not in copies:
             value.fallbacks.count(name, value.stored.numel())
-            with torch.inference_mode(
-                False
-            ):  # inference tensors keep no version, and the version tells of writes
+            with torch.inference_mode(False):  # inference tensors keep no version, and the version tells of writes
                 copies[id(value)] = (value, value.widened())
         return copies[id(value)][1]
 

@@ -15,8 +15,8 @@ def install(root: nn.Module) -> None:
     """Give every module that holds a HalfWeight its hooks, and ``root`` a guard on conversions."""
     for module in root.modules():
         if any(_half_weights(module)):
-            module.register_state_dict_post_hook(_plain_state)
-            module.register_load_state_dict_pre_hook(_accept_state)
+            module.register_state_dict_post_hook(_plain_state)  # type: ignore[no-untyped-call]
+            module.register_load_state_dict_pre_hook(_accept_state)  # type: ignore[no-untyped-call]
     root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
 
 
@@ -29,7 +29,9 @@ def remove(root: nn.Module) -> None:
 
 
 def _half_weights(module: nn.Module) -> Iterator[tuple[str, HalfWeight]]:
-    return ((name, value) for name, value in module._parameters.items() if isinstance(value, HalfWeight))
+    for name, value in module._parameters.items():
+        if isinstance(value, HalfWeight):
+            yield name, value
 
 
 def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
@@ -46,9 +48,7 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
             state[prefix + name] = value.stored.clone() if value.twin == 2 else value.stored
 
 
-def _accept_state(
-    module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object
-) -> None:
+def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object) -> None:
     """With assign=True, take over incoming tensors as float16 weights; float16 ones without a copy.
 
     What float16 cannot hold is assigned as it is, in float32. Without assign=True, HalfWeight.copy_ does the rest.
@@ -56,12 +56,13 @@ def _accept_state(
     if not metadata.get("assign_to_params_buffers", False):
         return
     for name, weight in _half_weights(module):
-        value = state.get(prefix + name)
-        if type(value) in (Tensor, nn.Parameter) and value.is_floating_point() and not out_of_range(value):
+        value: Any = state.get(prefix + name)
+        plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
+        if plain and not out_of_range(value):
             state[prefix + name] = parameter(value.detach().half(), weight.fallbacks)
 
 
-def _guarded_apply(root: nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+def _guarded_apply(root: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
     probe = function(torch.empty(0))
     if probe.device.type == "cpu" and probe.dtype == torch.float32:

@@ -44,6 +44,11 @@ def named(names: str) -> list[Any]:
     return [getattr(home, name) for home in (torch, Tensor) for name in names.split() if hasattr(home, name)]
 
 
+def accessor(name: str) -> Any:
+    """Return the descriptor behind an attribute of ``torch.Tensor``."""
+    return getattr(Tensor, name)
+
+
 def without_numbers(value: Any) -> Any:
     """Stand in for a HalfWeight of which only shape, dtype or device is asked: float32, one number long."""
     if isinstance(value, HalfWeight):
@@ -55,14 +60,10 @@ def without_numbers(value: Any) -> Any:
 
 
 @handles_each(
-    *named(
-        "t transpose permute view reshape narrow select unsqueeze squeeze flatten unflatten expand expand_as"
-    ),
-    *named(
-        "view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous clone detach"
-    ),
+    *named("t transpose permute view reshape narrow select unsqueeze squeeze flatten unflatten expand expand_as"),
+    *named("view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous clone detach"),
     *named("alias diagonal adjoint resolve_conj resolve_neg"),
-    *(getattr(Tensor, name).__get__ for name in ("T", "mT", "H", "mH", "data")),
+    *(accessor(name).__get__ for name in ("T", "mT", "H", "mH", "data")),
 )
 def _view(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(weight, HalfWeight):  # x.expand_as(weight)
@@ -74,7 +75,7 @@ def _view(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @handles(Tensor.__getitem__)
-def _getitem(tensor: Tensor, index: Any) -> Tensor:
+def _getitem(tensor: Tensor, index: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
         return call_widened(Tensor.__getitem__, (tensor, index), {})
     result = tensor.stored[index]
@@ -84,10 +85,9 @@ def _getitem(tensor: Tensor, index: Any) -> Tensor:
 
 
 @handles_each(*named("cat concat concatenate stack hstack vstack"))
-def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     if not all(isinstance(tensor, HalfWeight) for tensor in tensors) or kwargs.get("out") is not None:
-        result: Tensor = call_widened(function, (tensors, *args), kwargs)
-        return result
+        return call_widened(function, (tensors, *args), kwargs)
     return tensors[0].like(function([tensor.stored for tensor in tensors], *args, **kwargs))
 
 
@@ -95,10 +95,10 @@ def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Tensor:
 
 
 @handles_each(*named("index_select gather take take_along_dim"))
-def _select(function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _select(function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
-        return call_widened(function, (tensor, *args), kwargs)  # type: ignore[no-any-return]
-    return function(tensor.stored, *args, **kwargs).float()  # type: ignore[no-any-return]
+        return call_widened(function, (tensor, *args), kwargs)
+    return function(tensor.stored, *args, **kwargs).float()
 
 
 @handles(torch.nn.functional.embedding)
@@ -110,10 +110,10 @@ def _embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> Tensor:
+) -> Any:
     if max_norm is not None:  # renormalises the weight in place
         args = (indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-        return call_widened(torch.nn.functional.embedding, args, {})  # type: ignore[no-any-return]
+        return call_widened(torch.nn.functional.embedding, args, {})
     assert isinstance(weight, HalfWeight)
     return kernels.embedding(indices, weight.stored)
 
@@ -122,7 +122,7 @@ def _embedding(
 
 
 @handles(Tensor.to)
-def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
+def _to(tensor: Any, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
     args = tuple(map(without_numbers, args))
     if not isinstance(tensor, HalfWeight):
         return tensor.to(*args, copy=copy, **{key: without_numbers(value) for key, value in kwargs.items()})
@@ -146,7 +146,7 @@ def _convert(function: Any, weight: HalfWeight, **kwargs: Any) -> Tensor:
 
 
 @handles(Tensor.type_as)
-def _type_as(tensor: Tensor, other: Tensor) -> Tensor:
+def _type_as(tensor: Tensor, other: Tensor) -> Any:
     return _to(tensor, other.dtype)
 
 
@@ -165,7 +165,7 @@ def _like(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 @handles_each(
     *(Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.element_size, Tensor.is_shared),
-    *(Tensor.nbytes.__get__, Tensor.itemsize.__get__, Tensor.is_pinned),
+    *(accessor("nbytes").__get__, accessor("itemsize").__get__, Tensor.is_pinned),
 )
 def _storage(function: Any, weight: HalfWeight) -> Any:
     """The bytes at rest are what memory reports, serialisers and tie detection want to know."""
@@ -183,7 +183,7 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return target.copy_(source.stored, non_blocking)
 
 
-@handles(Tensor.data.__set__)
+@handles(accessor("data").__set__)
 def _set_data(target: Tensor, source: Tensor) -> None:
     if not isinstance(target, HalfWeight):
         raise UpcastError(
@@ -198,7 +198,7 @@ def _set_data(target: Tensor, source: Tensor) -> None:
 
 @handles(Tensor.share_memory_)
 def _share_memory(weight: HalfWeight) -> HalfWeight:
-    weight.stored.share_memory_()
+    weight.stored.share_memory_()  # type: ignore[no-untyped-call]
     return weight
 
 
@@ -208,7 +208,7 @@ def _requires_grad(weight: HalfWeight, requires_grad: bool = True) -> HalfWeight
     return weight
 
 
-@handles(Tensor.requires_grad.__set__)
+@handles(accessor("requires_grad").__set__)
 def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
     _refuse_grad(requires_grad)
 

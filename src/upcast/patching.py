@@ -105,9 +105,7 @@ def record_of(root: nn.Module) -> Record:
         return record
     inner = next((name for name, module in root.named_modules() if _RECORD in module.__dict__), None)
     remedy = f"Its module {inner!r} is: pass that one." if inner else "Call upcast.patch(model) first."
-    raise UpcastError(
-        f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}"
-    )
+    raise UpcastError(f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}")
 
 
 def adopt(root: nn.Module, roundings: Mapping[str, tuple[torch.dtype, Rounding]]) -> Record:

@@ -134,9 +134,7 @@ def relevant(slot: Slot) -> bool:
     return slot.is_parameter or slot.tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
 
 
-def settle(
-    found: Sequence[Slot], keep: Sequence[str]
-) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
+def settle(found: Sequence[Slot], keep: Sequence[str]) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
     """Yield (slot, action, reason, survey of its numbers, twin) for the slots that belong in the table."""
     widen_float64 = any(slot.is_parameter and slot.tensor.dtype == torch.float64 for slot in found)
     twins = Twins()

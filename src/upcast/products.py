@@ -29,7 +29,7 @@ def _times(x: Tensor, weight: HalfWeight, bias: Tensor | None = None) -> Tensor:
 
 
 @handles(F.linear)
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if (
         type(weight) is not HalfWeight
         or isinstance(x, HalfWeight)
@@ -37,12 +37,12 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         or weight.stored.dim() != 2
         or x.dtype == torch.float64
     ):
-        return call_widened(F.linear, (x, weight, bias), {})  # type: ignore[no-any-return]
+        return call_widened(F.linear, (x, weight, bias), {})
     return _times(x, weight, bias)
 
 
 @handles(*named("matmul mm bmm mv __matmul__"))
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Any:
     if isinstance(a, HalfWeight) and isinstance(b, HalfWeight):
         a, b = (a.widened(), b) if a.stored.numel() < b.stored.numel() else (a, b.widened())
     result = _product(a, b)
@@ -50,17 +50,17 @@ def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 @handles(Tensor.__rmatmul__)
-def _rmatmul(b: Tensor, a: Tensor) -> Tensor:
+def _rmatmul(b: Tensor, a: Tensor) -> Any:
     return _product(a, b)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _product(a: Tensor, b: Tensor) -> Any:
     """Return a @ b, one of which is a HalfWeight."""
     weight = a if isinstance(a, HalfWeight) else b
     assert isinstance(weight, HalfWeight)
     other = b if weight is a else a
     if weight.stored.dim() == 1 or other.dtype == torch.float64:
-        return call_widened(torch.matmul, (a, b), {})  # type: ignore[no-any-return]
+        return call_widened(torch.matmul, (a, b), {})
     if weight.stored.dim() > 2:
         return _batched(a, b)
     if weight is b:
@@ -73,7 +73,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _batched(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b for a weight of more than two dimensions (experts): one matrix at a time."""
     a2, b2 = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
-    batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])
+    batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])  # type: ignore[no-untyped-call]
     a3 = a2.expand(*batch, *a2.shape[-2:]).reshape(-1, *a2.shape[-2:])
     b3 = b2.expand(*batch, *b2.shape[-2:]).reshape(-1, *b2.shape[-2:])
     out = torch.stack([_product(a3[i], b3[i]) for i in range(a3.shape[0])])
@@ -90,12 +90,7 @@ def _add_product(
     if not isinstance(a, HalfWeight) and not isinstance(b, HalfWeight):
         assert isinstance(addend, HalfWeight)
         result = beta * addend.widened() + alpha * (a @ b)
-    elif (
-        isinstance(b, HalfWeight)
-        and b.stored.dim() == 2
-        and beta == alpha == 1
-        and addend.shape == b.shape[1:]
-    ):
+    elif isinstance(b, HalfWeight) and b.stored.dim() == 2 and beta == alpha == 1 and addend.shape == b.shape[1:]:
         result = _times(a, b.like(b.stored.t()), addend)
     else:
         product = _matmul(a, b)
@@ -110,16 +105,11 @@ def _grouped_mm(
     offs: Tensor | None = None,
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Any:
     """Rows offs[e-1]..offs[e] of x (T, K) times weight[e] of (E, K, N), for the experts that have rows."""
-    if (
-        not isinstance(weight, HalfWeight)
-        or isinstance(x, HalfWeight)
-        or x.dim() != 2
-        or weight.stored.dim() != 3
-    ):
+    if not isinstance(weight, HalfWeight) or isinstance(x, HalfWeight) or x.dim() != 2 or weight.stored.dim() != 3:
         args = (x, weight, offs, bias, out_dtype)
-        return call_widened(F.grouped_mm, args, {})  # type: ignore[no-any-return]
+        return call_widened(F.grouped_mm, args, {})
     assert offs is not None
     ends = offs.tolist()
     parts = [
@@ -137,9 +127,7 @@ def _grouped_mm(
 # --- tiles along a dimension of the output --------------------------------------------------------------------------
 
 
-def _in_tiles(
-    weight: HalfWeight, dim: int, out_dim: int, product: Callable[[Tensor, slice], Tensor]
-) -> Tensor:
+def _in_tiles(weight: HalfWeight, dim: int, out_dim: int, product: Callable[[Tensor, slice], Any]) -> Tensor:
     """Join ``product(tile, where)`` over float32 tiles of ``weight`` cut along ``dim``, along ``out_dim``."""
     size = weight.stored.shape[dim]
     step = max(1, TILE * size // max(weight.stored.numel(), 1))
@@ -158,15 +146,15 @@ def _conv(
     padding: Any = 0,
     dilation: Any = 1,
     groups: int = 1,
-) -> Tensor:
+) -> Any:
     if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or input.dtype == torch.float64:
         args = (input, weight, bias, stride, padding, dilation, groups)
-        return call_widened(function, args, {})  # type: ignore[no-any-return]
+        return call_widened(function, args, {})
     x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
 
-    def product(tile: Tensor, cut: slice) -> Tensor:
+    def product(tile: Tensor, cut: slice) -> Any:
         part = None if bias is None else bias[cut]
-        return function(x, tile, part, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+        return function(x, tile, part, stride, padding, dilation, groups)
 
     if groups > 1:  # tiles would cut across groups; a grouped weight is small: its inputs are split
         if weight.stored.numel() > TILE:
@@ -186,30 +174,28 @@ def _conv_transpose(
     output_padding: Any = 0,
     groups: int = 1,
     dilation: Any = 1,
-) -> Tensor:
+) -> Any:
     if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or groups > 1:
         args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return call_widened(function, args, {})  # type: ignore[no-any-return]
+        return call_widened(function, args, {})
 
-    def product(tile: Tensor, cut: slice) -> Tensor:
+    def product(tile: Tensor, cut: slice) -> Any:
         part = None if bias is None else bias[cut]
-        return function(  # type: ignore[no-any-return]
-            input, tile, part, stride, padding, output_padding, groups, dilation
-        )
+        return function(input, tile, part, stride, padding, output_padding, groups, dilation)
 
     return _in_tiles(weight, 1, -(weight.stored.dim() - 1), product)
 
 
 @handles(torch.einsum)
-def _einsum(equation: Any, *operands: Any) -> Tensor:
+def _einsum(equation: Any, *operands: Any) -> Any:
     weights = [i for i, operand in enumerate(operands) if isinstance(operand, HalfWeight)]
     where = weights[0] if len(weights) == 1 and isinstance(equation, str) else None
     cut = None if where is None else _cut_dimension(equation, where, operands[where].stored.shape)
     if where is None or cut is None:
-        return call_widened(torch.einsum, (equation, *operands), {})  # type: ignore[no-any-return]
+        return call_widened(torch.einsum, (equation, *operands), {})
     dim, out_dim = cut
 
-    def product(tile: Tensor, _: slice) -> Tensor:
+    def product(tile: Tensor, _: slice) -> Any:
         return torch.einsum(equation, *operands[:where], tile, *operands[where + 1 :])
 
     return _in_tiles(operands[where], dim, out_dim, product)

@@ -74,8 +74,9 @@ def _measure(source: Tensor, half: Tensor | None) -> Rounding:
             half[start : start + len(piece)] = rounded
         start += len(piece)
         exact = piece.double() if piece.dtype == torch.float64 else piece.float()
-        max_error = max(max_error, float((exact - rounded).abs_().max()))
-        flushed += int(torch.count_nonzero(exact) - torch.count_nonzero(rounded))
+        stored = rounded.to(exact.dtype)
+        flushed += int(torch.count_nonzero(exact) - torch.count_nonzero(stored))
+        max_error = max(max_error, float(stored.sub_(exact).abs_().max()))
     return Rounding(max_error=max_error, flushed=flushed)
 
 

@@ -79,7 +79,7 @@ def _check_tensor(slot: Slot, model: str) -> None:
             f"{model} is patched already ({slot.name} is stored in float16); a model is patched once. "
             "Call upcast.unpatch(model) first to patch it differently."
         )
-    if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+    if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise UpcastError(f"{slot.name} of {model} has no shape yet; run one forward pass first.")
     if tensor.is_meta:
         raise UpcastError(
@@ -93,9 +93,7 @@ def _check_tensor(slot: Slot, model: str) -> None:
 
 def _check_optimizers(found: Sequence[Slot]) -> None:
     """Refuse a parameter that an optimizer holds: replaced, it would silently stop learning."""
-    trainable = {
-        id(slot.tensor): slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad
-    }
+    trainable = {id(slot.tensor): slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad}
     if not trainable:
         return
     for candidate in gc.get_objects():

@@ -1,0 +1,7 @@
+"""``python -m upcast``."""
+
+import sys
+
+from upcast.cli import main
+
+sys.exit(main())

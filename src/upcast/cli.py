@@ -1,0 +1,71 @@
+"""The command line: ``python -m upcast run | status``."""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import _upcast_startup
+from upcast.errors import UpcastError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code (2 for a usage error, with one line on standard error)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except UpcastError as error:
+        print(f"upcast: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="upcast",
+        description="float16 weights, float32 math, no NaNs, for PyTorch models on the CPU.",
+        epilog="In code: upcast.patch(model). For any program: UPCAST=1 python program.py.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a Python program as if UPCAST=1 were set",
+        description="Run a Python program with what LitGPT and Transformers load patched, as UPCAST=1 does, "
+        "without relying on upcast's start-up file.",
+    )
+    run.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
+    run.add_argument("target", metavar="TARGET", help="a script, or with -m a module")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    run.set_defaults(command=_run)
+
+    status = commands.add_parser("status", help="say what is active and why")
+    status.set_defaults(command=_status)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from upcast import config
+
+    os.environ["UPCAST"] = "1"  # child processes too
+    config.read()  # an unknown value stops here, not in the middle of the program
+    _upcast_startup.start()
+    sys.argv = [arguments.target, *arguments.arguments]
+    if arguments.module:
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(arguments.target, run_name="__main__", alter_sys=True)
+        return 0
+    script = Path(arguments.target)
+    if not script.is_file():
+        raise UpcastError(f"no file {script}; run takes a Python script, or -m and a module. Check the path.")
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from upcast import status
+
+    print(status.describe())
+    return 0
