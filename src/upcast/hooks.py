@@ -41,11 +41,11 @@ def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     """Put plain float16 tensors into a state dict; with keep_vars=True the parameters themselves stay."""
-    for name, _ in _half_weights(module):
+    for name, weight in _half_weights(module):
         value = state.get(prefix + name)
         if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
             # A later twin gets bytes of its own: formats such as safetensors refuse shared ones.
-            state[prefix + name] = value.stored.clone() if value.twin == 2 else value.stored
+            state[prefix + name] = value.stored.clone() if weight.twin == 2 else value.stored
 
 
 def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object) -> None:

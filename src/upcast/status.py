@@ -7,9 +7,9 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
-import _upcast_startup
 import torch
 
+import _upcast_startup
 from upcast import config, kernels, report
 
 LIBRARIES = ("torch", "wrapt", "litgpt", "transformers")
@@ -46,7 +46,7 @@ def _startup_file() -> str:
 
 
 def _loader(target: str) -> str:
-    library = target.split(".")[0]
+    library = target.split(".", maxsplit=1)[0]
     if find_spec(library) is None:
         return f"{library} not installed"
     return f"{target} {'loaded' if target in sys.modules else 'when imported'}"

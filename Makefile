@@ -1,0 +1,52 @@
+# Two commands on a fresh machine: `make bench` and `make test`. Both set everything up in .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: help setup bench bench-quick test test-fast test-slow check format clean
+
+help:
+	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
+	@echo "make bench-quick  the same in under a minute"
+	@echo "make test         set up, then lint, types and tests (what CI runs)"
+	@echo "make check        lint and types only"
+	@echo "make test-fast    tests without the real model"
+	@echo "make test-slow    the checks that take minutes each"
+	@echo "make format       format and sort imports"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start)
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+bench: setup
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+bench-quick: setup
+	$(BIN)/python benchmarks/run.py --quick $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow and not real" $(ARGS)
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build

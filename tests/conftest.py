@@ -1,0 +1,86 @@
+"""What the tests share: tiny models, the prepared real model, and comparison against float32."""
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import upcast
+from upcast.half_weight import HalfWeight
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    for variable in [name for name in os.environ if name.startswith("UPCAST") and name != "UPCAST_CACHE"]:
+        monkeypatch.delenv(variable)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The folder of SmolLM2-135M-Instruct with its real weights, prepared once for all tests."""
+    from benchmarks.smollm2 import prepare
+
+    return prepare()
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """Return a float32 copy of ``model`` whose weights are rounded to float16: what a patched model must equal."""
+    model = copy.deepcopy(model).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() >= 2:
+                parameter.copy_(parameter.half().float())
+    return model
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the norm of the difference relative to the norm of ``want``."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def half_weights(model: nn.Module) -> dict[str, HalfWeight]:
+    return {name: weight for name, weight in model.named_parameters() if isinstance(weight, HalfWeight)}
+
+
+def assert_patched(model: nn.Module) -> None:
+    """Every weight is stored in float16 and nothing else: no test may pass on an untouched model."""
+    found = half_weights(model)
+    assert found
+    assert all(weight.stored.dtype == torch.float16 for weight in found.values())
+    assert all(p.dim() < 2 for p in model.parameters() if not isinstance(p, HalfWeight))
+
+
+def fallbacks(model: nn.Module) -> upcast.half_weight.Fallbacks:
+    return upcast.patching.record_of(upcast.targets.unwrap(model)).fallbacks
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Run:
+    """Run a Python process in an empty folder, with exactly the given UPCAST variables."""
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            env={**clean, **variables},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

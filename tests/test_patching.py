@@ -1,0 +1,375 @@
+"""patch, unpatch, patched: what they change, what they leave, and that they leave no trace."""
+
+import copy
+import threading
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upcast
+from tests.conftest import assert_patched, fallbacks, half_weights, relative_error, rounded
+from upcast.half_weight import HalfWeight
+from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, WRAP
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+class Net(nn.Module):
+    """Embedding, convolution, norms, a tied head, a buffer: one of each kind of tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(129, 32)
+        self.conv = nn.Conv1d(32, 32, 3, padding=1)
+        self.norm = nn.LayerNorm(32)
+        self.up = nn.Linear(32, 65)
+        self.down = nn.Linear(65, 32, bias=False)
+        self.head = nn.Linear(32, 129, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.full((1,), 1.5))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.conv(x.mT).mT
+        x = x + self.down(torch.relu(self.up(self.norm(x))))
+        return self.head(x * self.scale)
+
+
+IDS = torch.arange(14).view(2, 7) * 9
+
+
+def snapshot(model: nn.Module) -> dict[str, object]:
+    """Everything that a patch could leave behind: attributes, hooks, classes, tensors by identity."""
+    found: dict[str, object] = {}
+    for name, module in model.named_modules():
+        found[name] = (
+            type(module),
+            {key: dict(v) if isinstance(v, (dict, OrderedDict)) else v for key, v in module.__dict__.items()},
+        )
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_at_rest_are_float16_and_equal_w_half(dtype: torch.dtype) -> None:
+    model = Net().to(dtype)
+    source = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert upcast.patch(model) is model
+    assert_patched(model)
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, HalfWeight):
+            assert torch.equal(parameter.stored, source[name].half())
+        else:
+            assert torch.equal(parameter, source[name].float())
+            assert parameter.dtype == torch.float32
+    assert model.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_is_float32_math_on_the_rounded_weights(dtype: torch.dtype) -> None:
+    model = Net().to(dtype)
+    want = rounded(model)(IDS)
+    upcast.patch(model)
+    got = model(IDS)
+    assert got.dtype == torch.float32
+    assert relative_error(got, want) < 1e-6
+    assert fallbacks(model).calls == {}
+
+
+def test_activations_between_modules_are_float32() -> None:
+    model = upcast.patch(Net().half())
+    seen = []
+    for module in model.modules():
+        module.register_forward_hook(lambda module, args, out: seen.extend(t.dtype for t in (*args, out)))
+    model(IDS)
+    assert len(seen) > 10
+    assert {dtype for dtype in seen if dtype.is_floating_point} == {torch.float32}
+
+
+def test_float16_weights_are_never_copied() -> None:
+    model = Net().half()
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters() if p.dim() >= 2}
+    upcast.patch(model)
+    assert {name: weight.stored.data_ptr() for name, weight in half_weights(model).items()} == pointers
+    upcast.unpatch(model)
+    assert {name: p.data_ptr() for name, p in model.named_parameters() if p.dim() >= 2} == pointers
+
+
+def test_nothing_changes_a_parameter_during_forward() -> None:
+    model = upcast.patch(Net())
+    before = {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()}
+    numbers = {name: weight.stored.clone() for name, weight in half_weights(model).items()}
+    want = [model(IDS), model(IDS.flip(0))]
+    failures: list[object] = []
+
+    def work(index: int) -> None:
+        for _ in range(20):
+            got = model([IDS, IDS.flip(0)][index])
+            if not torch.equal(got, want[index]):
+                failures.append(got)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
+    assert all(torch.equal(w.stored, numbers[name]) for name, w in half_weights(model).items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_patch_then_unpatch_leaves_no_trace(dtype: torch.dtype) -> None:
+    model = Net().to(dtype)
+    model.embed.weight.flavour = "sweet"
+    before, names = snapshot(model), dict(model.named_parameters())
+    assert upcast.unpatch(upcast.patch(model)) is model
+    after = snapshot(model)
+    for name, (kind, attributes) in before.items():
+        assert after[name][0] is kind
+        assert after[name][1].keys() == attributes.keys()
+        for key in attributes:
+            if key not in ("_parameters", "_buffers", "_modules"):
+                assert after[name][1][key] == attributes[key], (name, key)
+    for name, parameter in model.named_parameters():
+        assert type(parameter) is nn.Parameter
+        assert parameter.dtype == dtype
+        assert parameter.requires_grad
+        assert torch.equal(parameter, (names[name].half().to(dtype) if parameter.dim() >= 2 else names[name]))
+    assert model.scale.dtype == dtype
+    assert model.head.weight is model.embed.weight
+    assert model.embed.weight.flavour == "sweet"
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "after an exception"])
+def test_patched_restores_the_original_tensors(fails: bool) -> None:
+    model = Net()
+    before, parameters = snapshot(model), dict(model.named_parameters())
+    numbers = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with upcast.patched(model) as same:
+            assert same is model
+            assert_patched(model)
+            if fails:
+                raise KeyError("inside")
+    except KeyError:
+        assert fails
+    assert snapshot(model) == before
+    assert all(p is parameters[name] and torch.equal(p, numbers[name]) for name, p in model.named_parameters())
+
+
+def test_an_interrupted_patch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net()
+    before, calls = snapshot(model), []
+
+    def interrupt(source: Tensor) -> object:
+        calls.append(source)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(source)
+
+    original = upcast.patching.to_half
+    monkeypatch.setattr("upcast.patching.to_half", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        upcast.patch(model)
+    assert len(calls) == 4
+    assert snapshot(model) == before
+
+
+def test_an_interrupted_unpatch_stays_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upcast.patch(Net())
+    want = model(IDS)
+    weights, calls = half_weights(model), []
+
+    def interrupt(*args: object) -> object:
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = upcast.patching._restored
+    monkeypatch.setattr("upcast.patching._restored", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        upcast.unpatch(model)
+    monkeypatch.undo()
+    assert all(weight is weights[name] for name, weight in half_weights(model).items())
+    assert torch.equal(model(IDS), want)
+    upcast.unpatch(model)
+
+
+def test_tied_weights_stay_tied() -> None:
+    model = upcast.patch(Net())
+    assert model.head.weight is model.embed.weight
+    assert sum(change.name == "embed.weight" for change in upcast.patching.record_of(model).plan.changes) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_equal_twins_share_one_storage_until_one_changes(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31), nn.Linear(33, 31)).to(dtype)
+    with torch.no_grad():
+        model[1].weight.copy_(model[0].weight)
+    other = model[1].weight.detach().clone()
+    upcast.patch(model)
+    first, second, third = (layer.weight for layer in model)
+    assert first.stored.data_ptr() == second.stored.data_ptr() != third.stored.data_ptr()
+    first.zero_()
+    assert torch.equal(second.stored, other.half())
+    assert first.stored.count_nonzero() == 0
+
+
+def test_unpatched_twins_are_separate_again() -> None:
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31)).half()
+    with torch.no_grad():
+        model[1].weight.copy_(model[0].weight)
+    upcast.unpatch(upcast.patch(model))
+    assert torch.equal(model[0].weight, model[1].weight)
+    assert model[0].weight.data_ptr() != model[1].weight.data_ptr()
+
+
+@pytest.mark.parametrize("value", [65505.0, 1e6, float("inf"), float("nan")], ids=str)
+def test_a_weight_that_float16_cannot_hold_stays_in_float32(value: float) -> None:
+    model = Net()
+    with torch.no_grad():
+        model.down.weight[3, 4] = value
+    want = model.down.weight.detach().clone()
+    upcast.patch(model)
+    assert type(model.down.weight) is nn.Parameter
+    assert torch.equal(model.down.weight.nan_to_num(1), want.nan_to_num(1))
+    (change,) = (c for c in upcast.patching.record_of(model).plan.changes if c.name == "down.weight")
+    assert change.action == KEEP
+    assert change.reason == ("1 values beyond 65504" if value in (65505.0, 1e6) else "1 values not finite")
+    assert isinstance(model.up.weight, HalfWeight)
+
+
+def test_65504_and_subnormals_are_stored() -> None:
+    model = nn.Linear(3, 1)
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[65504.0, -65504.0, 2.0**-24]]))
+    upcast.patch(model)
+    assert torch.equal(model.weight.widened(), torch.tensor([[65504.0, -65504.0, 2.0**-24]]))
+
+
+@pytest.mark.parametrize(
+    ("keep", "left"),
+    [
+        (["head"], ["embed.weight"]),
+        (["up.weight", "down"], ["up.weight", "down.weight"]),
+        (["*own*"], ["down.weight"]),
+        (["*"], ["embed.weight", "conv.weight", "up.weight", "down.weight"]),
+    ],
+    ids=str,
+)
+def test_patterns_choose_what_stays_in_float32(keep: list[str], left: list[str]) -> None:
+    model = Net().half()
+    if keep == ["head"]:
+        model.head.weight = nn.Parameter(model.head.weight.detach().clone())
+        left = ["head.weight"]
+    upcast.patch(model, keep=keep)
+    wide = {name for name, p in model.named_parameters() if p.dim() >= 2 and not isinstance(p, HalfWeight)}
+    assert wide == set(left)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    model(IDS)
+
+
+def test_recurrent_layers_use_the_new_weights() -> None:
+    model = nn.LSTM(7, 33)
+    x = torch.randn(5, 2, 7)
+    want = rounded(model)(x)[0]
+    upcast.patch(model)
+    assert all(weight is getattr(model, name) for name, weight in zip(model._flat_weights_names, model._flat_weights))
+    assert relative_error(model(x)[0], want) < 1e-6
+    assert fallbacks(model).calls  # said, not hidden
+
+
+def test_plan_is_pure_and_patch_does_what_it_says() -> None:
+    model = Net()
+    model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
+    with torch.no_grad():
+        model.up.weight[0, 0] = 1e-9
+        model.down.weight[0, 0] = 1e5
+    before = snapshot(model)
+    plan = upcast.plan(model, keep=["conv"])
+    assert snapshot(model) == before
+    upcast.patch(model, keep=["conv"])
+    assert upcast.patching.record_of(model).plan == plan
+    actions = {change.name: change.action for change in plan.changes}
+    assert actions["embed.weight"] == CONVERT
+    assert actions["head.weight"] == SHARE
+    assert actions["conv.weight"] == actions["down.weight"] == actions["norm.weight"] == KEEP
+    (up,) = (change for change in plan.changes if change.name == "up.weight")
+    assert up.rounding.flushed == 1
+    assert 0 < up.rounding.max_error < 1e-3
+    assert plan.bytes_after == sum(p.nbytes for p in model.parameters()) - model.head.weight.nbytes
+
+
+def test_plan_of_a_float16_model_is_lossless() -> None:
+    plan = upcast.plan(Net().half())
+    assert {change.action for change in plan.changes} == {WRAP, WIDEN}
+    assert all(change.rounding.lossless for change in plan.changes)
+
+
+def test_plan_prints_a_row_per_tensor_and_the_total() -> None:
+    plan = upcast.plan(Net())
+    lines = str(plan).splitlines()
+    assert len(lines) == 2 + len(plan.changes) + 1
+    assert lines[0].split()[:4] == ["tensor", "shape", "dtype", "action"]
+    assert lines[-1].startswith("Net: ")
+
+
+def test_patch_says_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    upcast.patch(Net())
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("upcast: Net 0.0 MB -> 0.0 MB, ")
+    assert line.endswith("kernels; tensors in float32: 4 (a vector)")
+    monkeypatch.setenv("UPCAST_VERBOSE", "0")
+    upcast.patch(Net())
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("UPCAST_VERBOSE", "2")
+    upcast.patch(Net())
+    assert "embed.weight" in capsys.readouterr().err
+
+
+def test_unpatch_says_what_rounding_lost(capsys: pytest.CaptureFixture[str]) -> None:
+    upcast.unpatch(upcast.patch(Net()))
+    assert "rounding to float16 changed 4 tensors, by up to" in capsys.readouterr().err
+    upcast.unpatch(upcast.patch(Net().half()))
+    assert "nothing was lost" in capsys.readouterr().err
+
+
+def test_a_pipeline_s_model_is_patched_in_place() -> None:
+    class Pipeline:
+        def __init__(self) -> None:
+            self.model = Net()
+
+    pipeline = Pipeline()
+    assert upcast.patch(pipeline) is pipeline
+    assert_patched(pipeline.model)
+    upcast.unpatch(pipeline)
+    assert not half_weights(pipeline.model)
+
+
+def test_a_fabric_module_is_patched_inside() -> None:
+    lightning = pytest.importorskip("lightning")
+    model = Net()
+    want = rounded(model)(IDS)
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="32-true")
+    wrapped = upcast.patch(fabric.setup_module(model))
+    assert_patched(model)
+    assert relative_error(wrapped(IDS), want) < 1e-6
+
+
+def test_other_models_are_untouched() -> None:
+    bystander = Net()
+    before, want = snapshot(bystander), bystander(IDS)
+    upcast.patch(copy.deepcopy(bystander))
+    assert snapshot(bystander) == before
+    assert torch.equal(bystander(IDS), want)
+
+
+def test_training_through_a_frozen_model() -> None:
+    model = upcast.patch(Net())
+    adapter = nn.Linear(129, 1)
+    adapter(model(IDS)).sum().backward()
+    assert adapter.weight.grad is not None
+    assert all(weight.grad is None for weight in half_weights(model).values())

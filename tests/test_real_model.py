@@ -1,0 +1,126 @@
+"""The promises on SmolLM2-135M-Instruct with its real weights."""
+
+import pydoc_data.topics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import upcast
+from tests.conftest import Run, assert_patched, fallbacks, half_weights, relative_error
+from tests.test_litgpt import float32_model
+
+pytestmark = pytest.mark.real
+
+SCALES = [4, 64, 1024, 4096]
+TEXT = " ".join(pydoc_data.topics.topics["assert"].split())
+
+# Peak resident memory of loading, in bytes, above the imported libraries.
+MEASURE_LOADING = """
+import re, sys, torch, litgpt, lightning, upcast
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+before = peak()
+upcast.load_litgpt(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.fixture(scope="module")
+def tokens(smollm2: Path) -> torch.Tensor:
+    from litgpt import Tokenizer
+
+    return Tokenizer(smollm2).encode(TEXT)[:128].long()
+
+
+@pytest.fixture(scope="module")
+def reference(smollm2: Path) -> Any:
+    return float32_model(smollm2)
+
+
+@pytest.fixture
+def model(smollm2: Path) -> Iterator[Any]:
+    yield upcast.load_litgpt(smollm2)
+
+
+def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(tokens[None])
+
+
+def stressed(smollm2: Path, scale: int) -> Any:
+    """The exact stress test: activations grow by ``scale``, and in float32 no bit of the logits changes."""
+    from benchmarks.stress import stress, stress_eps
+    from litgpt import GPT, Config
+
+    model = GPT(Config.from_file(smollm2 / "model_config.yaml")).eval()
+    model.load_state_dict(stress(torch.load(smollm2 / "lit_model.pth"), scale), assign=True)
+    stress_eps(model, scale)
+    return model
+
+
+def test_logits_and_weight_bytes(model: Any, reference: Any, tokens: torch.Tensor) -> None:
+    assert_patched(model)
+    got = logits(model, tokens)
+    assert got.dtype == torch.float32
+    assert relative_error(got, logits(reference, tokens)) < 1e-5
+    assert fallbacks(model).calls == {}
+    plan = upcast.patching.record_of(model).plan
+    float32 = sum(p.nbytes for p in reference.parameters())
+    assert plan.bytes_after <= 0.415 * float32  # lm_head and wte share one storage
+    distinct = {w.data_ptr(): w.nbytes for w in half_weights(model).values()}
+    assert sum(distinct.values()) <= plan.bytes_after
+
+
+def test_without_sharing_twins_it_is_half(reference: Any, model: Any) -> None:
+    stored = sum(weight.nbytes for weight in half_weights(model).values())
+    rest = sum(p.nbytes for p in model.parameters() if not isinstance(p, upcast.HalfWeight))
+    assert stored + rest <= 0.502 * sum(p.nbytes for p in reference.parameters())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_the_stress_test_breaks_float16_and_not_upcast(
+    smollm2: Path, reference: Any, tokens: torch.Tensor, scale: int
+) -> None:
+    model = stressed(smollm2, scale).half()
+    assert not torch.isfinite(logits(model, tokens)).all()
+    model = upcast.patch(stressed(smollm2, scale))
+    assert_patched(model)
+    got = logits(model, tokens)
+    assert torch.isfinite(got).all()
+    assert relative_error(got, logits(reference, tokens)) < 1e-5
+
+
+def test_greedy_text_is_float32_s(model: Any, reference: Any, smollm2: Path) -> None:
+    from litgpt import Tokenizer
+    from litgpt.generate.base import generate
+    from litgpt.prompts import load_prompt_style
+
+    prompt = Tokenizer(smollm2).encode(load_prompt_style(smollm2).apply("What do llamas eat?")).long()
+    texts = []
+    for each in (model, reference):
+        with torch.inference_mode():
+            each.set_kv_cache(batch_size=1, max_seq_length=len(prompt) + 100)
+            texts.append(generate(each, prompt, max_returned_tokens=len(prompt) + 100, temperature=0.0).tolist())
+            each.clear_kv_cache()
+    assert len(texts[0]) == 100
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16], ids=str)
+def test_peak_memory_of_loading(smollm2: Path, tmp_path: Path, python: Run, dtype: torch.dtype) -> None:
+    state = torch.load(smollm2 / "lit_model.pth", mmap=True)
+    folder, allowed = smollm2, (smollm2 / "lit_model.pth").stat().st_size
+    if dtype != torch.float16:
+        folder = tmp_path / "checkpoint"
+        folder.mkdir()
+        torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, folder / "lit_model.pth")
+        (folder / "model_config.yaml").write_text((smollm2 / "model_config.yaml").read_text())
+        allowed += max(tensor.numel() for tensor in state.values()) * dtype.itemsize
+    result = python("-c", MEASURE_LOADING, str(folder))
+    assert result.returncode == 0, result.stderr
+    weights = {tensor.data_ptr(): tensor.nbytes for tensor in state.values()}
+    assert sum(weights.values()) * 0.9 < int(result.stdout) < allowed + 150e6

@@ -1,0 +1,165 @@
+"""A patched model saves, loads, copies and converts as users expect."""
+
+import copy
+import io
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upcast
+from tests.conftest import assert_patched, half_weights, rounded
+from tests.test_patching import IDS, Net
+
+SOURCES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def model() -> Net:
+    return upcast.patch(Net())
+
+
+def test_state_dict_has_the_same_keys_and_plain_float16_tensors(model: Net) -> None:
+    plain = Net()
+    state = model.state_dict()
+    assert list(state) == list(plain.state_dict())
+    for name, tensor in state.items():
+        assert type(tensor) is Tensor
+        assert tensor.dtype == (torch.float16 if tensor.dim() >= 2 else torch.float32)
+    assert state["up.weight"].data_ptr() == model.up.weight.stored.data_ptr()
+    assert {n: v.dtype for n, v in model.up.state_dict(prefix="x.").items()} == {
+        "x.weight": torch.float16,
+        "x.bias": torch.float32,
+    }
+
+
+def test_keep_vars_gives_the_parameters_themselves(model: Net) -> None:
+    assert model.state_dict(keep_vars=True)["up.weight"] is model.up.weight
+
+
+def test_an_unpatched_model_loads_it(model: Net) -> None:
+    plain = Net()
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(plain(IDS), model(IDS)) or torch.allclose(plain(IDS), model(IDS), atol=1e-6)
+    assert torch.equal(plain.up.weight, model.up.weight.widened())
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])
+@pytest.mark.parametrize("dtype", SOURCES, ids=str)
+def test_it_loads_any_floating_dtype(model: Net, dtype: torch.dtype, assign: bool) -> None:
+    source = Net().to(dtype)
+    state = source.state_dict()
+    model.load_state_dict(state, strict=True, assign=assign)
+    assert isinstance(model.up.weight, upcast.HalfWeight)
+    for name, weight in half_weights(model).items():
+        assert torch.equal(weight.stored, state[name].half())
+    if assign and dtype == torch.float16:
+        assert model.up.weight.stored.data_ptr() == state["up.weight"].data_ptr()
+    if dtype == torch.float32:
+        assert torch.allclose(model(IDS), rounded(source)(IDS), atol=1e-6)
+
+
+def test_loading_what_float16_cannot_hold(model: Net) -> None:
+    state = Net().state_dict()
+    state["up.weight"][0, 0] = 1e6
+    with pytest.raises(RuntimeError, match="65504"):
+        model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
+    assert type(model.up.weight) is nn.Parameter
+    assert model.up.weight[0, 0] == 1e6
+
+
+def test_wrong_shapes_and_keys_are_torch_s_own_errors(model: Net) -> None:
+    state = model.state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict({**state, "up.weight": torch.zeros(2, 2)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        model.load_state_dict({k: v for k, v in state.items() if k != "up.weight"})
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_whole_models_can_be_copied(model: Net, way: str) -> None:
+    want = model(IDS)
+    if way == "deepcopy":
+        other = copy.deepcopy(model)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(model))
+    else:
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        other = torch.load(buffer, weights_only=False)
+    assert_patched(other)
+    assert other.head.weight is other.embed.weight
+    assert torch.equal(other(IDS), want)
+    with torch.no_grad():
+        other.up.weight.zero_()
+    assert torch.equal(model(IDS), want)
+    assert other.state_dict()["down.weight"].dtype == torch.float16
+    with pytest.raises(upcast.UpcastError, match=r"unpatch\(model\)"):
+        other.half()
+    upcast.unpatch(other)
+    assert torch.equal(model(IDS), want)
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch")
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31))
+    with torch.no_grad():
+        model[1].weight.copy_(model[0].weight)
+    upcast.patch(model)
+    assert model[1].weight.twin == 2
+    safetensors.save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = safetensors.load_file(tmp_path / "model.safetensors")
+    assert loaded["0.weight"].dtype == torch.float16
+    model.load_state_dict(loaded)
+
+
+def test_a_loaded_checkpoint_may_tell_twins_apart() -> None:
+    model = nn.Sequential(nn.Linear(33, 31, bias=False), nn.Linear(33, 31, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(model[0].weight)
+    upcast.patch(model)
+    state = {"0.weight": torch.zeros(31, 33), "1.weight": torch.ones(31, 33)}
+    model.load_state_dict(state)
+    assert model[0].weight.stored.sum() == 0
+    assert model[1].weight.stored.sum() == 31 * 33
+
+
+def test_conversions_that_change_nothing(model: Net) -> None:
+    want, weights = model(IDS), half_weights(model)
+    for converted in (model.to("cpu"), model.float(), model.to(torch.float32), model.cpu(), model.eval(), model.train()):
+        assert converted is model
+    assert all(weight is weights[name] for name, weight in half_weights(model).items())
+    assert torch.equal(model(IDS), want)
+
+
+CONVERSIONS = {
+    "half": lambda model: model.half(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "double": lambda model: model.double(),
+    "to(float16)": lambda model: model.to(torch.float16),
+    "to(meta)": lambda model: model.to("meta"),
+}
+
+
+@pytest.mark.parametrize("name", CONVERSIONS)
+def test_conversions_that_are_refused_change_nothing(model: Net, name: str) -> None:
+    want = model(IDS)
+    with pytest.raises(upcast.UpcastError, match=r"converting a patched Net .* Call upcast\.unpatch\(model\) first"):
+        CONVERSIONS[name](model)
+    assert_patched(model)
+    assert torch.equal(model(IDS), want)
+
+
+def test_share_memory(model: Net) -> None:
+    model.share_memory()
+    assert model.up.weight.stored.is_shared()
+    model(IDS)
+
+
+def test_print_and_counting(model: Net) -> None:
+    assert "Linear(in_features=32, out_features=65" in str(model)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in Net().parameters())
