@@ -1,0 +1,215 @@
+"""The parent's side: starts one process per variant and interleaves what they measure.
+
+A shared machine drifts by tens of percent within minutes. So no variant is measured in one go: every round asks
+each of them for one sample, each round beginning with another one, while the others wait.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality import Quality
+from benchmarks.subject import Subject
+from benchmarks.summary import Summary, summarise
+from benchmarks.variants import BASELINE
+from benchmarks.worker import Failure, Job, Loading, Sample, StressOutcome, serve
+
+PATIENCE = 600  # seconds for one answer; the slowest, on a large model, takes a tenth of it
+# What would change the baselines, or the thread count, behind the benchmark's back.
+CLEARED = ("UPCAST", "UPCAST_POLICY", "UPCAST_KERNELS")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured."""
+
+    rounds: int
+    new_tokens: int  # per round
+    answer_tokens: int
+    window: int  # tokens of one stretch of text
+    windows: int
+    scales: tuple[int, ...]
+
+
+FULL = Effort(9, 32, 40, 512, 2, (4, 64, 1024, 4096))
+QUICK = Effort(3, 10, 12, 192, 1, (4, 4096))
+
+
+class VariantFailed(Exception):
+    """A variant could not answer; the message is one line, `details` the traceback."""
+
+    def __init__(self, reason: str, details: str = "") -> None:
+        super().__init__(reason)
+        self.details = details
+
+
+@dataclass
+class Result:
+    """All that is known about one variant; what was not reached before a failure stays empty."""
+
+    variant: str
+    failure: str | None = None
+    details: str = ""
+    threads: int | None = None
+    loading: Loading | None = None
+    steady_bytes: int | None = None
+    samples: list[Sample] = field(default_factory=list)
+    quality: Quality | None = None
+    answer: list[int] | None = None
+    stress: list[StressOutcome] = field(default_factory=list)
+
+    def timing(self, name: str) -> Summary | None:
+        """Summary of one field of the samples: `prefill`, `decode` or `first_token`, in seconds."""
+        return summarise([getattr(sample, name) for sample in self.samples]) if self.samples else None
+
+    @property
+    def status(self) -> str:
+        """`failed`, `non-finite` (in normal use; the stress test is apart) or `ok`."""
+        if self.failure is not None:
+            return "failed"
+        return "non-finite" if self.quality and self.quality.nonfinite_share else "ok"
+
+
+class Connected:
+    """A running worker process and the pipe to it."""
+
+    def __init__(self, job: Job) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection: Connection
+        self.connection, theirs = context.Pipe()
+        self.process: SpawnProcess = context.Process(target=serve, args=(theirs, job), name=job.variant, daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def send(self, method: str, *arguments: Any) -> None:
+        try:
+            self.connection.send((method, arguments))
+        except BrokenPipeError:
+            raise VariantFailed(self._ending()) from None
+
+    def receive(self) -> Any:
+        try:
+            if not self.connection.poll(PATIENCE):
+                raise VariantFailed(f"no answer within {PATIENCE} s")
+            answer = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise VariantFailed(self._ending()) from None
+        if isinstance(answer, Failure):
+            raise VariantFailed(answer.reason, answer.details)
+        return answer
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self.send(method, *arguments)
+        return self.receive()
+
+    def _ending(self) -> str:
+        self.process.join(timeout=10)
+        code = self.process.exitcode
+        return f"its process was killed by signal {-code}" if code and code < 0 else f"its process ended ({code})"
+
+    def close(self) -> None:
+        self.connection.close()
+        self.process.join(timeout=10)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+        self.process.close()
+
+
+class Session:
+    """Asks the variants that are still alive, and keeps what they answer or died of."""
+
+    def __init__(self, workers: dict[str, Connected]) -> None:
+        self.workers = workers
+        self.results = {name: Result(name) for name in workers}
+
+    def alive(self) -> list[str]:
+        return [name for name, result in self.results.items() if result.failure is None]
+
+    def ask(self, name: str, method: str, *arguments: Any) -> Any:
+        """Return the answer, or None once the variant has failed."""
+        result = self.results[name]
+        if result.failure is not None:
+            return None
+        try:
+            return self.workers[name].ask(method, *arguments)
+        except VariantFailed as failed:
+            result.failure, result.details = f"{method}: {failed}", failed.details
+            return None
+
+
+def job_for(subject: Subject, variant: str, threads: int | None, scratch: Path) -> Job:
+    return Job(variant, subject.checkpoint, scratch, threads, subject.prompt, subject.chat, subject.windows)
+
+
+@contextmanager
+def started(jobs: Sequence[Job]) -> Iterator[Session]:
+    """Start all workers, importing their libraries side by side; end them however the block ends."""
+    hidden = {name: os.environ.pop(name) for name in CLEARED if name in os.environ}
+    with ExitStack() as stack:
+        try:
+            workers = {}
+            for job in jobs:
+                workers[job.variant] = Connected(job)
+                stack.callback(workers[job.variant].close)
+        finally:
+            os.environ.update(hidden)
+        yield Session(workers)
+
+
+Notice = Callable[[str, float], None]  # what is being done, and the share of the whole that is done
+
+
+def measure(session: Session, effort: Effort, stressed: bool, notice: Notice) -> dict[str, Result]:
+    """Measure every variant of `session`; the stress test only if `stressed`."""
+    names = list(session.results)
+    for share, name in _shares(names, 0.0, 0.2):
+        notice(f"Loading {name}", share)
+        _load(session, name, effort)
+    for share, index in _shares(range(effort.rounds), 0.2, 0.65):
+        notice(f"Round {index + 1} of {effort.rounds}", share)
+        _round(session, effort, index)
+    # float32 leaves the reference that the others are compared with: it goes first.
+    for share, name in _shares(sorted(names, key=lambda name: name != BASELINE), 0.65, 1.0):
+        notice(f"Logits of {name}", share)
+        _judge(session, name, effort, stressed)
+    return session.results
+
+
+def _shares(items: Sequence[Any], begin: float, end: float) -> Iterator[tuple[float, Any]]:
+    for index, item in enumerate(items):
+        yield begin + (end - begin) * index / len(items), item
+
+
+def _load(session: Session, name: str, effort: Effort) -> None:
+    result = session.results[name]
+    result.threads = session.ask(name, "threads")
+    result.loading = session.ask(name, "load")
+    result.steady_bytes = session.ask(name, "steady_bytes", effort.new_tokens)
+    session.ask(name, "sample", 2)  # warm-up of the short prompt's path
+
+
+def _round(session: Session, effort: Effort, index: int) -> None:
+    names = session.alive()
+    first = index % len(names) if names else 0
+    for name in names[first:] + names[:first]:
+        sample = session.ask(name, "sample", effort.new_tokens)
+        if sample is not None:
+            session.results[name].samples.append(sample)
+
+
+def _judge(session: Session, name: str, effort: Effort, stressed: bool) -> None:
+    result = session.results[name]
+    if session.results[BASELINE].failure is None:
+        result.quality = session.ask(name, "quality")
+        for scale in effort.scales if stressed else ():
+            outcome = session.ask(name, "stress", scale)
+            if outcome is not None:
+                result.stress.append(outcome)
+    result.answer = session.ask(name, "answer", effort.answer_tokens)
