@@ -121,7 +121,7 @@ def weight_bytes(model: GPT) -> int:
         if isinstance(value, torch.Tensor):
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     for module in model.modules():
-        if hasattr(module, "_packed_params"):
+        if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
             weight, bias = module._weight_bias()
             packed += 2 * weight.numel() + (4 * bias.numel() if bias is not None else 0)
     return sum(storages.values()) + packed
