@@ -100,8 +100,12 @@ class Worker:
         return self._generate(self.chat, new_tokens)[0]
 
     def steady_bytes(self, new_tokens: int) -> int | None:
-        """Memory above the imports after generating, while the variant is still ready for the next token."""
+        """Memory above the imports after generating, while the variant is still ready for the next token.
+
+        This is also the warm-up: it takes both prompts through the paths that are timed later.
+        """
         with torch.inference_mode(), self.variant.context():
+            self._generate(self.chat, 1)
             self._generate(self.prompt, new_tokens)
             gc.collect()
             return self._above_imports(memory.resident_bytes()) if memory.supported() else None
