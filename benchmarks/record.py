@@ -53,7 +53,6 @@ def variant_record(result: Result, baseline: Result | None, subject: Subject) ->
         "weight_bytes": loading.get("weight_bytes"),
         "peak_loading_bytes": loading.get("peak_bytes"),
         "steady_bytes": result.steady_bytes,
-        "loading_seconds": loading.get("seconds"),
         "timings": {f"{name}_seconds": _summary(result, name) for name in TIMINGS},
         "ratios": ratios(result, baseline) if baseline else {},
         "quality": dataclasses.asdict(result.quality) if result.quality else None,

@@ -39,7 +39,7 @@ class Effort:
 
 
 FULL = Effort(9, 32, 40, 512, 2, (4, 64, 1024, 4096))
-QUICK = Effort(3, 8, 10, 128, 1, (4, 4096))
+QUICK = Effort(3, 8, 10, 128, 1, (64,))
 
 
 class VariantFailed(Exception):
@@ -105,10 +105,6 @@ class Connected:
             raise VariantFailed(answer.reason, answer.details)
         return answer
 
-    def ask(self, method: str, *arguments: Any) -> Any:
-        self.send(method, *arguments)
-        return self.receive()
-
     def _ending(self) -> str:
         self.process.join(timeout=10)
         code = self.process.exitcode
@@ -116,10 +112,8 @@ class Connected:
 
     def close(self) -> None:
         self.connection.close()
-        self.process.join(timeout=10)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+        self.process.kill()  # it holds nothing to save, and torch takes a second to leave in good order
+        self.process.join()
         self.process.close()
 
 
@@ -134,12 +128,21 @@ class Session:
         return [name for name, result in self.results.items() if result.failure is None]
 
     def ask(self, name: str, method: str, *arguments: Any) -> Any:
-        """Return the answer, or None once the variant has failed."""
+        """Return the answer of one variant, or None once it has failed."""
+        return self.ask_all([name], method, *arguments)[name]
+
+    def ask_all(self, names: Sequence[str], method: str, *arguments: Any) -> dict[str, Any]:
+        """Let all of `names` work at once and return their answers; for what is not timed."""
+        for name in names:
+            self._attempt(name, method, lambda worker: worker.send(method, *arguments))
+        return {name: self._attempt(name, method, Connected.receive) for name in names}
+
+    def _attempt(self, name: str, method: str, step: Callable[[Connected], Any]) -> Any:
         result = self.results[name]
         if result.failure is not None:
             return None
         try:
-            return self.workers[name].ask(method, *arguments)
+            return step(self.workers[name])
         except VariantFailed as failed:
             result.failure, result.details = f"{method}: {failed}", failed.details
             return None
@@ -182,10 +185,12 @@ Notice = Callable[[str, float], None]  # what is being done, and the share of th
 def measure(session: Session, effort: Effort, stressed: bool, notice: Notice) -> dict[str, Result]:
     """Measure every variant of `session`; the stress test only if `stressed`."""
     names = list(session.results)
-    for share, name in _shares(names, 0.0, 0.2):
-        notice(f"Loading {name}", share)
-        _load(session, name, effort)
-    for share, index in _shares(range(effort.rounds), 0.2, 0.65):
+    notice("Importing the libraries, loading the models", 0.0)
+    _load(session, names)
+    for share, name in _shares(names, 0.15, 0.25):
+        notice(f"Warming up {name}", share)
+        session.results[name].steady_bytes = session.ask(name, "steady_bytes", effort.new_tokens)
+    for share, index in _shares(range(effort.rounds), 0.25, 0.65):
         notice(f"Round {index + 1} of {effort.rounds}", share)
         _round(session, effort, index)
     # float32 leaves the reference that the others are compared with: it goes first.
@@ -200,11 +205,11 @@ def _shares(items: Sequence[Any], begin: float, end: float) -> Iterator[tuple[fl
         yield begin + (end - begin) * index / len(items), item
 
 
-def _load(session: Session, name: str, effort: Effort) -> None:
-    result = session.results[name]
-    result.threads = session.ask(name, "threads")
-    result.loading = session.ask(name, "load")
-    result.steady_bytes = session.ask(name, "steady_bytes", effort.new_tokens)
+def _load(session: Session, names: list[str]) -> None:
+    for name, threads in session.ask_all(names, "threads").items():
+        session.results[name].threads = threads
+    for name, loading in session.ask_all(names, "load").items():
+        session.results[name].loading = loading
 
 
 def _round(session: Session, effort: Effort, index: int) -> None:

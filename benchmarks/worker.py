@@ -40,7 +40,6 @@ class Job:
 class Loading:
     """Memory is above what the process held with all libraries imported; None where it cannot be told."""
 
-    seconds: float
     weight_bytes: int
     peak_bytes: int | None
 
@@ -86,11 +85,9 @@ class Worker:
         gc.collect()
         if memory.supported():
             memory.reset_peak()
-        start = time.perf_counter()
         self.model = self.variant.load(self.job.checkpoint)
-        seconds = time.perf_counter() - start
         peak = self._above_imports(memory.peak_bytes()) if memory.supported() else None
-        return Loading(seconds, weight_bytes(self.model), peak)
+        return Loading(weight_bytes(self.model), peak)
 
     def _above_imports(self, level: int) -> int | None:
         return level - self.imported_bytes if self.imported_bytes is not None else None
