@@ -47,7 +47,9 @@ def _headline(figure: Figure, content: dict[str, Any]) -> None:
     figure.subplots_adjust(left=1.45 / figure.get_figwidth(), right=0.985, wspace=0.09)
     figure.subplots_adjust(top=1 - 1.12 / height, bottom=0.58 / height)
     left = 0.012
-    figure.text(left, 1 - 0.28 / height, f"{subject['model']} on CPU", fontsize=15, weight="bold", va="center")
+    figure.text(
+        left, 1 - 0.28 / height, f"{subject['model']} on CPU", fontsize=15, weight="bold", va="center"
+    )
     figure.text(left, 1 - 0.55 / height, f"{subject['weights']}, through LitGPT", color=FAINT, va="center")
     torch_version = content["versions"]["torch"].split("+")[0]
     facts = (
@@ -80,9 +82,17 @@ def _label_rows(axis: Axes, variants: list[Variant]) -> None:
 
 
 def _title(axis: Axes, title: str, hint: str) -> None:
-    axis.annotate(title, (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points", weight="bold")
     axis.annotate(
-        hint, (0, 1), xytext=(0, 8), xycoords="axes fraction", textcoords="offset points", color=FAINT, fontsize=8
+        title, (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points", weight="bold"
+    )
+    axis.annotate(
+        hint,
+        (0, 1),
+        xytext=(0, 8),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        color=FAINT,
+        fontsize=8,
     )
 
 
@@ -100,7 +110,9 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
     largest = max((v["peak_loading_bytes"] or v["weight_bytes"] or 1) for v in variants) / 1e6
     axis.set_xlim(0, largest * 1.28)
     for row, variant in enumerate(variants):
-        weights, peak, steady = (variant[name] for name in ("weight_bytes", "peak_loading_bytes", "steady_bytes"))
+        weights, peak, steady = (
+            variant[name] for name in ("weight_bytes", "peak_loading_bytes", "steady_bytes")
+        )
         if weights is None:
             _missing(axis, row, variant)
             continue
@@ -117,7 +129,9 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
         Line2D([], [], color=INK, lw=1.8, label="steady"),
     ]
     options: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 1.0, "columnspacing": 1.1}
-    axis.legend(handles=keys, loc="upper left", bbox_to_anchor=(-0.03, 0.0), ncols=3, borderaxespad=0.2, **options)
+    axis.legend(
+        handles=keys, loc="upper left", bbox_to_anchor=(-0.03, 0.0), ncols=3, borderaxespad=0.2, **options
+    )
 
 
 def _value(axis: Axes, x: float, row: int, variant: Variant, text: str) -> None:
@@ -144,7 +158,9 @@ def _prefill(axis: Axes, variants: list[Variant]) -> None:
     _timed(axis, variants, "prefill_seconds", report.prefill_rate, "{:.0f}")
 
 
-def _timed(axis: Axes, variants: list[Variant], name: str, convert: Callable[[float], float], form: str) -> None:
+def _timed(
+    axis: Axes, variants: list[Variant], name: str, convert: Callable[[float], float], form: str
+) -> None:
     longest = 0.0
     for row, variant in enumerate(variants):
         summary = variant["timings"][name]
@@ -167,11 +183,24 @@ def _error(axis: Axes, variants: list[Variant]) -> None:
     for row, variant in enumerate(variants):
         quality = variant["quality"]
         if quality is None:
-            axis.text(1e-8, row, " failed" if variant["status"] == "failed" else "", color=BAD, va="center", weight="bold")
+            axis.text(
+                1e-8,
+                row,
+                " failed" if variant["status"] == "failed" else "",
+                color=BAD,
+                va="center",
+                weight="bold",
+            )
         elif quality["relative_error"] is None:
             axis.text(1e-8, row, " not finite", color=BAD, va="center", weight="bold")
         elif quality["relative_error"] == 0:
-            axis.text(1e-8, row, " the reference" if variant["variant"] == "float32" else " 0", color=FAINT, va="center")
+            axis.text(
+                1e-8,
+                row,
+                " the reference" if variant["variant"] == "float32" else " 0",
+                color=FAINT,
+                va="center",
+            )
         else:
             error = quality["relative_error"]
             axis.plot([1e-8, error], [row, row], color=_colour(variant), lw=1.2, alpha=0.5)
@@ -202,7 +231,13 @@ def _stress_cell(axis: Axes, column: int, row: int, outcome: dict[str, Any] | No
         axis.text(column, row, "-", ha="center", va="center", color=FAINT)
         return
     broken = outcome["nonfinite_share"] > 0
-    axis.add_patch(Rectangle(corner, 0.92, 0.72, color=BAD if broken else GOOD, alpha=0.9 if broken else 0.22, lw=0))
-    text = "NaN" if broken else ("exact" if outcome["relative_error"] == 0 else _power(outcome["relative_error"]))
+    axis.add_patch(
+        Rectangle(corner, 0.92, 0.72, color=BAD if broken else GOOD, alpha=0.9 if broken else 0.22, lw=0)
+    )
+    text = (
+        "NaN"
+        if broken
+        else ("exact" if outcome["relative_error"] == 0 else _power(outcome["relative_error"]))
+    )
     color, weight = ("white", "bold") if broken else (INK, "normal")
     axis.text(column, row, text, ha="center", va="center", color=color, weight=weight, fontsize=8.5)

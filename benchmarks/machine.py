@@ -29,11 +29,15 @@ def cpu_model() -> str:
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
     fields = dict(
-        (part.strip() for part in line.split(":", 1)) for line in cpuinfo.read_text().splitlines() if ":" in line
+        (part.strip() for part in line.split(":", 1))
+        for line in cpuinfo.read_text().splitlines()
+        if ":" in line
     )
     flags = fields.get("flags", "").split()
     vectors = [name for name in ("avx512f", "avx512_bf16", "avx512_fp16", "avx2", "f16c") if name in flags]
-    return " ".join([fields.get("model name", platform.machine()), f"({', '.join(vectors)})" if vectors else ""]).strip()
+    return " ".join(
+        [fields.get("model name", platform.machine()), f"({', '.join(vectors)})" if vectors else ""]
+    ).strip()
 
 
 def versions() -> dict[str, str]:

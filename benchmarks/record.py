@@ -57,8 +57,8 @@ def variant_record(result: Result, baseline: Result | None, subject: Subject) ->
         "ratios": ratios(result, baseline) if baseline else {},
         "quality": dataclasses.asdict(result.quality) if result.quality else None,
         "stress": [dataclasses.asdict(outcome) for outcome in result.stress],
-        "answer_tokens": result.answer,
-        "answer": subject.decode(result.answer) if result.answer else None,
+        "answer_tokens": list(result.answer or ()),
+        "answer": subject.decode(list(result.answer)) if result.answer else None,
     }
 
 

@@ -1,6 +1,6 @@
 """What a person reads in the terminal: two tables that share their rows, and the notes below them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.console import Group, RenderableType
@@ -62,7 +62,9 @@ def _megabytes(value: int | None) -> float | None:
 
 COSTS = (
     Cost("weights\nMB", lambda r: _megabytes(r.loading.weight_bytes) if r.loading else None, "{:,.0f}"),
-    Cost("peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"),
+    Cost(
+        "peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"
+    ),
     Cost("steady RSS\nMB", lambda r: _megabytes(r.steady_bytes), "{:,.0f}"),
     Cost("prefill\ntokens/s", _timing("prefill", prefill_rate), "{:,.0f}"),
     Cost("decode\nms/token", _timing("decode", lambda seconds: 1e3 * seconds), "{:,.1f}"),
@@ -74,7 +76,9 @@ def render(results: dict[str, Result], context: Context) -> Group:
     """Return everything the terminal shows at the end; fits `WIDTH` columns."""
     heading = Text(f"\n{context.title}", style="bold")
     heading.append(f"   {context.weights}", style="not bold")
-    setting = Text(f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim")
+    setting = Text(
+        f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim"
+    )
     parts: list[RenderableType] = [heading, setting, cost_table(results), worth_table(results, context)]
     return Group(*parts, *notes(results, context))
 
@@ -123,7 +127,12 @@ def quality_cells(result: Result, tokenizer: bool) -> list[str | Text]:
         return [Text("NaN", style="bold red")] * 4
     assert quality.kl is not None and quality.top1_agreement is not None  # finite logits give them all
     perplexity = f"{quality.perplexity:.3f}" if tokenizer else NOTHING
-    return [f"{quality.relative_error:.1e}", f"{quality.kl:.1e}", f"{100 * quality.top1_agreement:.1f} %", perplexity]
+    return [
+        f"{quality.relative_error:.1e}",
+        f"{quality.kl:.1e}",
+        f"{100 * quality.top1_agreement:.1f} %",
+        perplexity,
+    ]
 
 
 def stress_cell(outcome: StressOutcome) -> Text:
@@ -133,7 +142,7 @@ def stress_cell(outcome: StressOutcome) -> Text:
     return Text(f"{outcome.relative_error:.1e}")
 
 
-def agreement_cell(answer: list[int] | None, reference: list[int] | None) -> str:
+def agreement_cell(answer: Sequence[int] | None, reference: Sequence[int] | None) -> str:
     """How many greedy tokens agree before the first that does not."""
     if answer is None or reference is None:
         return NOTHING
@@ -161,7 +170,11 @@ def verdict(result: Result) -> Text:
 
 def notes(results: dict[str, Result], context: Context) -> list[Text]:
     """What the tables leave out: failures with their reasons, skipped parts, what the words mean."""
-    lines = [Text(f"{result.variant} FAILED: {result.failure}", style="bold red") for result in results.values() if result.failure]
+    lines = [
+        Text(f"{result.variant} FAILED: {result.failure}", style="bold red")
+        for result in results.values()
+        if result.failure
+    ]
     if context.skipped_stress:
         lines.append(Text(f"stress test skipped: {context.skipped_stress}", style="yellow"))
     lines += [Text(f"{name}: {VARIANTS[name].about}", style="dim") for name in results if name in VARIANTS]
@@ -170,9 +183,9 @@ def notes(results: dict[str, Result], context: Context) -> list[Text]:
 
 
 EXPLANATION = (
-    "Medians of interleaved rounds; x: ratio to float32. RSS: above the imported libraries. Decode: with a KV cache "
-    "after {prompt} tokens. First token: of a short chat prompt. Logits: {text}. Stress: the residual stream times "
-    "2^k, which leaves float32's logits unchanged."
+    "Medians of interleaved rounds; x: ratio to float32. RSS: above the imported libraries. Prefill: {prompt} tokens. "
+    "First token and decode: the greedy answer to a short chat prompt, with a KV cache. Logits: {text}. Stress: the "
+    "residual stream times 2^k, which leaves float32's logits unchanged."
 )
 
 

@@ -1,8 +1,8 @@
 """Measure what upcast costs and what it gives, against float32 and the other ways to run a model on CPU.
 
-    python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
-    python benchmarks/run.py --quick                the same, under one minute
-    python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
+python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
+python benchmarks/run.py --quick                the same, under one minute
+python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
 """
 
 import argparse
@@ -54,14 +54,24 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
-        "--model", default=smollm2.MODEL, help="a LitGPT config name; random weights unless %(default)s (the default)"
+        "--model",
+        default=smollm2.MODEL,
+        help="a LitGPT config name; random weights unless %(default)s (the default)",
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
-    parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads per variant (default: torch's)")
-    parser.add_argument("--rounds", type=positive, metavar="N", help=f"default {FULL.rounds}, with --quick {QUICK.rounds}")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default benchmarks/results")
+    parser.add_argument(
+        "--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads per variant (default: torch's)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help=f"default {FULL.rounds}, with --quick {QUICK.rounds}"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default benchmarks/results"
+    )
     return parser
 
 

@@ -31,15 +31,14 @@ class Effort:
     """How much is measured."""
 
     rounds: int
-    new_tokens: int  # per round
-    answer_tokens: int
+    new_tokens: int  # of the greedy answer that every round gives
     window: int  # tokens of one stretch of text
     windows: int
     scales: tuple[int, ...]
 
 
-FULL = Effort(9, 32, 40, 512, 2, (4, 64, 1024, 4096))
-QUICK = Effort(3, 8, 10, 128, 1, (64,))
+FULL = Effort(9, 40, 512, 2, (4, 64, 1024, 4096))
+QUICK = Effort(3, 10, 128, 1, (64,))
 
 
 class VariantFailed(Exception):
@@ -62,12 +61,16 @@ class Result:
     steady_bytes: int | None = None
     samples: list[Sample] = field(default_factory=list)
     quality: Quality | None = None
-    answer: list[int] | None = None
     stress: list[StressOutcome] = field(default_factory=list)
 
     def timing(self, name: str) -> Summary | None:
         """Summary of one field of the samples: `prefill`, `decode` or `first_token`, in seconds."""
         return summarise([getattr(sample, name) for sample in self.samples]) if self.samples else None
+
+    @property
+    def answer(self) -> tuple[int, ...] | None:
+        """The greedy tokens of the first round; `_round` makes sure that all rounds agree."""
+        return self.samples[0].answer if self.samples else None
 
     @property
     def status(self) -> str:
@@ -84,7 +87,9 @@ class Connected:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(target=serve, args=(theirs, job), name=job.variant, daemon=True)
+        self.process: SpawnProcess = context.Process(
+            target=serve, args=(theirs, job), name=job.variant, daemon=True
+        )
         self.process.start()
         theirs.close()
 
@@ -108,7 +113,11 @@ class Connected:
     def _ending(self) -> str:
         self.process.join(timeout=10)
         code = self.process.exitcode
-        return f"its process was killed by signal {-code}" if code and code < 0 else f"its process ended ({code})"
+        return (
+            f"its process was killed by signal {-code}"
+            if code and code < 0
+            else f"its process ended ({code})"
+        )
 
     def close(self) -> None:
         self.connection.close()
@@ -189,7 +198,7 @@ def measure(session: Session, effort: Effort, stressed: bool, notice: Notice) ->
     _load(session, names)
     for share, name in _shares(names, 0.15, 0.25):
         notice(f"Warming up {name}", share)
-        session.results[name].steady_bytes = session.ask(name, "steady_bytes", effort.new_tokens)
+        session.results[name].steady_bytes = session.ask(name, "warm_up", effort.new_tokens)
     for share, index in _shares(range(effort.rounds), 0.25, 0.65):
         notice(f"Round {index + 1} of {effort.rounds}", share)
         _round(session, effort, index)
@@ -216,9 +225,12 @@ def _round(session: Session, effort: Effort, index: int) -> None:
     names = session.alive()
     first = index % len(names) if names else 0
     for name in names[first:] + names[:first]:
-        sample = session.ask(name, "sample", effort.new_tokens)
-        if sample is not None:
-            session.results[name].samples.append(sample)
+        result, sample = session.results[name], session.ask(name, "sample", effort.new_tokens)
+        if sample is None:
+            continue
+        result.samples.append(sample)
+        if sample.answer != result.answer:
+            result.failure = f"round {index + 1} gave another greedy answer than round 1"
 
 
 def _judge(session: Session, name: str, effort: Effort, stressed: bool) -> None:
@@ -229,4 +241,3 @@ def _judge(session: Session, name: str, effort: Effort, stressed: bool) -> None:
             outcome = session.ask(name, "stress", scale)
             if outcome is not None:
                 result.stress.append(outcome)
-    result.answer = session.ask(name, "answer", effort.answer_tokens)

@@ -37,9 +37,7 @@ def why_not(config: Config) -> str | None:
 def stress(subject: Model, scale: int) -> Model: ...
 @overload
 def stress(subject: Mapping[str, torch.Tensor], scale: int) -> dict[str, torch.Tensor]: ...
-def stress(
-    subject: GPT | Mapping[str, torch.Tensor], scale: int
-) -> GPT | dict[str, torch.Tensor]:
+def stress(subject: GPT | Mapping[str, torch.Tensor], scale: int) -> GPT | dict[str, torch.Tensor]:
     """Scale the residual stream by `scale`, a power of two that keeps every weight inside its dtype's range.
 
     A model is changed in place (weights and eps) and returned; stress it before patching. Of a state dict a
@@ -51,7 +49,9 @@ def stress(
     if not isinstance(subject, GPT):
         return {name: _scaled(name, tensor, scale) for name, tensor in subject.items()}
     parameters = dict(subject.named_parameters(remove_duplicate=False))
-    subject.load_state_dict({name: _scaled(name, p.detach(), scale) for name, p in parameters.items()}, assign=True)
+    subject.load_state_dict(
+        {name: _scaled(name, p.detach(), scale) for name, p in parameters.items()}, assign=True
+    )
     stress_eps(subject, scale)
     return subject
 

@@ -46,11 +46,12 @@ class Loading:
 
 @dataclass(frozen=True)
 class Sample:
-    """One round: `prefill` and `first_token` in seconds, `decode` in seconds per token."""
+    """One round: `prefill` and `first_token` in seconds, `decode` in seconds per token, and what was said."""
 
     prefill: float
     decode: float
     first_token: float
+    answer: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -92,29 +93,22 @@ class Worker:
     def _above_imports(self, level: int) -> int | None:
         return level - self.imported_bytes if self.imported_bytes is not None else None
 
-    def answer(self, new_tokens: int) -> list[int]:
-        """The greedy continuation of the chat prompt, by LitGPT's own `generate_fn`."""
-        return self._generate(self.chat, new_tokens)[0]
-
-    def steady_bytes(self, new_tokens: int) -> int | None:
-        """Memory above the imports after generating, while the variant is still ready for the next token.
-
-        This is also the warm-up: it takes both prompts through the paths that are timed later.
-        """
+    def warm_up(self, new_tokens: int) -> int | None:
+        """Take every timed path once; return the memory above the imports while ready for the next token."""
         with torch.inference_mode(), self.variant.context():
-            self._generate(self.chat, 1)
-            self._generate(self.prompt, new_tokens)
+            self.sample(new_tokens)
             gc.collect()
             return self._above_imports(memory.resident_bytes()) if memory.supported() else None
 
     def sample(self, new_tokens: int) -> Sample:
-        _, times = self._generate(self.prompt, new_tokens)
-        _, chat_times = self._generate(self.chat, 1)
+        """Time one prefill of the long prompt, and the greedy answer to the chat prompt."""
+        _, prefill = self._generate(self.prompt, 1)
+        answer, times = self._generate(self.chat, new_tokens)
         decode = (times[-1] - times[1]) / (new_tokens - 1)
-        return Sample(times[1] - times[0], decode, chat_times[1] - chat_times[0])
+        return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
 
     def _generate(self, prompt: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
-        """Return the greedy tokens, and the time before the first and after each one."""
+        """Return the greedy tokens by LitGPT's own `generate_fn`, and the time before the first and after each."""
         total = len(prompt) + new_tokens
         tokens, times = [], [time.perf_counter()]
         with self.variant.context():
