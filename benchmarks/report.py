@@ -1,0 +1,201 @@
+"""What a person reads in the terminal: two tables that share their rows, and the notes below them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.session import Result
+from benchmarks.subject import PROMPT_TOKENS
+from benchmarks.variants import BASELINE, VARIANTS
+from benchmarks.worker import StressOutcome
+
+WIDTH = 120
+NOTHING = "-"
+OURS = "upcast"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the tables say about the run as a whole."""
+
+    title: str
+    weights: str
+    text: str
+    machine: str
+    threads: int | None
+    rounds: int
+    tokenizer: bool
+    skipped_stress: str | None  # why the stress test was not run
+
+
+Number = Callable[[Result], float | None]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A column of the first table: a number in the title's unit."""
+
+    title: str
+    number: Number
+    form: str
+
+
+def _timing(name: str, convert: Callable[[float], float]) -> Number:
+    def number(result: Result) -> float | None:
+        summary = result.timing(name)
+        return convert(summary.median) if summary else None
+
+    return number
+
+
+def prefill_rate(seconds: float) -> float:
+    """Tokens per second of a prefill of `PROMPT_TOKENS` tokens."""
+    return PROMPT_TOKENS / seconds
+
+
+def _megabytes(value: int | None) -> float | None:
+    return None if value is None else value / 1e6
+
+
+COSTS = (
+    Cost("weights\nMB", lambda r: _megabytes(r.loading.weight_bytes) if r.loading else None, "{:,.0f}"),
+    Cost(
+        "peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"
+    ),
+    Cost("steady RSS\nMB", lambda r: _megabytes(r.steady_bytes), "{:,.0f}"),
+    Cost("prefill\ntokens/s", _timing("prefill", prefill_rate), "{:,.0f}"),
+    Cost("decode\nms/token", _timing("decode", lambda seconds: 1e3 * seconds), "{:,.1f}"),
+    Cost("first token\nms", _timing("first_token", lambda seconds: 1e3 * seconds), "{:,.0f}"),
+)
+
+
+def render(results: dict[str, Result], context: Context) -> Group:
+    """Return everything the terminal shows at the end; fits `WIDTH` columns."""
+    heading = Text(f"\n{context.title}", style="bold")
+    heading.append(f"   {context.weights}", style="not bold")
+    setting = Text(
+        f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim"
+    )
+    parts: list[RenderableType] = [heading, setting, cost_table(results), worth_table(results, context)]
+    return Group(*parts, *notes(results, context))
+
+
+def cost_table(results: dict[str, Result]) -> Table:
+    """Memory and speed: medians, and their ratio to float32's."""
+    table = _table("What it costs", [cost.title for cost in COSTS])
+    baseline = results.get(BASELINE)
+    for result in results.values():
+        cells = [_with_ratio(cost, result, baseline) for cost in COSTS]
+        table.add_row(result.variant, *cells, style=_row_style(result))
+    return table
+
+
+def _with_ratio(cost: Cost, result: Result, baseline: Result | None) -> str:
+    value = cost.number(result)
+    if value is None:
+        return NOTHING
+    reference = cost.number(baseline) if baseline else None
+    ratio = f" {value / reference:4.2f}x" if reference else ""
+    return cost.form.format(value) + ratio
+
+
+def worth_table(results: dict[str, Result], context: Context) -> Table:
+    """Quality against float32, the stress test, and the verdict."""
+    scales = sorted({outcome.scale for result in results.values() for outcome in result.stress})
+    titles = ["logits\nerror", "KL\nnats", "top-1\nagrees", "perplexity"]
+    titles += [f"stress\nx{scale}" for scale in scales] + ["same\nanswer", "verdict"]
+    table = _table("What it is worth, against float32 on the same weights", titles)
+    answer = results[BASELINE].answer if BASELINE in results else None
+    for result in results.values():
+        by_scale = {outcome.scale: outcome for outcome in result.stress}
+        stressed = [stress_cell(by_scale[scale]) if scale in by_scale else NOTHING for scale in scales]
+        same = agreement_cell(result.answer, answer)
+        cells = quality_cells(result, context.tokenizer) + stressed + [same, verdict(result)]
+        table.add_row(result.variant, *cells, style=_row_style(result))
+    return table
+
+
+def quality_cells(result: Result, tokenizer: bool) -> list[str | Text]:
+    """Logits error, KL, top-1 agreement, perplexity."""
+    quality = result.quality
+    if quality is None:
+        return [NOTHING] * 4
+    if quality.nonfinite_share:
+        return [Text("NaN", style="bold red")] * 4
+    assert quality.kl is not None and quality.top1_agreement is not None  # finite logits give them all
+    perplexity = f"{quality.perplexity:.3f}" if tokenizer else NOTHING
+    return [
+        f"{quality.relative_error:.1e}",
+        f"{quality.kl:.1e}",
+        f"{100 * quality.top1_agreement:.1f} %",
+        perplexity,
+    ]
+
+
+def stress_cell(outcome: StressOutcome) -> Text:
+    """The logits error, or the share of logits that are not finite."""
+    if outcome.nonfinite_share:
+        return Text(f"{100 * outcome.nonfinite_share:.0f} % NaN", style="bold red")
+    return Text(f"{outcome.relative_error:.1e}")
+
+
+def agreement_cell(answer: Sequence[int] | None, reference: Sequence[int] | None) -> str:
+    """How many greedy tokens agree before the first that does not."""
+    if answer is None or reference is None:
+        return NOTHING
+    return f"{common_prefix(answer, reference)}/{len(reference)}"
+
+
+def common_prefix(left: Iterable[int], right: Iterable[int]) -> int:
+    count = 0
+    for ours, theirs in zip(left, right, strict=False):
+        if ours != theirs:
+            break
+        count += 1
+    return count
+
+
+def verdict(result: Result) -> Text:
+    if result.status == "failed":
+        return Text("FAILED", style="bold red")
+    if result.status == "non-finite":
+        return Text("NaN", style="bold red")
+    if any(outcome.nonfinite_share for outcome in result.stress):
+        return Text("overflows", style="red")
+    return Text("ok", style="green")
+
+
+def notes(results: dict[str, Result], context: Context) -> list[Text]:
+    """What the tables leave out: failures with their reasons, skipped parts, what the words mean."""
+    lines = [
+        Text(f"{result.variant} FAILED: {result.failure}", style="bold red")
+        for result in results.values()
+        if result.failure
+    ]
+    if context.skipped_stress:
+        lines.append(Text(f"stress test skipped: {context.skipped_stress}", style="yellow"))
+    lines += [Text(f"{name}: {VARIANTS[name].about}", style="dim") for name in results if name in VARIANTS]
+    lines.append(Text(EXPLANATION.format(text=context.text, prompt=PROMPT_TOKENS), style="dim"))
+    return lines
+
+
+EXPLANATION = (
+    "Medians of interleaved rounds; x: ratio to float32. RSS: above the imported libraries. Prefill: {prompt} tokens. "
+    "First token and decode: the greedy answer to a short chat prompt, with a KV cache. Logits: {text}. Stress: the "
+    "residual stream times 2^k, which leaves float32's logits unchanged."
+)
+
+
+def _table(title: str, columns: list[str]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
+    table.add_column("variant", no_wrap=True, vertical="bottom")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _row_style(result: Result) -> str:
+    return "bold" if result.variant == OURS else ""

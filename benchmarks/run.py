@@ -1,0 +1,143 @@
+"""Measure what upcast costs and what it gives, against float32 and the other ways to run a model on CPU.
+
+python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
+python benchmarks/run.py --quick                the same, under one minute
+python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: make `benchmarks` importable
+
+from litgpt.config import Config
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import chart, machine, record, report, smollm2, stress, subject
+from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
+from benchmarks.variants import BASELINE, VARIANTS
+
+DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; return 0, or 1 if a variant failed. Wrong options exit with 2."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    effort = chosen_effort(options)
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
+        try:
+            measured = subject.resolve(
+                options.model, options.checkpoint, Path(scratch), effort.window, effort.windows
+            )
+        except subject.SubjectError as error:
+            parser.error(str(error))
+        skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
+        results = run_variants(measured, options, effort, skipped, Path(scratch))
+        content = record.record(measured, effort, results, skipped, time.perf_counter() - begin)
+    show(measured, effort, results, skipped)
+    write(options.output, content)
+    return int(any(result.failure for result in results.values()))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--model",
+        default=smollm2.MODEL,
+        help="a LitGPT config name; random weights unless %(default)s (the default)",
+    )
+    source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
+    parser.add_argument(
+        "--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP
+    )
+    parser.add_argument(
+        "--threads", type=positive, metavar="N", help="threads per variant (default: torch's)"
+    )
+    parser.add_argument(
+        "--rounds", type=positive, metavar="N", help=f"default {FULL.rounds}, with --quick {QUICK.rounds}"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default benchmarks/results"
+    )
+    return parser
+
+
+VARIANTS_HELP = f"of {', '.join(VARIANTS)}; {BASELINE} is the baseline and always measured (default: all)"
+
+
+def variant_names(text: str) -> list[str]:
+    """Parse `a,b,c` into names in the table's order, the baseline included."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in asked if name not in VARIANTS]
+    if unknown or not asked:
+        found = ", ".join(unknown) or "no name"
+        raise argparse.ArgumentTypeError(f"{found}: not a variant; choose from {', '.join(VARIANTS)}")
+    return [name for name in VARIANTS if name in asked or name == BASELINE]
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number of at least 1 is needed")
+    return int(text)
+
+
+def chosen_effort(options: argparse.Namespace) -> Effort:
+    effort = QUICK if options.quick else FULL
+    return replace(effort, rounds=options.rounds) if options.rounds else effort
+
+
+def run_variants(
+    measured: subject.Subject, options: argparse.Namespace, effort: Effort, skipped: str | None, scratch: Path
+) -> dict[str, Result]:
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    jobs = [job_for(measured, name, options.threads, scratch) for name in options.variants]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("Starting one process per variant", total=1.0)
+
+        def notice(description: str, share: float) -> None:
+            progress.update(task, description=description, completed=share)
+
+        with started(jobs) as session:
+            return measure(session, effort, skipped is None, notice)
+
+
+def show(measured: subject.Subject, effort: Effort, results: dict[str, Result], skipped: str | None) -> None:
+    # Not narrower than the tables, also where the output is no terminal.
+    console = Console()
+    console.width = max(console.width, report.WIDTH)
+    context = report.Context(
+        title=measured.title,
+        weights=measured.weights,
+        text=measured.text,
+        machine=machine.cpu_model(),
+        threads=next((result.threads for result in results.values() if result.threads), None),
+        rounds=effort.rounds,
+        tokenizer=subject.has_tokenizer(measured.checkpoint),
+        skipped_stress=skipped,
+    )
+    console.print(report.render(results, context))
+
+
+def write(output: Path, content: dict[str, object]) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    model = content["subject"]["model"]  # type: ignore[index]
+    path = output / f"{model}.json"
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"\n{path}\n{chart.draw(content, path.with_suffix('.png'))}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

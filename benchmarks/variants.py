@@ -1,0 +1,128 @@
+"""The ways to run one checkpoint on CPU: how each is loaded, and what its forward pass runs under.
+
+Baselines load as LitGPT does (`LLM.distribute`): build `GPT(config)` in the precision asked for, then copy the
+checkpoint into it. `from_state` builds the same variant from a state dict, for the stress test.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+from litgpt.utils import load_checkpoint
+
+BASELINE = "float32"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model. `finish` turns a model whose weights are `dtype` into the variant."""
+
+    name: str
+    about: str
+    dtype: torch.dtype
+    precision: str  # Lightning Fabric's name of `dtype`
+    finish: Callable[[GPT], GPT] = lambda model: model
+    context: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext
+    load_with: Callable[[Path], GPT] | None = None  # where the variant brings a loader of its own
+
+    def load(self, checkpoint: Path) -> GPT:
+        """Return the model in eval mode, loaded from a LitGPT checkpoint folder."""
+        if self.load_with is not None:
+            return self.load_with(checkpoint)
+        fabric = lightning.Fabric(accelerator="cpu", devices=1, precision=self.precision)
+        # LitGPT fills the weights with random numbers here, then overwrites them; memory is the same without.
+        with fabric.init_module(empty_init=True):
+            model = GPT(Config.from_checkpoint(checkpoint))
+        load_checkpoint(fabric, model, checkpoint / "lit_model.pth")
+        return self.finish(model.eval())
+
+    def from_state(self, state: Mapping[str, torch.Tensor], config: Config) -> GPT:
+        """Return the model in eval mode with the weights of `state`, converted to the variant's dtype."""
+        with torch.device("meta"):
+            model = GPT(config)
+        model.load_state_dict({name: tensor.to(self.dtype) for name, tensor in state.items()}, assign=True)
+        model.cos, model.sin = model.rope_cache()
+        return self.finish(model.eval())
+
+
+def _quantize_dynamic(model: GPT) -> GPT:
+    with warnings.catch_warnings():
+        # PyTorch deprecates torch.ao.quantization; it is still its only float16-weight path on CPU.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        quantize = torch.ao.quantization.quantize_dynamic  # type: ignore[attr-defined]
+        # In place: the default deep-copies the float32 model first, which would only inflate its peak.
+        quantized: GPT = quantize(model, {torch.nn.Linear}, dtype=torch.float16, inplace=True)
+    return quantized
+
+
+def _autocast() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", dtype=torch.bfloat16)
+
+
+def _upcast_load(checkpoint: Path) -> GPT:
+    import upcast
+
+    return upcast.load_litgpt(checkpoint)
+
+
+def _upcast_patch(model: GPT) -> GPT:
+    import upcast
+
+    return upcast.patch(model)
+
+
+VARIANTS = {
+    variant.name: variant
+    for variant in (
+        Variant(BASELINE, "float32 weights and math", torch.float32, "32-true"),
+        Variant("float16", "float16 weights and math", torch.float16, "16-true"),
+        Variant("bfloat16", "bfloat16 weights and math", torch.bfloat16, "bf16-true"),
+        Variant(
+            "autocast",
+            "float32 weights, torch.autocast to bfloat16",
+            torch.float32,
+            "32-true",
+            context=_autocast,
+        ),
+        Variant(
+            "quantize_dynamic",
+            "torch.ao quantize_dynamic(dtype=float16) on every Linear",
+            torch.float32,
+            "32-true",
+            finish=_quantize_dynamic,
+        ),
+        Variant(
+            "upcast",
+            "float16 weights, float32 math",
+            torch.float16,
+            "16-true",
+            finish=_upcast_patch,
+            load_with=_upcast_load,
+        ),
+    )
+}
+
+
+def weight_bytes(model: GPT) -> int:
+    """Bytes of all weights at rest; storages that several names share count once.
+
+    Packed weights of `quantize_dynamic` are opaque: they count two bytes per element, without their padding.
+    """
+    storages: dict[int, int] = {}
+    packed = 0
+    for value in model.state_dict().values():
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    for module in model.modules():
+        if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
+            weight, bias = module._weight_bias()
+            packed += 2 * weight.numel() + (4 * bias.numel() if bias is not None else 0)
+    return sum(storages.values()) + packed
