@@ -38,7 +38,7 @@ HANDLED: list[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]] = [
     ("matmul, weight first", (31, 33), lambda w: w @ X.mT),
     ("matmul, weight first, matrix", (31, 33), lambda w: w @ X[0].T),
     ("weight times vector", (129, 33), lambda w: w @ X[0, 0]),
-    ("rmatmul", (33, 129), lambda w: X.__matmul__(w)),
+    ("rmatmul", (33, 129), X.__matmul__),
     ("mm", (33, 129), lambda w: torch.mm(X[0], w)),
     ("mv", (129, 33), lambda w: torch.mv(w, X[0, 0])),
     ("bmm", (2, 33, 31), lambda w: torch.bmm(X, w)),
@@ -223,7 +223,7 @@ def test_gradients_flow_through_and_only_float16_is_saved() -> None:
     x, reference = (X.clone().requires_grad_() for _ in range(2))
     bias = torch.zeros(31, requires_grad=True)
     y = F.linear(x, weight, bias)
-    saved = [t for t in y.grad_fn.next_functions[0][0].saved_tensors]  # type: ignore[union-attr]
+    saved = y.grad_fn.next_functions[0][0].saved_tensors  # type: ignore[union-attr]
     assert [t.dtype for t in saved] == [torch.float16]
     y.square().sum().backward()
     F.linear(reference, weight.widened()).square().sum().backward()
@@ -256,13 +256,6 @@ def test_only_float16_can_be_stored() -> None:
         HalfWeight(torch.zeros(2, 2))
 
 
-COPIES: list[tuple[str, Callable[[HalfWeight], HalfWeight]]] = [
-    ("deepcopy", copy.deepcopy),
-    ("pickle", lambda w: pickle.loads(pickle.dumps(w))),
-    ("torch.save", lambda w: _saved_and_loaded(w)),
-]
-
-
 def _saved_and_loaded(weight: HalfWeight) -> HalfWeight:
     buffer = io.BytesIO()
     torch.save(weight, buffer)
@@ -270,6 +263,13 @@ def _saved_and_loaded(weight: HalfWeight) -> HalfWeight:
     loaded = torch.load(buffer, weights_only=False)
     assert isinstance(loaded, HalfWeight)
     return loaded
+
+
+COPIES: list[tuple[str, Callable[[HalfWeight], HalfWeight]]] = [
+    ("deepcopy", copy.deepcopy),
+    ("pickle", lambda w: pickle.loads(pickle.dumps(w))),
+    ("torch.save", _saved_and_loaded),
+]
 
 
 @pytest.mark.parametrize("duplicate", [pytest.param(f, id=n) for n, f in COPIES])

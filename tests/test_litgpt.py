@@ -13,7 +13,15 @@ from tests.litgpt_checkpoints import small_config, write_checkpoint
 
 pytest.importorskip("litgpt")
 
-NAMES = ["pythia-160m", "SmolLM2-135M-Instruct", "Gemma-2-2b", "Qwen3-0.6B", "Mixtral-8x7B-v0.1", "phi-2", "OLMo-2-1124-7B"]
+NAMES = [
+    "pythia-160m",
+    "SmolLM2-135M-Instruct",
+    "Gemma-2-2b",
+    "Qwen3-0.6B",
+    "Mixtral-8x7B-v0.1",
+    "phi-2",
+    "OLMo-2-1124-7B",
+]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 IDS = torch.arange(14).view(2, 7) * 9
 

@@ -277,7 +277,8 @@ def test_recurrent_layers_use_the_new_weights() -> None:
     x = torch.randn(5, 2, 7)
     want = rounded(model)(x)[0]
     upcast.patch(model)
-    assert all(weight is getattr(model, name) for name, weight in zip(model._flat_weights_names, model._flat_weights))
+    used = zip(model._flat_weights_names, model._flat_weights, strict=True)
+    assert all(weight is getattr(model, name) for name, weight in used)
     assert relative_error(model(x)[0], want) < 1e-6
     assert fallbacks(model).calls  # said, not hidden
 

@@ -1,7 +1,6 @@
 """The promises on SmolLM2-135M-Instruct with its real weights."""
 
 import pydoc_data.topics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +41,8 @@ def reference(smollm2: Path) -> Any:
 
 
 @pytest.fixture
-def model(smollm2: Path) -> Iterator[Any]:
-    yield upcast.load_litgpt(smollm2)
+def model(smollm2: Path) -> Any:
+    return upcast.load_litgpt(smollm2)
 
 
 def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -53,8 +52,9 @@ def logits(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 def stressed(smollm2: Path, scale: int) -> Any:
     """The exact stress test: activations grow by ``scale``, and in float32 no bit of the logits changes."""
-    from benchmarks.stress import stress, stress_eps
     from litgpt import GPT, Config
+
+    from benchmarks.stress import stress, stress_eps
 
     model = GPT(Config.from_file(smollm2 / "model_config.yaml")).eval()
     model.load_state_dict(stress(torch.load(smollm2 / "lit_model.pth"), scale), assign=True)
@@ -100,11 +100,11 @@ def test_greedy_text_is_float32_s(model: Any, reference: Any, smollm2: Path) -> 
     from litgpt.prompts import load_prompt_style
 
     prompt = Tokenizer(smollm2).encode(load_prompt_style(smollm2).apply("What do llamas eat?")).long()
-    texts = []
+    texts, options = [], {"temperature": 0.0, "include_prompt": False}
     for each in (model, reference):
         with torch.inference_mode():
             each.set_kv_cache(batch_size=1, max_seq_length=len(prompt) + 100)
-            texts.append(generate(each, prompt, max_returned_tokens=len(prompt) + 100, temperature=0.0).tolist())
+            texts.append(generate(each, prompt, max_returned_tokens=len(prompt) + 100, **options).tolist())
             each.clear_kv_cache()
     assert len(texts[0]) == 100
     assert texts[0] == texts[1]

@@ -25,7 +25,7 @@ def test_state_dict_has_the_same_keys_and_plain_float16_tensors(model: Net) -> N
     plain = Net()
     state = model.state_dict()
     assert list(state) == list(plain.state_dict())
-    for name, tensor in state.items():
+    for tensor in state.values():
         assert type(tensor) is Tensor
         assert tensor.dtype == (torch.float16 if tensor.dim() >= 2 else torch.float32)
     assert state["up.weight"].data_ptr() == model.up.weight.stored.data_ptr()
@@ -130,7 +130,14 @@ def test_a_loaded_checkpoint_may_tell_twins_apart() -> None:
 
 def test_conversions_that_change_nothing(model: Net) -> None:
     want, weights = model(IDS), half_weights(model)
-    for converted in (model.to("cpu"), model.float(), model.to(torch.float32), model.cpu(), model.eval(), model.train()):
+    for converted in (
+        model.to("cpu"),
+        model.float(),
+        model.to(torch.float32),
+        model.cpu(),
+        model.eval(),
+        model.train(),
+    ):
         assert converted is model
     assert all(weight is weights[name] for name, weight in half_weights(model).items())
     assert torch.equal(model(IDS), want)

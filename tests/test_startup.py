@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import _upcast_startup
 import pytest
 
+import _upcast_startup
 from tests.conftest import Run
 from upcast import startup
 
@@ -26,7 +26,9 @@ def test_with_upcast_off_start_up_imports_nothing(python: Run, variables: dict[s
     assert "site" in modules
     ours = {name for name in modules if "upcast" in name or name.split(".")[0] in ("wrapt", "torch")}
     # UPCAST=0 runs the hook's own off test, without the libraries; unset runs nothing at all
-    assert {name for name in ours if not name.startswith("_editable")} <= ({"_upcast_startup"} if variables.get("UPCAST") else set())
+    assert {name for name in ours if not name.startswith("_editable")} <= (
+        {"_upcast_startup"} if variables.get("UPCAST") else set()
+    )
 
 
 def test_the_check_above_can_fail(python: Run) -> None:

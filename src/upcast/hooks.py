@@ -15,8 +15,8 @@ def install(root: nn.Module) -> None:
     """Give every module that holds a HalfWeight its hooks, and ``root`` a guard on conversions."""
     for module in root.modules():
         if any(_half_weights(module)):
-            module.register_state_dict_post_hook(_plain_state)  # type: ignore[no-untyped-call]
-            module.register_load_state_dict_pre_hook(_accept_state)  # type: ignore[no-untyped-call]
+            module.register_state_dict_post_hook(_plain_state)
+            module.register_load_state_dict_pre_hook(_accept_state)
     root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
 
 

@@ -198,7 +198,7 @@ def _set_data(target: Tensor, source: Tensor) -> None:
 
 @handles(Tensor.share_memory_)
 def _share_memory(weight: HalfWeight) -> HalfWeight:
-    weight.stored.share_memory_()  # type: ignore[no-untyped-call]
+    weight.stored.share_memory_()
     return weight
 
 

@@ -73,7 +73,7 @@ def _product(a: Tensor, b: Tensor) -> Any:
 def _batched(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b for a weight of more than two dimensions (experts): one matrix at a time."""
     a2, b2 = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
-    batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])  # type: ignore[no-untyped-call]
+    batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])
     a3 = a2.expand(*batch, *a2.shape[-2:]).reshape(-1, *a2.shape[-2:])
     b3 = b2.expand(*batch, *b2.shape[-2:]).reshape(-1, *b2.shape[-2:])
     out = torch.stack([_product(a3[i], b3[i]) for i in range(a3.shape[0])])
