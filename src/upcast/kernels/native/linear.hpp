@@ -10,25 +10,19 @@ namespace UPCAST_NS {
 
 // Fewest multiply-adds worth waking another thread for: waking costs about a microsecond.
 constexpr int64_t WORK_PER_THREAD = 32 * 1024;
-// From here on the panels' transpose costs less than the dot tiles' sums and repeated conversions.
-constexpr int64_t PANEL_FROM_M = 16;
 
 static LinearPlan plan_linear(const Linear &a, int threads) {
     const int64_t work = a.M * a.N * a.K;
     threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
     if (a.transposed) return a.M == 1 ? plan_axpy(a, threads) : plan_panel(a, threads);
-    if (a.M >= PANEL_FROM_M) return plan_panel(a, threads);
-    LinearPlan plan = {};
-    plan.strategy = Strategy::dot;
-    plan.tasks[0] = static_cast<int>(least<int64_t>(threads, a.N));
-    return plan;
+    return plan_dot(a, threads);
 }
 
 static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int phase, int task) {
     float *floats = static_cast<float *>(scratch);
     switch (plan.strategy) {
     case Strategy::dot:
-        return dot_range(a, a.N * task / plan.tasks[0], a.N * (task + 1) / plan.tasks[0]);
+        return dot_task(a, plan, floats, task);
     case Strategy::axpy:
         return phase == 0 ? axpy_task(a, plan, floats, task) : axpy_gather(a, plan, floats, task);
     case Strategy::panel:

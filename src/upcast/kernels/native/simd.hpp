@@ -37,6 +37,13 @@
 
 #define UPCAST_INLINE static inline __attribute__((always_inline))
 
+// Keeps a loaded vector in its register: gcc would rather repeat the load in every instruction using it.
+#if defined(__aarch64__)
+#define UPCAST_KEEP(v) __asm__("" : "+w"(v))
+#else
+#define UPCAST_KEEP(v) __asm__("" : "+v"(v))
+#endif
+
 // gcc before 12 knows only __builtin_shuffle, clang only __builtin_shufflevector.
 #if defined(__clang__)
 #define UPCAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -164,8 +171,16 @@ UPCAST_INLINE void store_half_part(uint16_t *p, vf v, int count) {
 UPCAST_INLINE vf load(const uint16_t *p) { return load_half(p); }
 UPCAST_INLINE vf load_part(const uint16_t *p, int count) { return load_half_part(p, count); }
 
+static void widen_row(const uint16_t *from, float *to, int64_t width) {
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) store(to + i, load_half(from + i));
+    if (i == width) return;
+    const int count = static_cast<int>(width - i);
+    store_part(to + i, load_half_part(from + i, count), count);
+}
+
 // Pairs of vectors seen as blocks of S lanes: `low` keeps the even blocks of both, `high` the odd ones.
-// The stages S = 1, 2, 4, ... of these two build both the transpose and the tree of sums below.
+// The stages S = 1, 2, 4, ... of these two build the tree of sums below.
 template <int S> struct Blocks;
 #if UPCAST_LANES == 16
 template <> struct Blocks<1> {
@@ -207,17 +222,6 @@ template <> struct Blocks<2> {
     static vf high(vf a, vf b) { return UPCAST_SHUFFLE(a, b, 2, 3, 6, 7); }
 };
 #endif
-
-// In place: rows[i][j] becomes rows[j][i].
-template <int S = 1> UPCAST_INLINE void transpose(vf (&rows)[LANES]) {
-    for (int i = 0; i < LANES; ++i) {
-        if (i & S) continue;
-        const vf a = rows[i], b = rows[i + S];
-        rows[i] = Blocks<S>::low(a, b);
-        rows[i + S] = Blocks<S>::high(a, b);
-    }
-    if constexpr (2 * S < LANES) transpose<2 * S>(rows);
-}
 
 // Lane i of the result is the sum of the lanes of parts[i]; destroys parts.
 template <int S = 1> UPCAST_INLINE vf sum_each(vf *parts) {
