@@ -204,7 +204,7 @@ def _summary(plan: Plan) -> str:
     """Return upcast's one line about a patched model."""
     sizes = f"{report.megabytes(plan.bytes_before)} -> {report.megabytes(plan.bytes_after)}"
     float32 = ", ".join(f"{count} ({reason})" for reason, count in plan.in_float32().items())
-    return f"{plan.model} {sizes}, {kernels.name()} kernels; tensors in float32: {float32 or 'none'}"
+    return f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}"
 
 
 def _loss(plan: Plan) -> str:

@@ -23,7 +23,7 @@ def describe() -> str:
         ("active", _active(settings.enabled)),
         ("start-up file", _startup_file()),
         ("loaders", ", ".join(_loader(target) for target in _upcast_startup.TARGETS)),
-        ("kernels", f"{kernels.name()} (UPCAST_KERNELS={settings.kernels})"),
+        ("kernels", f"{kernels.describe()}, UPCAST_KERNELS={settings.kernels}"),
         ("threads", str(torch.get_num_threads())),
         ("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)),
     ]

@@ -1,65 +1,100 @@
 """Kernels: float16 weights times float32 activations, and which implementation runs.
 
-`portable` is plain PyTorch and runs everywhere. Both implementations have the same functions; what differentiates
-and what chooses between them is here.
+`native` is the compiled library; `portable` is plain PyTorch, runs everywhere, and says what native must give. Both
+have the same functions. Here is what chooses between them and what differentiates through them.
 """
 
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from upcast import config
 from upcast.errors import UpcastError
-from upcast.kernels import portable
+from upcast.kernels import native, portable
 
-_backend = portable
+_IMPLEMENTATIONS = {"native": native, "portable": portable}
+_active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
+
+
+def use(choice: str) -> None:
+    """Choose the implementation: ``auto`` (native where it loads), ``native`` or ``portable``.
+
+    Raises:
+        UpcastError: ``choice`` is none of these, or native kernels were asked for and cannot be loaded.
+    """
+    global _active  # noqa: PLW0603 - one choice per process, as UPCAST_KERNELS says
+    if choice not in config.KERNELS:
+        raise UpcastError(f"kernels {choice!r}; it must be one of {', '.join(config.KERNELS)}. Use 'auto'.")
+    if choice == "native" and not native.available():
+        raise UpcastError(
+            f"native kernels were asked for, but they cannot be loaded ({native.load_error()}); upcast never replaces "
+            "them in silence. Use UPCAST_KERNELS=auto, or install upcast where a C++ compiler is."
+        )
+    if choice == "auto":
+        choice = "native" if native.available() else "portable"
+    _active = _IMPLEMENTATIONS[choice]
+
+
+def active() -> ModuleType:
+    """Return the implementation in use; on first use, the one that the environment asks for."""
+    if _active is None:
+        use(config.read().kernels)
+    assert _active is not None
+    return _active
 
 
 def name() -> str:
     """Return the name of the implementation in use."""
-    return "portable"
+    return active().__name__.rpartition(".")[2]
 
 
-def use(choice: str) -> None:
-    """Choose the implementation: ``auto``, ``native`` or ``portable``.
-
-    Raises:
-        UpcastError: ``choice`` is none of these, or native kernels were asked for and are not there.
-    """
-    if choice not in config.KERNELS:
-        raise UpcastError(f"kernels {choice!r}; it must be one of {', '.join(config.KERNELS)}. Use 'auto'.")
-    if choice == "native":
-        raise UpcastError(
-            "native kernels were asked for, but this build has none; upcast never replaces them in silence. "
-            "Use UPCAST_KERNELS=auto or UPCAST_KERNELS=portable."
-        )
+def describe() -> str:
+    """Return the implementation in use in words: which one, at which level, and why not native."""
+    if active() is native:
+        return f"native ({native.info()['isa']})"
+    return f"portable ({native.load_error() or 'as asked'})"
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.T + bias`` in float32: x float32 (..., K), weight float16 (N, K), bias float32 (N,).
 
     Differentiable with respect to x and bias; only the float16 weight is kept for the backward pass.
     """
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: torch.Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+        y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
-    return _backend.linear(x, weight, bias)
+    return _linear(x, weight, bias)
 
 
-def embedding(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = weight.stride()
+    implementation = _active or active()
+    if columns == 1:
+        result = implementation.linear(x, weight, bias)
+    elif rows == 1:  # a transposed view, such as GPT-2's Conv1D makes
+        result = implementation.matmul(x, weight.t(), bias)
+    else:
+        result = portable.linear(x, weight, bias)
+    return result  # type: ignore[no-any-return]
+
+
+def embedding(indices: Tensor, weight: Tensor) -> Tensor:
     """Return rows of ``weight`` (float16, (V, D)) at ``indices`` (integers, any shape) in float32."""
-    return _backend.embedding(indices, weight)
+    implementation = portable if weight.stride(-1) != 1 else active()
+    return implementation.embedding(indices, weight)  # type: ignore[no-any-return]
 
 
 class _Linear(torch.autograd.Function):
     """y = x W^T with a frozen float16 W: dX = dY W."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(weight)
-        return _backend.linear(x, weight)
+        return _linear(x, weight, None)
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         (weight,) = ctx.saved_tensors
         return linear(grads[0], weight.t()), None

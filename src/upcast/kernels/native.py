@@ -1,0 +1,161 @@
+"""The native kernels: tensors in, tensors out, over the limited-API module `_native`.
+
+Activations are float32 and weights float16, all on the CPU; weights are read in place and widened in
+registers. Nothing here records gradients. Whatever a kernel cannot take is refused with an
+`UpcastError` before any memory is touched.
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcast.errors import UpcastError
+
+_COPY_X, _COPY_RESIDUAL = 1, 2
+_CPU = torch.device("cpu")
+_empty = torch.empty
+_float32 = torch.float32
+_threads = torch.get_num_threads
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension module, or None and the reason why there is none."""
+    try:
+        return importlib.import_module("upcast.kernels._native"), None
+    except ImportError as error:
+        note = Path(__file__).with_name("native_missing.txt")
+        return None, note.read_text().strip() if note.exists() else str(error)
+
+
+def _attach_pool(module: ModuleType) -> None:
+    """Point the kernels at the OpenMP library that torch itself is linked to, whatever its file is called."""
+    libraries = Path(torch.__file__).parent / "lib"
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    for candidate in [libraries / f"libtorch_cpu.{suffix}", *sorted(libraries.glob("lib*omp*"))]:
+        if module.attach_pool(str(candidate)):
+            return
+
+
+_module, _load_error = _load()
+_native: Any = _module
+_exchange = False
+if _module is not None:
+    _exchange = _module.setup(UpcastError, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    _attach_pool(_module)
+
+
+def available() -> bool:
+    """Whether the native library is loaded."""
+    return _module is not None
+
+
+def load_error() -> str | None:
+    """Why the native library is not loaded, or None."""
+    return _load_error
+
+
+def info() -> dict[str, Any]:
+    """What runs: `isa` in use, `available` levels best first, `compiler`, `threads`, `exchange`."""
+    if _module is None:
+        return {"isa": None, "available": (), "compiler": None, "threads": None, "exchange": None}
+    return {
+        "isa": _module.level(),
+        "available": _module.levels(),
+        "compiler": _module.compiler(),
+        "threads": _module.pool(),
+        "exchange": "dlpack" if _exchange else "data_ptr",
+    }
+
+
+def set_isa(name: str) -> None:
+    """Run the level `name`, one of `info()["available"]`, from the next call on."""
+    if _module is None:
+        raise UpcastError(f"the native kernels are missing: {_load_error}; there is no level to choose.")
+    if not _module.force_level(name):
+        levels = ", ".join(_module.levels())
+        raise UpcastError(
+            f"instruction set {name!r} cannot run here; this machine runs {levels}. Choose one of these."
+        )
+
+
+def _describe(tensor: Tensor | None) -> Any:
+    """A tensor as the module takes it: itself, or a tuple where torch has no exchange interface."""
+    if tensor is None or _exchange:
+        return tensor
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return tensor.data_ptr(), dtype, tensor.device.type, tuple(tensor.shape), tensor.stride()
+
+
+def _rows(tensor: Tensor | None) -> Tensor | None:
+    """A copy in plain row-major order, whatever the strides were."""
+    if tensor is None:
+        return None
+    return _empty(tensor.shape, dtype=tensor.dtype, device=_CPU).copy_(tensor)
+
+
+def _product(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, transposed: bool
+) -> Tensor:
+    if _exchange:
+        copies = _native.linear(out, x, weight, bias, residual, transposed, _threads())
+    else:
+        views = [_describe(tensor) for tensor in (out, x, weight, bias, residual)]
+        copies = _native.linear(*views, transposed, _threads())
+    if copies:
+        x_rows = _rows(x) if copies & _COPY_X else x
+        residual_rows = _rows(residual) if copies & _COPY_RESIDUAL else residual
+        views = [_describe(tensor) for tensor in (out, x_rows, weight, bias, residual_rows)]
+        _native.linear(*views, transposed, _threads())
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W^T + bias + residual, each product and sum in float32.
+
+    x: (..., K) float32, any strides. weight: (N, K) float16, elements of a row adjacent. bias: (N,)
+    float32, contiguous. residual: (..., N) float32, any strides, added after the sum over K.
+    Returns (..., N) float32.
+    """
+    out = _empty((*x.shape[:-1], weight.shape[0]), dtype=_float32, device=_CPU)
+    return _product(out, x, weight, bias, residual, False)
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """x W + bias + residual: `linear` for a weight stored (K, N) float16, row-major.
+
+    This is also the gradient of `linear` with respect to x, and GPT-2's Conv1D. Returns (..., N) float32.
+    """
+    out = _empty((*x.shape[:-1], weight.shape[-1]), dtype=_float32, device=_CPU)
+    return _product(out, x, weight, bias, residual, True)
+
+
+def embedding(indices: Tensor, weight: Tensor) -> Tensor:
+    """Rows of weight, widened to float32.
+
+    indices: int64 or int32, any shape. weight: (V, D) float16, elements of a row adjacent. Returns
+    (*indices.shape, D) float32. IndexError where an index is out of range.
+    """
+    out = _empty((*indices.shape, weight.shape[-1]), dtype=_float32, device=_CPU)
+    views = [_describe(tensor) for tensor in (out, indices.contiguous(), weight)]
+    _native.embedding(*views, _threads())
+    return out
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool = False) -> Tensor:
+    """One linear per expert over rows sorted by expert; only experts with rows are read.
+
+    x: (T, K) float32. weight: (E, N, K) float16, or (E, K, N) when transposed. counts: (E,) int64, the
+    rows of each expert, adding up to T. Returns (T, N) float32.
+    """
+    width = weight.shape[-1] if transposed else weight.shape[-2]
+    out = _empty((x.shape[0], width), dtype=_float32, device=_CPU)
+    views = [_describe(tensor) for tensor in (out, x, weight, counts)]
+    if _native.grouped_linear(*views, transposed, _threads()):
+        views[1] = _describe(_rows(x))
+        _native.grouped_linear(*views, transposed, _threads())
+    return out

@@ -1,0 +1,24 @@
+// One instruction set's kernels: this file is compiled once per level, with that level's flags.
+#include "embedding.hpp"
+#include "kernels.hpp"
+#include "linear.hpp"
+#include "simd.hpp"
+
+namespace upcast {
+namespace UPCAST_NS {
+
+static const Level LEVEL = {UPCAST_LEVEL_NAME, plan_linear, linear, embedding};
+
+} // namespace UPCAST_NS
+
+#if UPCAST_LEVEL == 4
+const Level &kernels_x86_64_v4() { return UPCAST_NS::LEVEL; }
+#elif UPCAST_LEVEL == 3
+const Level &kernels_x86_64_v3() { return UPCAST_NS::LEVEL; }
+#elif UPCAST_LEVEL == 1
+const Level &kernels_x86_64() { return UPCAST_NS::LEVEL; }
+#else
+const Level &kernels_aarch64() { return UPCAST_NS::LEVEL; }
+#endif
+
+} // namespace upcast

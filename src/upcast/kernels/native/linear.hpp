@@ -1,0 +1,35 @@
+// Which strategy carries out a linear, and the two entry points of a level for it.
+#pragma once
+
+#include "linear_axpy.hpp"
+#include "linear_dot.hpp"
+#include "linear_panel.hpp"
+
+namespace upcast {
+namespace UPCAST_NS {
+
+// Fewest multiply-adds worth waking another thread for: waking costs about a microsecond.
+constexpr int64_t WORK_PER_THREAD = 32 * 1024;
+
+static LinearPlan plan_linear(const Linear &a, int threads) {
+    const int64_t work = a.M * a.N * a.K;
+    threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
+    if (a.transposed) return a.M == 1 ? plan_axpy(a, threads) : plan_panel(a, threads);
+    return plan_dot(a, threads);
+}
+
+static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int phase, int task) {
+    float *floats = static_cast<float *>(scratch);
+    switch (plan.strategy) {
+    case Strategy::dot:
+        return dot_task(a, plan, floats, task);
+    case Strategy::axpy:
+        return phase == 0 ? axpy_task(a, plan, floats, task) : axpy_gather(a, plan, floats, task);
+    case Strategy::panel:
+        if (phase == 1) return panel_task(a, plan, floats, task);
+        return copy_x(a, plan, floats, a.M * task / plan.tasks[0], a.M * (task + 1) / plan.tasks[0]);
+    }
+}
+
+} // namespace UPCAST_NS
+} // namespace upcast

@@ -1,0 +1,165 @@
+// y = x W for W stored [K, N]: panels of PANEL columns by a block of K are widened into scratch, where
+// they stay in the nearest caches while every row of x passes over them in tiles held in registers.
+//
+// x is copied once, block by block with a padded stride: rows whose stride is a multiple of 4 KiB would
+// otherwise evict each other. While a tile computes, it fetches the float16 weights of the next panel.
+#pragma once
+
+#include "kernels.hpp"
+#include "simd.hpp"
+
+namespace upcast {
+namespace UPCAST_NS {
+
+constexpr int PANEL = 2 * LANES;
+constexpr int TILE_ROWS = REGISTERS == 32 ? 12 : 6;
+constexpr int64_t BLOCK_K = 256;
+constexpr int64_t X_PAD = 16;
+// Panels widened together, so that each row of W is read in stretches of several cache lines.
+constexpr int64_t GROUP = 8 * 16 / PANEL;
+
+struct PanelTile {
+    const float *x; // rows of a block of x, `ldx` apart
+    int64_t ldx;
+    const float *panel;
+    int64_t depth;
+    int64_t m, n;
+    int columns; // of PANEL that exist
+    bool first, last;
+    // One row of the next panel's weights per step of K; a stride of zero stays on the spot.
+    const uint16_t *ahead;
+    int64_t ahead_ld;
+};
+
+template <int ROWS> UPCAST_INLINE void finish_panel(const Linear &a, const PanelTile &t, vf (&sums)[ROWS][2]) {
+    for (int half = 0; half < 2; ++half) {
+        const int count = least(LANES, t.columns - half * LANES);
+        if (count <= 0) return;
+        const int64_t n = t.n + half * LANES;
+        for (int r = 0; r < ROWS; ++r) {
+            float *y = a.y + (t.m + r) * a.ldy + n;
+            const float *residual = t.last && a.residual ? a.residual + (t.m + r) * a.ldr + n : nullptr;
+            vf value = sums[r][half];
+            if (count == LANES) {
+                if (!t.first) value += load(y);
+                if (t.last && a.bias) value += load(a.bias + n);
+                if (residual) value += load(residual);
+                store(y, value);
+            } else {
+                if (!t.first) value += load_part(y, count);
+                if (t.last && a.bias) value += load_part(a.bias + n, count);
+                if (residual) value += load_part(residual, count);
+                store_part(y, value, count);
+            }
+        }
+    }
+}
+
+template <int ROWS> static void panel_tile(const Linear &a, const PanelTile &t) {
+    vf sums[ROWS][2];
+    for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = vf{};
+    const uint16_t *ahead = t.ahead;
+    for (int64_t k = 0; k < t.depth; ++k) {
+        prefetch(ahead);
+        ahead += t.ahead_ld;
+        const vf left = load(t.panel + k * PANEL), right = load(t.panel + k * PANEL + LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            const vf x = splat(t.x[r * t.ldx + k]);
+            sums[r][0] += x * left;
+            sums[r][1] += x * right;
+        }
+    }
+    finish_panel<ROWS>(a, t, sums);
+}
+
+typedef void (*PanelTiles)(const Linear &, const PanelTile &);
+template <int ROWS> static PanelTiles panel_tile_for(int rows) {
+    if constexpr (ROWS == 0) return nullptr;
+    else return rows == ROWS ? panel_tile<ROWS> : panel_tile_for<ROWS - 1>(rows);
+}
+
+// out[p][k][j] = w[k0 + k][n + p * PANEL + j], panels `size` floats apart; zero beyond the last column.
+static void widen_panels(const Linear &a, int64_t n, int64_t k0, int64_t depth, int64_t panels, int64_t size, float *out) {
+    for (int64_t k = 0; k < depth; ++k) {
+        const uint16_t *w = a.w + (k0 + k) * a.ldw + n;
+        for (int64_t p = 0; p < panels; ++p) {
+            for (int half = 0; half < 2; ++half) {
+                const int64_t column = p * PANEL + half * LANES;
+                const int64_t left = a.N - n - column;
+                vf v = {};
+                if (left >= LANES) v = load_half(w + column);
+                else if (left > 0) v = load_part(w + column, static_cast<int>(left));
+                store(out + p * size + k * PANEL + half * LANES, v);
+            }
+        }
+    }
+}
+
+static int64_t panel_blocks(const Linear &a, const LinearPlan &plan) { return (a.K + plan.block - 1) / plan.block; }
+static int64_t panel_groups(const Linear &a) { return (a.N + PANEL * GROUP - 1) / (PANEL * GROUP); }
+
+static LinearPlan plan_panel(const Linear &a, int threads) {
+    LinearPlan plan = {};
+    plan.strategy = Strategy::panel;
+    const int64_t wanted = most<int64_t>(1, (a.K + BLOCK_K - 1) / BLOCK_K);
+    plan.block = most<int64_t>(16, ((a.K + wanted - 1) / wanted + 15) / 16 * 16);
+    plan.grid_n = static_cast<int>(least<int64_t>(threads, panel_groups(a)));
+    plan.grid_m = static_cast<int>(least<int64_t>(threads / plan.grid_n, (a.M + TILE_ROWS - 1) / TILE_ROWS));
+    plan.tasks[0] = static_cast<int>(least<int64_t>(threads, a.M));
+    plan.tasks[1] = plan.grid_n * plan.grid_m;
+    const int64_t x_floats = a.M * panel_blocks(a, plan) * (plan.block + X_PAD);
+    plan.scratch = sizeof(float) * static_cast<size_t>(x_floats + plan.tasks[1] * GROUP * plan.block * PANEL);
+    return plan;
+}
+
+static void copy_x(const Linear &a, const LinearPlan &plan, float *copy, int64_t begin, int64_t end) {
+    const int64_t ld = plan.block + X_PAD;
+    for (int64_t k = 0, b = 0; k < a.K; k += plan.block, ++b) {
+        const size_t bytes = sizeof(float) * static_cast<size_t>(least(plan.block, a.K - k));
+        for (int64_t m = begin; m < end; ++m) memcpy(copy + (b * a.M + m) * ld, a.x + m * a.ldx + k, bytes);
+    }
+}
+
+// One panel against rows [begin, end) of a block of x, in tiles of nearly equal height.
+static void panel_rows(const Linear &a, PanelTile t, const float *x, int64_t begin, int64_t end) {
+    const int64_t tiles = (end - begin + TILE_ROWS - 1) / TILE_ROWS;
+    for (int64_t i = 0; i < tiles; ++i) {
+        t.m = begin + (end - begin) * i / tiles;
+        const int64_t next = begin + (end - begin) * (i + 1) / tiles;
+        t.x = x + t.m * t.ldx;
+        panel_tile_for<TILE_ROWS>(static_cast<int>(next - t.m))(a, t);
+        t.ahead_ld = 0; // everything was fetched during the first tile
+    }
+}
+
+static void panel_task(const Linear &a, const LinearPlan &plan, float *scratch, int task) {
+    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, size = plan.block * PANEL;
+    const int64_t groups = panel_groups(a);
+    const int tn = task % plan.grid_n, tm = task / plan.grid_n;
+    const int64_t last_group = groups * (tn + 1) / plan.grid_n;
+    const int64_t begin = a.M * tm / plan.grid_m, end = a.M * (tm + 1) / plan.grid_m;
+    float *panels = scratch + a.M * blocks * ld + task * GROUP * size;
+    for (int64_t g = groups * tn / plan.grid_n; g < last_group; ++g) {
+        const int64_t n0 = g * PANEL * GROUP;
+        const int64_t count = least(GROUP, (a.N - n0 + PANEL - 1) / PANEL);
+        for (int64_t b = 0; b < blocks; ++b) {
+            const int64_t k0 = b * plan.block, depth = least(plan.block, a.K - k0);
+            widen_panels(a, n0, k0, depth, count, size, panels);
+            const bool last = b + 1 == blocks;
+            const int64_t next_n = last ? n0 + PANEL * GROUP : n0, next_k = last ? 0 : k0 + plan.block;
+            // Only where a whole next block exists: prefetch addresses stay inside the weights.
+            const bool fetch = next_n + PANEL * GROUP <= a.N && next_k + plan.block <= a.K;
+            for (int64_t p = 0; p < count; ++p) {
+                const int64_t n = n0 + p * PANEL;
+                const uint16_t *ahead = fetch ? a.w + next_k * a.ldw + next_n + p * PANEL : a.w;
+                const PanelTile t = {nullptr, ld, panels + p * size, depth, 0, n,
+                                     static_cast<int>(least<int64_t>(PANEL, a.N - n)), b == 0, last,
+                                     ahead, fetch ? a.ldw : 0};
+                panel_rows(a, t, scratch + b * a.M * ld, begin, end);
+            }
+        }
+    }
+}
+
+} // namespace UPCAST_NS
+} // namespace upcast
