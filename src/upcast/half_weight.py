@@ -63,6 +63,7 @@ class HalfWeight(torch.Tensor):
 
     stored: torch.Tensor
     fallbacks: Fallbacks
+    row_major: bool  # a matrix whose rows are contiguous: the kernels take it as it is
     twin: int  # 0: a storage of its own; 1 and 2: the first and a later weight of equal ones that share a storage
 
     @staticmethod
@@ -83,6 +84,7 @@ class HalfWeight(torch.Tensor):
 
     def __init__(self, stored: torch.Tensor, fallbacks: Fallbacks | None = None) -> None:
         self.stored = stored
+        self.row_major = stored.dim() == 2 and stored.stride(1) == 1
         self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
         self.twin = 0
 

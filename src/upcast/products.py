@@ -30,15 +30,19 @@ def _times(x: Tensor, weight: HalfWeight, bias: Tensor | None = None) -> Tensor:
 
 @handles(F.linear)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if (
-        type(weight) is not HalfWeight
-        or isinstance(x, HalfWeight)
-        or isinstance(bias, HalfWeight)
-        or weight.stored.dim() != 2
-        or x.dtype == torch.float64
-    ):
+    if type(weight) is HalfWeight and x.dtype is torch.float32 and type(x) is Tensor:
+        if weight.row_major and not torch.is_grad_enabled():  # the hot path of inference
+            return kernels.active().linear(x, weight.stored, bias)
+    elif not _takes_part(x, weight, bias):
         return call_widened(F.linear, (x, weight, bias), {})
+    assert isinstance(weight, HalfWeight)
     return _times(x, weight, bias)
+
+
+def _takes_part(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether only the weight is stored in float16, and the product is one of float32."""
+    only_weight = isinstance(weight, HalfWeight) and not isinstance(x, HalfWeight) and not isinstance(bias, HalfWeight)
+    return only_weight and x.dtype != torch.float64 and weight.dim() == 2
 
 
 @handles(*named("matmul mm bmm mv __matmul__"))

@@ -18,8 +18,8 @@ _IMPLEMENTATIONS = {"native": native, "portable": portable}
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
 
 
-def use(choice: str) -> None:
-    """Choose the implementation: ``auto`` (native where it loads), ``native`` or ``portable``.
+def use(choice: str) -> ModuleType:
+    """Choose and return the implementation: ``auto`` (native where it loads), ``native`` or ``portable``.
 
     Raises:
         UpcastError: ``choice`` is none of these, or native kernels were asked for and cannot be loaded.
@@ -35,14 +35,12 @@ def use(choice: str) -> None:
     if choice == "auto":
         choice = "native" if native.available() else "portable"
     _active = _IMPLEMENTATIONS[choice]
+    return _active
 
 
 def active() -> ModuleType:
     """Return the implementation in use; on first use, the one that the environment asks for."""
-    if _active is None:
-        use(config.read().kernels)
-    assert _active is not None
-    return _active
+    return _active or use(config.read().kernels)
 
 
 def name() -> str:
@@ -70,7 +68,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     rows, columns = weight.stride()
-    implementation = _active or active()
+    implementation = active()
     if columns == 1:
         result = implementation.linear(x, weight, bias)
     elif rows == 1:  # a transposed view, such as GPT-2's Conv1D makes
