@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks import report
+from benchmarks.report import OURS, prefill_rate
+from benchmarks.variants import BASELINE
 
-OURS = "upcast"
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
 ACCENT, PLAIN, BAD, GOOD = "#0072B2", "#8c8c8c", "#D55E00", "#009E73"
 INK, FAINT, BAND = "#222222", "#777777", "#eaf3f9"
 BAR = 0.56
+NO_ERROR = 1e-8  # where the axis of errors begins; float32 itself resolves 6e-8
 
 Variant = dict[str, Any]
 
@@ -155,7 +156,7 @@ def _decode(axis: Axes, variants: list[Variant]) -> None:
 
 def _prefill(axis: Axes, variants: list[Variant]) -> None:
     _title(axis, "Prefill, tokens per second", "more is better")
-    _timed(axis, variants, "prefill_seconds", report.prefill_rate, "{:.0f}")
+    _timed(axis, variants, "prefill_seconds", prefill_rate, "{:.0f}")
 
 
 def _timed(
@@ -179,33 +180,29 @@ def _timed(
 def _error(axis: Axes, variants: list[Variant]) -> None:
     _title(axis, "Logits error", "relative to float32, log scale")
     axis.set_xscale("log")
-    axis.set_xlim(1e-8, 3)
+    axis.set_xlim(NO_ERROR, 3)
     for row, variant in enumerate(variants):
-        quality = variant["quality"]
-        if quality is None:
-            axis.text(
-                1e-8,
-                row,
-                " failed" if variant["status"] == "failed" else "",
-                color=BAD,
-                va="center",
-                weight="bold",
-            )
-        elif quality["relative_error"] is None:
-            axis.text(1e-8, row, " not finite", color=BAD, va="center", weight="bold")
-        elif quality["relative_error"] == 0:
-            axis.text(
-                1e-8,
-                row,
-                " the reference" if variant["variant"] == "float32" else " 0",
-                color=FAINT,
-                va="center",
-            )
-        else:
-            error = quality["relative_error"]
-            axis.plot([1e-8, error], [row, row], color=_colour(variant), lw=1.2, alpha=0.5)
-            axis.plot(error, row, "o", color=_colour(variant), ms=6)
-            _value(axis, error, row, variant, _power(error))
+        error = variant["quality"] and variant["quality"]["relative_error"]
+        if not error:
+            word, color = _error_in_words(variant)
+            axis.text(NO_ERROR, row, f" {word}", color=color, va="center")
+            continue
+        axis.plot([NO_ERROR, error], [row, row], color=_colour(variant), lw=1.2, alpha=0.5)
+        axis.plot(error, row, "o", color=_colour(variant), ms=6)
+        _value(axis, error, row, variant, _power(error))
+
+
+def _error_in_words(variant: Variant) -> tuple[str, str]:
+    """What stands in place of an error that no logarithmic axis can show, and its colour."""
+    if variant["status"] == "failed":
+        return "failed", BAD
+    if variant["quality"] is None:
+        return "not measured", FAINT
+    if variant["quality"]["relative_error"] is None:
+        return "not finite", BAD
+    return (
+        ("the reference", FAINT) if variant["variant"] == BASELINE else ("0: bit for bit", _colour(variant))
+    )
 
 
 def _power(value: float) -> str:

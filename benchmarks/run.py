@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = subject.resolve(
                 options.model, options.checkpoint, Path(scratch), effort.window, effort.windows
             )
-        except subject.SubjectError as error:
+        except (subject.SubjectError, smollm2.PreparationError) as error:
             parser.error(str(error))
         skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
         results = run_variants(measured, options, effort, skipped, Path(scratch))

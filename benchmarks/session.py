@@ -1,7 +1,7 @@
 """The parent's side: starts one process per variant and interleaves what they measure.
 
-A shared machine drifts by tens of percent within minutes. So no variant is measured in one go: every round asks
-each of them for one sample, each round beginning with another one, while the others wait.
+A shared machine drifts by tens of percent within minutes. So no variant is measured in one go: every round
+asks each of them for one sample, each round beginning with another one, while the others wait.
 """
 
 import multiprocessing

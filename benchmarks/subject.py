@@ -66,7 +66,7 @@ def check_checkpoint(folder: Path) -> Path:
     missing = [name for name in ("lit_model.pth", "model_config.yaml") if not (folder / name).is_file()]
     if missing:
         raise SubjectError(
-            f"--checkpoint {folder}: {' and '.join(missing)} missing; a LitGPT checkpoint folder has both. {remedy}"
+            f"--checkpoint {folder}: no {' and no '.join(missing)}; LitGPT's folders have both. {remedy}"
         )
     return folder
 
