@@ -48,9 +48,7 @@ def _headline(figure: Figure, content: dict[str, Any]) -> None:
     figure.subplots_adjust(left=1.45 / figure.get_figwidth(), right=0.985, wspace=0.09)
     figure.subplots_adjust(top=1 - 1.12 / height, bottom=0.58 / height)
     left = 0.012
-    figure.text(
-        left, 1 - 0.28 / height, f"{subject['model']} on CPU", fontsize=15, weight="bold", va="center"
-    )
+    figure.text(left, 1 - 0.28 / height, f"{subject['model']} on CPU", fontsize=15, weight="bold", va="center")
     figure.text(left, 1 - 0.55 / height, f"{subject['weights']}, through LitGPT", color=FAINT, va="center")
     torch_version = content["versions"]["torch"].split("+")[0]
     facts = (
@@ -77,15 +75,11 @@ def _label_rows(axis: Axes, variants: list[Variant]) -> None:
         color = ACCENT if ours else INK
         weight = "bold" if ours else "normal"
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axis.annotate(
-            label, (0, row), xytext=(-10, 0), ha="right", va="center", color=color, weight=weight, **place
-        )
+        axis.annotate(label, (0, row), xytext=(-10, 0), ha="right", va="center", color=color, weight=weight, **place)
 
 
 def _title(axis: Axes, title: str, hint: str) -> None:
-    axis.annotate(
-        title, (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points", weight="bold"
-    )
+    axis.annotate(title, (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points", weight="bold")
     axis.annotate(
         hint,
         (0, 1),
@@ -111,9 +105,7 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
     largest = max((v["peak_loading_bytes"] or v["weight_bytes"] or 1) for v in variants) / 1e6
     axis.set_xlim(0, largest * 1.28)
     for row, variant in enumerate(variants):
-        weights, peak, steady = (
-            variant[name] for name in ("weight_bytes", "peak_loading_bytes", "steady_bytes")
-        )
+        weights, peak, steady = (variant[name] for name in ("weight_bytes", "peak_loading_bytes", "steady_bytes"))
         if weights is None:
             _missing(axis, row, variant)
             continue
@@ -130,9 +122,7 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
         Line2D([], [], color=INK, lw=1.8, label="steady"),
     ]
     options: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 1.0, "columnspacing": 1.1}
-    axis.legend(
-        handles=keys, loc="upper left", bbox_to_anchor=(-0.03, 0.0), ncols=3, borderaxespad=0.2, **options
-    )
+    axis.legend(handles=keys, loc="upper left", bbox_to_anchor=(-0.03, 0.0), ncols=3, borderaxespad=0.2, **options)
 
 
 def _value(axis: Axes, x: float, row: int, variant: Variant, text: str) -> None:
@@ -159,9 +149,7 @@ def _prefill(axis: Axes, variants: list[Variant]) -> None:
     _timed(axis, variants, "prefill_seconds", prefill_rate, "{:.0f}")
 
 
-def _timed(
-    axis: Axes, variants: list[Variant], name: str, convert: Callable[[float], float], form: str
-) -> None:
+def _timed(axis: Axes, variants: list[Variant], name: str, convert: Callable[[float], float], form: str) -> None:
     longest = 0.0
     for row, variant in enumerate(variants):
         summary = variant["timings"][name]
@@ -200,9 +188,7 @@ def _error_in_words(variant: Variant) -> tuple[str, str]:
         return "not measured", FAINT
     if variant["quality"]["relative_error"] is None:
         return "not finite", BAD
-    return (
-        ("the reference", FAINT) if variant["variant"] == BASELINE else ("0: bit for bit", _colour(variant))
-    )
+    return ("the reference", FAINT) if variant["variant"] == BASELINE else ("0: bit for bit", _colour(variant))
 
 
 def _power(value: float) -> str:
@@ -228,13 +214,7 @@ def _stress_cell(axis: Axes, column: int, row: int, outcome: dict[str, Any] | No
         axis.text(column, row, "-", ha="center", va="center", color=FAINT)
         return
     broken = outcome["nonfinite_share"] > 0
-    axis.add_patch(
-        Rectangle(corner, 0.92, 0.72, color=BAD if broken else GOOD, alpha=0.9 if broken else 0.22, lw=0)
-    )
-    text = (
-        "NaN"
-        if broken
-        else ("exact" if outcome["relative_error"] == 0 else _power(outcome["relative_error"]))
-    )
+    axis.add_patch(Rectangle(corner, 0.92, 0.72, color=BAD if broken else GOOD, alpha=0.9 if broken else 0.22, lw=0))
+    text = "NaN" if broken else ("exact" if outcome["relative_error"] == 0 else _power(outcome["relative_error"]))
     color, weight = ("white", "bold") if broken else (INK, "normal")
     axis.text(column, row, text, ha="center", va="center", color=color, weight=weight, fontsize=8.5)

@@ -64,9 +64,7 @@ def _megabytes(value: int | None) -> float | None:
 
 COSTS = (
     Cost("weights\nMB", lambda r: _megabytes(r.loading.weight_bytes) if r.loading else None, "{:,.0f}"),
-    Cost(
-        "peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"
-    ),
+    Cost("peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"),
     Cost("steady RSS\nMB", lambda r: _megabytes(r.steady_bytes), "{:,.0f}"),
     Cost("prefill\ntokens/s", _timing("prefill", prefill_rate), "{:,.0f}"),
     Cost("decode\nms/token", _timing("decode", lambda seconds: 1e3 * seconds), "{:,.1f}"),
@@ -78,9 +76,7 @@ def render(results: dict[str, Result], context: Context) -> Group:
     """Return everything the terminal shows at the end; fits `WIDTH` columns."""
     heading = Text(f"\n{context.title}", style="bold")
     heading.append(f"   {context.weights}", style="not bold")
-    setting = Text(
-        f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim"
-    )
+    setting = Text(f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim")
     parts: list[RenderableType] = [heading, setting, cost_table(results), worth_table(results, context)]
     return Group(*parts, *notes(results, context))
 
@@ -181,9 +177,7 @@ def notes(results: dict[str, Result], context: Context) -> list[Text]:
         lines.append(Text(f"stress test skipped: {context.skipped_stress}", style="yellow"))
     lines.append(Text())
     lines += [Text(f"{name:<{NAME_WIDTH}} {VARIANTS[name].about}", style="dim") for name in results]
-    lines += [
-        Text(f"{term:<{NAME_WIDTH}} {meaning}", style="dim") for term, meaning in terms(context).items()
-    ]
+    lines += [Text(f"{term:<{NAME_WIDTH}} {meaning}", style="dim") for term, meaning in terms(context).items()]
     return lines
 
 
@@ -200,7 +194,13 @@ def terms(context: Context) -> dict[str, str]:
 
 def _table(title: str, columns: list[str]) -> Table:
     table = Table(
-        title=title, title_justify="left", title_style="bold", header_style="dim", box=box.SIMPLE_HEAD
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     table.add_column("variant", no_wrap=True, vertical="bottom")
     for column in columns:

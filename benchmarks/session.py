@@ -87,9 +87,7 @@ class Connected:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(
-            target=serve, args=(theirs, job), name=job.variant, daemon=True
-        )
+        self.process: SpawnProcess = context.Process(target=serve, args=(theirs, job), name=job.variant, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -113,11 +111,7 @@ class Connected:
     def _ending(self) -> str:
         self.process.join(timeout=10)
         code = self.process.exitcode
-        return (
-            f"its process was killed by signal {-code}"
-            if code and code < 0
-            else f"its process ended ({code})"
-        )
+        return f"its process was killed by signal {-code}" if code and code < 0 else f"its process ended ({code})"
 
     def close(self) -> None:
         self.connection.close()

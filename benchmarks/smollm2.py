@@ -254,10 +254,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     _write_json(folder / MANIFEST, {"recipe": RECIPE, "wheel_sha256": WHEEL_SHA256, "files": files})
 
 

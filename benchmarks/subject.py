@@ -60,9 +60,7 @@ def check_checkpoint(folder: Path) -> Path:
     """Return `folder` when it holds what LitGPT needs; raise `SubjectError` with what is missing."""
     remedy = "Make one with `litgpt download` or `litgpt convert_to_litgpt`."
     if not folder.is_dir():
-        raise SubjectError(
-            f"--checkpoint {folder}: no such folder; a LitGPT checkpoint folder is needed. {remedy}"
-        )
+        raise SubjectError(f"--checkpoint {folder}: no such folder; a LitGPT checkpoint folder is needed. {remedy}")
     missing = [name for name in ("lit_model.pth", "model_config.yaml") if not (folder / name).is_file()]
     if missing:
         raise SubjectError(

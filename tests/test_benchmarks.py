@@ -104,9 +104,7 @@ def test_quality_against_the_definitions(positions: int) -> None:
     assert found.top1_agreement == (p.argmax(-1) == q.argmax(-1)).double().mean().item()
     true = q[torch.arange(positions), targets]
     assert found.perplexity == pytest.approx(math.exp(-true.log().mean().item()), rel=1e-6)
-    assert found.relative_error == pytest.approx(
-        ((logits - reference).norm() / reference.norm()).item(), rel=1e-5
-    )
+    assert found.relative_error == pytest.approx(((logits - reference).norm() / reference.norm()).item(), rel=1e-5)
 
 
 def test_quality_of_equal_logits_is_exact() -> None:
@@ -226,9 +224,7 @@ RESULTS = {
     "upcast": fabricated("upcast", stress=[StressOutcome(4, 0.0, 0.0), StressOutcome(64, 0.25, None)]),
 }
 CONTEXT = report.Context("tiny", "real weights", "help topics", "a CPU", 2, 3, True, None)
-SUBJECT = subject.Subject(
-    "tiny", "real weights", "help topics", Path("nowhere"), (1,) * 128, (1, 2), ((3, 4),)
-)
+SUBJECT = subject.Subject("tiny", "real weights", "help topics", Path("nowhere"), (1,) * 128, (1, 2), ((3, 4),))
 
 
 def printed(results: dict[str, Result], context: report.Context) -> str:
@@ -240,7 +236,7 @@ def printed(results: dict[str, Result], context: report.Context) -> str:
 
 def test_table_shows_failures_and_nonfinite_results() -> None:
     text = printed(RESULTS, CONTEXT)
-    rows = [line.rstrip() for line in text.splitlines() if line.startswith("  ")]
+    rows = [line.rstrip() for line in text.splitlines() if line.startswith(" ")]
     of = {name: [row for row in rows if row.split()[:1] == [name]] for name in RESULTS}
     assert all(len(found) == 2 for found in of.values())
     assert "FAILED" in of["quantize_dynamic"][1]
@@ -265,9 +261,7 @@ def test_table_without_a_baseline_has_no_ratios() -> None:
 
 
 def test_table_says_why_there_is_no_stress_test() -> None:
-    text = printed(
-        {"float32": fabricated("float32", stress=[])}, replace(CONTEXT, skipped_stress="uses LayerNorm")
-    )
+    text = printed({"float32": fabricated("float32", stress=[])}, replace(CONTEXT, skipped_stress="uses LayerNorm"))
     assert "stress test skipped: uses LayerNorm" in text
 
 

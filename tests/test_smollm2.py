@@ -140,7 +140,7 @@ def test_stress_makes_plain_float16_overflow(state: dict[str, torch.Tensor], tok
 def test_stressed_weights_stay_in_float16s_range_up_to_4096(state: dict[str, torch.Tensor]) -> None:
     largest = max(tensor.abs().max().item() for name, tensor in state.items() if SCALED.fullmatch(name))
     assert largest * 4096 < torch.finfo(torch.float16).max < largest * 16384
-    with pytest.raises(ValueError, match="exceeds 65504, the range of torch.float16"):
+    with pytest.raises(ValueError, match="exceeds 65504, the range of"):
         stress(state, 16384)
 
 
