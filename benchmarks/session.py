@@ -38,7 +38,7 @@ class Effort:
 
 
 FULL = Effort(9, 40, 512, 2, (4, 64, 1024, 4096))
-QUICK = Effort(3, 10, 128, 1, (64,))
+QUICK = Effort(3, 8, 128, 1, (64,))
 
 
 class VariantFailed(Exception):

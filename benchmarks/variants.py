@@ -117,9 +117,9 @@ def weight_bytes(model: GPT) -> int:
     """
     storages: dict[int, int] = {}
     packed = 0
-    for value in model.state_dict().values():
-        if isinstance(value, torch.Tensor) and value.ndim:  # scalars are quantization settings, no weights
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    for parameter in model.parameters():
+        storage = getattr(parameter, "stored", parameter).untyped_storage()  # a HalfWeight's float16 tensor
+        storages[storage.data_ptr()] = storage.nbytes()
     for module in model.modules():
         if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
             weight, bias = module._packed_params._weight_bias()
