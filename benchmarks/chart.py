@@ -10,13 +10,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks import report
+from benchmarks.report import OURS, prefill_rate
+from benchmarks.variants import BASELINE
 
-OURS = "upcast"
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
 ACCENT, PLAIN, BAD, GOOD = "#0072B2", "#8c8c8c", "#D55E00", "#009E73"
 INK, FAINT, BAND = "#222222", "#777777", "#eaf3f9"
 BAR = 0.56
+NO_ERROR = 1e-8  # where the axis of errors begins; float32 itself resolves 6e-8
 
 Variant = dict[str, Any]
 
@@ -47,9 +48,7 @@ def _headline(figure: Figure, content: dict[str, Any]) -> None:
     figure.subplots_adjust(left=1.45 / figure.get_figwidth(), right=0.985, wspace=0.09)
     figure.subplots_adjust(top=1 - 1.12 / height, bottom=0.58 / height)
     left = 0.012
-    figure.text(
-        left, 1 - 0.28 / height, f"{subject['model']} on CPU", fontsize=15, weight="bold", va="center"
-    )
+    figure.text(left, 1 - 0.28 / height, f"{subject['model']} on CPU", fontsize=15, weight="bold", va="center")
     figure.text(left, 1 - 0.55 / height, f"{subject['weights']}, through LitGPT", color=FAINT, va="center")
     torch_version = content["versions"]["torch"].split("+")[0]
     facts = (
@@ -76,15 +75,11 @@ def _label_rows(axis: Axes, variants: list[Variant]) -> None:
         color = ACCENT if ours else INK
         weight = "bold" if ours else "normal"
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axis.annotate(
-            label, (0, row), xytext=(-10, 0), ha="right", va="center", color=color, weight=weight, **place
-        )
+        axis.annotate(label, (0, row), xytext=(-10, 0), ha="right", va="center", color=color, weight=weight, **place)
 
 
 def _title(axis: Axes, title: str, hint: str) -> None:
-    axis.annotate(
-        title, (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points", weight="bold"
-    )
+    axis.annotate(title, (0, 1), xytext=(0, 20), xycoords="axes fraction", textcoords="offset points", weight="bold")
     axis.annotate(
         hint,
         (0, 1),
@@ -110,9 +105,7 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
     largest = max((v["peak_loading_bytes"] or v["weight_bytes"] or 1) for v in variants) / 1e6
     axis.set_xlim(0, largest * 1.28)
     for row, variant in enumerate(variants):
-        weights, peak, steady = (
-            variant[name] for name in ("weight_bytes", "peak_loading_bytes", "steady_bytes")
-        )
+        weights, peak, steady = (variant[name] for name in ("weight_bytes", "peak_loading_bytes", "steady_bytes"))
         if weights is None:
             _missing(axis, row, variant)
             continue
@@ -129,9 +122,7 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
         Line2D([], [], color=INK, lw=1.8, label="steady"),
     ]
     options: dict[str, Any] = {"frameon": False, "fontsize": 8, "handlelength": 1.0, "columnspacing": 1.1}
-    axis.legend(
-        handles=keys, loc="upper left", bbox_to_anchor=(-0.03, 0.0), ncols=3, borderaxespad=0.2, **options
-    )
+    axis.legend(handles=keys, loc="upper left", bbox_to_anchor=(-0.03, 0.0), ncols=3, borderaxespad=0.2, **options)
 
 
 def _value(axis: Axes, x: float, row: int, variant: Variant, text: str) -> None:
@@ -155,12 +146,10 @@ def _decode(axis: Axes, variants: list[Variant]) -> None:
 
 def _prefill(axis: Axes, variants: list[Variant]) -> None:
     _title(axis, "Prefill, tokens per second", "more is better")
-    _timed(axis, variants, "prefill_seconds", report.prefill_rate, "{:.0f}")
+    _timed(axis, variants, "prefill_seconds", prefill_rate, "{:.0f}")
 
 
-def _timed(
-    axis: Axes, variants: list[Variant], name: str, convert: Callable[[float], float], form: str
-) -> None:
+def _timed(axis: Axes, variants: list[Variant], name: str, convert: Callable[[float], float], form: str) -> None:
     longest = 0.0
     for row, variant in enumerate(variants):
         summary = variant["timings"][name]
@@ -179,33 +168,27 @@ def _timed(
 def _error(axis: Axes, variants: list[Variant]) -> None:
     _title(axis, "Logits error", "relative to float32, log scale")
     axis.set_xscale("log")
-    axis.set_xlim(1e-8, 3)
+    axis.set_xlim(NO_ERROR, 3)
     for row, variant in enumerate(variants):
-        quality = variant["quality"]
-        if quality is None:
-            axis.text(
-                1e-8,
-                row,
-                " failed" if variant["status"] == "failed" else "",
-                color=BAD,
-                va="center",
-                weight="bold",
-            )
-        elif quality["relative_error"] is None:
-            axis.text(1e-8, row, " not finite", color=BAD, va="center", weight="bold")
-        elif quality["relative_error"] == 0:
-            axis.text(
-                1e-8,
-                row,
-                " the reference" if variant["variant"] == "float32" else " 0",
-                color=FAINT,
-                va="center",
-            )
-        else:
-            error = quality["relative_error"]
-            axis.plot([1e-8, error], [row, row], color=_colour(variant), lw=1.2, alpha=0.5)
-            axis.plot(error, row, "o", color=_colour(variant), ms=6)
-            _value(axis, error, row, variant, _power(error))
+        error = variant["quality"] and variant["quality"]["relative_error"]
+        if not error:
+            word, color = _error_in_words(variant)
+            axis.text(NO_ERROR, row, f" {word}", color=color, va="center")
+            continue
+        axis.plot([NO_ERROR, error], [row, row], color=_colour(variant), lw=1.2, alpha=0.5)
+        axis.plot(error, row, "o", color=_colour(variant), ms=6)
+        _value(axis, error, row, variant, _power(error))
+
+
+def _error_in_words(variant: Variant) -> tuple[str, str]:
+    """What stands in place of an error that no logarithmic axis can show, and its colour."""
+    if variant["status"] == "failed":
+        return "failed", BAD
+    if variant["quality"] is None:
+        return "not measured", FAINT
+    if variant["quality"]["relative_error"] is None:
+        return "not finite", BAD
+    return ("the reference", FAINT) if variant["variant"] == BASELINE else ("0: bit for bit", _colour(variant))
 
 
 def _power(value: float) -> str:
@@ -231,13 +214,7 @@ def _stress_cell(axis: Axes, column: int, row: int, outcome: dict[str, Any] | No
         axis.text(column, row, "-", ha="center", va="center", color=FAINT)
         return
     broken = outcome["nonfinite_share"] > 0
-    axis.add_patch(
-        Rectangle(corner, 0.92, 0.72, color=BAD if broken else GOOD, alpha=0.9 if broken else 0.22, lw=0)
-    )
-    text = (
-        "NaN"
-        if broken
-        else ("exact" if outcome["relative_error"] == 0 else _power(outcome["relative_error"]))
-    )
+    axis.add_patch(Rectangle(corner, 0.92, 0.72, color=BAD if broken else GOOD, alpha=0.9 if broken else 0.22, lw=0))
+    text = "NaN" if broken else ("exact" if outcome["relative_error"] == 0 else _power(outcome["relative_error"]))
     color, weight = ("white", "bold") if broken else (INK, "normal")
     axis.text(column, row, text, ha="center", va="center", color=color, weight=weight, fontsize=8.5)

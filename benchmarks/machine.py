@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 
 PACKAGES = ("torch", "litgpt", "lightning", "numpy", "tokenizers", "upcast")
+VECTORS = ("avx512f", "avx512_bf16", "avx512_fp16", "avx2", "f16c")
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -28,16 +29,12 @@ def cpu_model() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if not cpuinfo.exists():
         return platform.processor() or platform.machine()
-    fields = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in cpuinfo.read_text().splitlines()
-        if ":" in line
-    )
+    lines = [line.partition(":") for line in cpuinfo.read_text().splitlines()]
+    fields = {name.strip(): value.strip() for name, _, value in lines}
     flags = fields.get("flags", "").split()
-    vectors = [name for name in ("avx512f", "avx512_bf16", "avx512_fp16", "avx2", "f16c") if name in flags]
-    return " ".join(
-        [fields.get("model name", platform.machine()), f"({', '.join(vectors)})" if vectors else ""]
-    ).strip()
+    vectors = [name for name in VECTORS if name in flags]
+    name = fields.get("model name", platform.machine())
+    return f"{name} ({', '.join(vectors)})" if vectors else name
 
 
 def versions() -> dict[str, str]:

@@ -31,6 +31,4 @@ def _field(name: str) -> int:
     for line in STATUS.read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(
-        f"{STATUS} has no field {name}; memory figures come from it. Use a Linux kernel with procfs."
-    )
+    raise OSError(f"{STATUS} has no field {name}; memory figures need it. Use a Linux kernel with procfs.")

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,7 @@ from benchmarks.worker import StressOutcome
 
 WIDTH = 120
 NOTHING = "-"
+NAME_WIDTH = 17
 OURS = "upcast"
 
 
@@ -62,9 +64,7 @@ def _megabytes(value: int | None) -> float | None:
 
 COSTS = (
     Cost("weights\nMB", lambda r: _megabytes(r.loading.weight_bytes) if r.loading else None, "{:,.0f}"),
-    Cost(
-        "peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"
-    ),
+    Cost("peak RSS\nloading MB", lambda r: _megabytes(r.loading.peak_bytes) if r.loading else None, "{:,.0f}"),
     Cost("steady RSS\nMB", lambda r: _megabytes(r.steady_bytes), "{:,.0f}"),
     Cost("prefill\ntokens/s", _timing("prefill", prefill_rate), "{:,.0f}"),
     Cost("decode\nms/token", _timing("decode", lambda seconds: 1e3 * seconds), "{:,.1f}"),
@@ -76,9 +76,7 @@ def render(results: dict[str, Result], context: Context) -> Group:
     """Return everything the terminal shows at the end; fits `WIDTH` columns."""
     heading = Text(f"\n{context.title}", style="bold")
     heading.append(f"   {context.weights}", style="not bold")
-    setting = Text(
-        f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim"
-    )
+    setting = Text(f"{context.machine}, {context.threads or '?'} threads, {context.rounds} rounds", style="dim")
     parts: list[RenderableType] = [heading, setting, cost_table(results), worth_table(results, context)]
     return Group(*parts, *notes(results, context))
 
@@ -125,21 +123,24 @@ def quality_cells(result: Result, tokenizer: bool) -> list[str | Text]:
         return [NOTHING] * 4
     if quality.nonfinite_share:
         return [Text("NaN", style="bold red")] * 4
-    assert quality.kl is not None and quality.top1_agreement is not None  # finite logits give them all
+    agreement = 100 * (quality.top1_agreement or 0.0)
     perplexity = f"{quality.perplexity:.3f}" if tokenizer else NOTHING
-    return [
-        f"{quality.relative_error:.1e}",
-        f"{quality.kl:.1e}",
-        f"{100 * quality.top1_agreement:.1f} %",
-        perplexity,
-    ]
+    return [small(quality.relative_error), small(quality.kl), f"{agreement:.1f} %", perplexity]
+
+
+def small(value: float | None) -> str:
+    """A number that spans magnitudes; zero is exact and says so."""
+    if value is None:
+        return NOTHING
+    return f"{value:.1e}" if value else "0"
 
 
 def stress_cell(outcome: StressOutcome) -> Text:
-    """The logits error, or the share of logits that are not finite."""
+    """The logits error; `NaN` where no logit is finite, with the share where only some are not."""
     if outcome.nonfinite_share:
-        return Text(f"{100 * outcome.nonfinite_share:.0f} % NaN", style="bold red")
-    return Text(f"{outcome.relative_error:.1e}")
+        share = "" if outcome.nonfinite_share == 1 else f"{100 * outcome.nonfinite_share:.0f}% "
+        return Text(f"{share}NaN", style="bold red")
+    return Text(small(outcome.relative_error))
 
 
 def agreement_cell(answer: Sequence[int] | None, reference: Sequence[int] | None) -> str:
@@ -170,27 +171,37 @@ def verdict(result: Result) -> Text:
 
 def notes(results: dict[str, Result], context: Context) -> list[Text]:
     """What the tables leave out: failures with their reasons, skipped parts, what the words mean."""
-    lines = [
-        Text(f"{result.variant} FAILED: {result.failure}", style="bold red")
-        for result in results.values()
-        if result.failure
-    ]
+    failed = [result for result in results.values() if result.failure]
+    lines = [Text(f"{result.variant} FAILED: {result.failure}", style="bold red") for result in failed]
     if context.skipped_stress:
         lines.append(Text(f"stress test skipped: {context.skipped_stress}", style="yellow"))
-    lines += [Text(f"{name}: {VARIANTS[name].about}", style="dim") for name in results if name in VARIANTS]
-    lines.append(Text(EXPLANATION.format(text=context.text, prompt=PROMPT_TOKENS), style="dim"))
+    lines.append(Text())
+    lines += [Text(f"{name:<{NAME_WIDTH}} {VARIANTS[name].about}", style="dim") for name in results]
+    lines += [Text(f"{term:<{NAME_WIDTH}} {meaning}", style="dim") for term, meaning in terms(context).items()]
     return lines
 
 
-EXPLANATION = (
-    "Medians of interleaved rounds; x: ratio to float32. RSS: above the imported libraries. Prefill: {prompt} tokens. "
-    "First token and decode: the greedy answer to a short chat prompt, with a KV cache. Logits: {text}. Stress: the "
-    "residual stream times 2^k, which leaves float32's logits unchanged."
-)
+def terms(context: Context) -> dict[str, str]:
+    """The meaning of the columns; each fits the table's width."""
+    return {
+        "figures": "medians of interleaved rounds; x: ratio to float32; RSS: above the imported libraries",
+        "prefill": f"{PROMPT_TOKENS} tokens at once; first token, decode: greedy answer to a short prompt",
+        "logits": f"text: {context.text}",
+        "stress": "share of logits that overflow, or their error; residual stream times 2^k, eps times 4^k,",
+        "": "which changes no bit of the logits in float32",
+    }
 
 
 def _table(title: str, columns: list[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", expand=False)
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
     table.add_column("variant", no_wrap=True, vertical="bottom")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)

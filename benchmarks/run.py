@@ -35,10 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:
-            measured = subject.resolve(
-                options.model, options.checkpoint, Path(scratch), effort.window, effort.windows
-            )
-        except subject.SubjectError as error:
+            measured = subject.resolve(options.model, options.checkpoint, Path(scratch), effort.window, effort.windows)
+        except (subject.SubjectError, smollm2.PreparationError) as error:
             parser.error(str(error))
         skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
         results = run_variants(measured, options, effort, skipped, Path(scratch))
@@ -60,18 +58,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
-    parser.add_argument(
-        "--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP
-    )
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="threads per variant (default: torch's)"
-    )
+    parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads per variant (default: torch's)")
     parser.add_argument(
         "--rounds", type=positive, metavar="N", help=f"default {FULL.rounds}, with --quick {QUICK.rounds}"
     )
-    parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default benchmarks/results"
-    )
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="DIR", help="default benchmarks/results")
     return parser
 
 

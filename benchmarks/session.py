@@ -1,7 +1,7 @@
 """The parent's side: starts one process per variant and interleaves what they measure.
 
-A shared machine drifts by tens of percent within minutes. So no variant is measured in one go: every round asks
-each of them for one sample, each round beginning with another one, while the others wait.
+A shared machine drifts by tens of percent within minutes. So no variant is measured in one go: every round
+asks each of them for one sample, each round beginning with another one, while the others wait.
 """
 
 import multiprocessing
@@ -38,7 +38,7 @@ class Effort:
 
 
 FULL = Effort(9, 40, 512, 2, (4, 64, 1024, 4096))
-QUICK = Effort(3, 10, 128, 1, (64,))
+QUICK = Effort(3, 8, 128, 1, (64,))
 
 
 class VariantFailed(Exception):
@@ -87,9 +87,7 @@ class Connected:
         context = multiprocessing.get_context("spawn")
         self.connection: Connection
         self.connection, theirs = context.Pipe()
-        self.process: SpawnProcess = context.Process(
-            target=serve, args=(theirs, job), name=job.variant, daemon=True
-        )
+        self.process: SpawnProcess = context.Process(target=serve, args=(theirs, job), name=job.variant, daemon=True)
         self.process.start()
         theirs.close()
 
@@ -113,11 +111,7 @@ class Connected:
     def _ending(self) -> str:
         self.process.join(timeout=10)
         code = self.process.exitcode
-        return (
-            f"its process was killed by signal {-code}"
-            if code and code < 0
-            else f"its process ended ({code})"
-        )
+        return f"its process was killed by signal {-code}" if code and code < 0 else f"its process ended ({code})"
 
     def close(self) -> None:
         self.connection.close()

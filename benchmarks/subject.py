@@ -60,13 +60,11 @@ def check_checkpoint(folder: Path) -> Path:
     """Return `folder` when it holds what LitGPT needs; raise `SubjectError` with what is missing."""
     remedy = "Make one with `litgpt download` or `litgpt convert_to_litgpt`."
     if not folder.is_dir():
-        raise SubjectError(
-            f"--checkpoint {folder}: no such folder; a LitGPT checkpoint folder is needed. {remedy}"
-        )
+        raise SubjectError(f"--checkpoint {folder}: no such folder; a LitGPT checkpoint folder is needed. {remedy}")
     missing = [name for name in ("lit_model.pth", "model_config.yaml") if not (folder / name).is_file()]
     if missing:
         raise SubjectError(
-            f"--checkpoint {folder}: {' and '.join(missing)} missing; a LitGPT checkpoint folder has both. {remedy}"
+            f"--checkpoint {folder}: no {' and no '.join(missing)}; LitGPT's folders have both. {remedy}"
         )
     return folder
 

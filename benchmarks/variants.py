@@ -1,7 +1,7 @@
 """The ways to run one checkpoint on CPU: how each is loaded, and what its forward pass runs under.
 
-Baselines load as LitGPT does (`LLM.distribute`): build `GPT(config)` in the precision asked for, then copy the
-checkpoint into it. `from_state` builds the same variant from a state dict, for the stress test.
+Baselines load as LitGPT does (`LLM.distribute`): build `GPT(config)` in the precision asked for, then copy
+the checkpoint into it. `from_state` builds the same variant from a state dict, for the stress test.
 """
 
 import contextlib
@@ -57,10 +57,9 @@ def _quantize_dynamic(model: GPT) -> GPT:
     with warnings.catch_warnings():
         # PyTorch deprecates torch.ao.quantization; it is still its only float16-weight path on CPU.
         warnings.simplefilter("ignore", DeprecationWarning)
-        quantize = torch.ao.quantization.quantize_dynamic  # type: ignore[attr-defined]
+        quantize: Callable[..., GPT] = torch.ao.quantization.quantize_dynamic
         # In place: the default deep-copies the float32 model first, which would only inflate its peak.
-        quantized: GPT = quantize(model, {torch.nn.Linear}, dtype=torch.float16, inplace=True)
-    return quantized
+        return quantize(model, {torch.nn.Linear}, dtype=torch.float16, inplace=True)
 
 
 def _autocast() -> AbstractContextManager[Any]:
@@ -118,11 +117,11 @@ def weight_bytes(model: GPT) -> int:
     """
     storages: dict[int, int] = {}
     packed = 0
-    for value in model.state_dict().values():
-        if isinstance(value, torch.Tensor):
-            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    for parameter in model.parameters():
+        storage = getattr(parameter, "stored", parameter).untyped_storage()  # a HalfWeight's float16 tensor
+        storages[storage.data_ptr()] = storage.nbytes()
     for module in model.modules():
         if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
-            weight, bias = module._weight_bias()
+            weight, bias = module._packed_params._weight_bias()
             packed += 2 * weight.numel() + (4 * bias.numel() if bias is not None else 0)
     return sum(storages.values()) + packed

@@ -108,7 +108,7 @@ class Worker:
         return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
 
     def _generate(self, prompt: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
-        """Return the greedy tokens by LitGPT's own `generate_fn`, and the time before the first and after each."""
+        """Return LitGPT's greedy tokens, and the time before the first and after each one."""
         total = len(prompt) + new_tokens
         tokens, times = [], [time.perf_counter()]
         with self.variant.context():
