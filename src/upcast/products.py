@@ -115,15 +115,11 @@ def _grouped_mm(
         args = (x, weight, offs, bias, out_dtype)
         return call_widened(F.grouped_mm, args, {})
     assert offs is not None
-    ends = offs.tolist()
-    parts = [
-        _product(x[start:end], weight.like(weight.stored[expert]))
-        for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True))
-        if end > start
-    ]
-    used = ends[-1] if ends else 0
-    parts.append(x.new_zeros(x.shape[0] - used, weight.stored.shape[2]))  # rows of no expert
-    out = torch.cat(parts)
+    ends = offs.to(torch.int64)
+    used = int(ends[-1])
+    out = kernels.grouped_linear(x[:used], weight.stored, torch.diff(ends, prepend=ends.new_zeros(1)))
+    if used < x.shape[0]:  # rows of no expert
+        out = torch.cat([out, x.new_zeros(x.shape[0] - used, out.shape[1])])
     out = out if bias is None else out + bias
     return out if out_dtype is None else out.to(out_dtype)
 

@@ -84,6 +84,24 @@ def embedding(indices: Tensor, weight: Tensor) -> Tensor:
     return implementation.embedding(indices, weight)  # type: ignore[no-any-return]
 
 
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Return ``x[rows of e] @ weight[e]`` for every expert e, in float32; only experts with rows are read.
+
+    x is float32 (T, K), its rows sorted by expert; weight float16 (E, K, N), of any strides; counts integers (E,),
+    with sum T. Differentiable with respect to x.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        rows = x.split(counts.tolist())
+        return torch.cat([linear(part, weight[expert].t()) for expert, part in enumerate(rows)])
+    if weight.stride(-1) == 1:
+        result = active().grouped_linear(x, weight, counts, transposed=True)
+    elif weight.stride(-2) == 1:
+        result = active().grouped_linear(x, weight.mT, counts)
+    else:
+        result = portable.grouped_linear(x, weight, counts, transposed=True)
+    return result  # type: ignore[no-any-return]
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T with a frozen float16 W: dX = dY W."""
 

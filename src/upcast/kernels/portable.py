@@ -61,6 +61,23 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(indices, weight).float()
 
 
+def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """Return one product per expert, for rows sorted by expert; only experts with rows are read.
+
+    Args:
+        x: float32 (T, K).
+        weight: float16 (E, N, K), or (E, K, N) when ``transposed``.
+        counts: integers (E,), the rows of each expert; their sum is T.
+
+    Returns:
+        float32 (T, N).
+    """
+    product = matmul if transposed else linear
+    rows = x.split(counts.tolist())
+    parts = [product(part, weight[expert]) for expert, part in enumerate(rows) if len(part)]
+    return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2 if transposed else 1])
+
+
 def _upcast(part: torch.Tensor) -> torch.Tensor:
     """Return ``part`` (float16, 2-D) in float32, in this thread's scratch: valid until the next call."""
     scratch = _scratch(part.numel())

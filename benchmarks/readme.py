@@ -1,0 +1,86 @@
+"""Write a measured run into the README: the table between its markers, and the picture beside it.
+
+    python benchmarks/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
+"""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN = "<!-- benchmark: begin (written by benchmarks/readme.py) -->"
+END = "<!-- benchmark: end -->"
+PICTURE = Path("docs/benchmark.png")
+
+HEADERS = (
+    "",
+    "weights",
+    "peak while loading",
+    "prefill",
+    "decode",
+    "logits error",
+    "top-1",
+    "NaN in the stress test",
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write a benchmark run into README.md and docs/.")
+    parser.add_argument("record", type=Path, help="the JSON file of a run; its PNG lies beside it")
+    path = parser.parse_args().record
+    if not path.is_file():
+        print(f"no file {path}; run benchmarks/run.py first, it prints where its JSON file is.", file=sys.stderr)
+        return 2
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    readme.write_text(f"{before}{BEGIN}\n{section(json.loads(path.read_text()))}\n{END}{after}")
+    (ROOT / PICTURE).parent.mkdir(exist_ok=True)
+    shutil.copyfile(path.with_suffix(".png"), ROOT / PICTURE)
+    return 0
+
+
+def section(record: dict[str, Any]) -> str:
+    """Return the README's section for one run: where and when, the table, the picture."""
+    rows = [HEADERS, ("---",) + ("---:",) * (len(HEADERS) - 1), *rows_of(record)]
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    machine = record["machine"]
+    setting = (
+        f"{record['subject']['model']} in LitGPT on {machine['cpu']}, {record['threads']} threads, "
+        f"torch {record['versions']['torch']}, {record['date'][:10]}; medians of interleaved rounds:"
+    )
+    return f"\n{setting}\n\n{table}\n\n![Memory, speed and stress test of every variant]({PICTURE})\n"
+
+
+def rows_of(record: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Return the table's rows; a variant that failed has none of its figures."""
+    return [_row(variant, record["subject"]["prompt_tokens"]) for variant in record["variants"]]
+
+
+def _row(variant: dict[str, Any], prompt_tokens: int) -> tuple[str, ...]:
+    quality, timings, ratios = variant["quality"] or {}, variant["timings"], variant["ratios"]
+    prefill, decode = (timings[f"{name}_seconds"] for name in ("prefill", "decode"))
+    name = f"**{variant['variant']}**" if variant["variant"] == "upcast" else variant["variant"]
+    return (
+        name,
+        f"{variant['weight_bytes'] / 1e6:,.0f} MB",
+        f"{variant['peak_loading_bytes'] / 1e6:,.0f} MB",
+        f"{prompt_tokens / prefill['median']:,.0f} tok/s ({1 / ratios['prefill_seconds']:.2f}x)" if prefill else "-",
+        f"{1e3 * decode['median']:.1f} ms ({1 / ratios['decode_seconds']:.2f}x)" if decode else "-",
+        f"{quality['relative_error']:.0e}" if quality.get("relative_error") is not None else "NaN",
+        f"{quality['top1_agreement']:.1%}" if quality.get("top1_agreement") is not None else "-",
+        _stress(variant["stress"]),
+    )
+
+
+def _stress(outcomes: list[dict[str, Any]]) -> str:
+    failed = [f"{outcome['scale']:,}" for outcome in outcomes if outcome["nonfinite_share"]]
+    return "at scale " + ", ".join(failed) if failed else "none" if outcomes else "-"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
