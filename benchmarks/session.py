@@ -37,7 +37,7 @@ class Effort:
     scales: tuple[int, ...]
 
 
-FULL = Effort(9, 40, 512, 2, (4, 64, 1024, 4096))
+FULL = Effort(7, 40, 512, 2, (4, 64, 1024, 4096))
 QUICK = Effort(3, 8, 128, 1, (64,))
 
 
