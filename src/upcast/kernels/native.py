@@ -16,7 +16,8 @@ from torch import Tensor
 
 from upcast.errors import UpcastError
 
-_COPY_X, _COPY_RESIDUAL = 1, 2
+_COPY_FIRST, _COPY_SECOND = 1, 2
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _CPU = torch.device("cpu")
 _empty = torch.empty
 _float32 = torch.float32
@@ -107,8 +108,8 @@ def _product(
         views = [_describe(tensor) for tensor in (out, x, weight, bias, residual)]
         copies = _native.linear(*views, transposed, _threads())
     if copies:
-        x_rows = _rows(x) if copies & _COPY_X else x
-        residual_rows = _rows(residual) if copies & _COPY_RESIDUAL else residual
+        x_rows = _rows(x) if copies & _COPY_FIRST else x
+        residual_rows = _rows(residual) if copies & _COPY_SECOND else residual
         views = [_describe(tensor) for tensor in (out, x_rows, weight, bias, residual_rows)]
         _native.linear(*views, transposed, _threads())
     return out
@@ -159,3 +160,93 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool =
         views[1] = _describe(_rows(x))
         _native.grouped_linear(*views, transposed, _threads())
     return out
+
+
+def _norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float, centred: bool
+) -> Tensor:
+    out = _empty(x.shape, dtype=_float32, device=_CPU)
+    views = [_describe(tensor) for tensor in (out, x, weight, bias)]
+    if _native.norm(*views, eps, offset, centred, _threads()):
+        views[1] = _describe(_rows(x))
+        _native.norm(*views, eps, offset, centred, _threads())
+    return out
+
+
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+    """LayerNorm over the last dimension. x: (..., D) float32; weight, bias: (D,) float32 or None."""
+    return _norm(x, weight, bias, eps=eps, offset=0.0, centred=True)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, unit_offset: bool = False) -> Tensor:
+    """RMSNorm over the last dimension; with unit_offset the weight counts as 1 + weight (Gemma).
+
+    x: (..., D) float32. weight: (D,) float32 or None.
+    """
+    return _norm(x, weight, None, eps=eps, offset=1.0 if unit_offset else 0.0, centred=False)
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, both (..., D) float32; activation is "silu", "gelu" (exact) or "gelu_tanh"."""
+    if activation not in _ACTIVATIONS:
+        raise UpcastError(f"activation is {activation!r}; the kernels have {', '.join(_ACTIVATIONS)}. Use one of these.")
+    kind = _ACTIVATIONS[activation]
+    out = _empty(gate.shape, dtype=_float32, device=_CPU)
+    views = [_describe(tensor) for tensor in (out, gate, up)]
+    if _native.gated(*views, kind, _threads()):
+        views[1:] = [_describe(_rows(gate)), _describe(_rows(up))]
+        _native.gated(*views, kind, _threads())
+    return out
+
+
+def _heads(x: Tensor) -> Tensor:
+    """x itself, or a copy if the elements of its last dimension are not adjacent."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotary embedding of the first cos.shape[-1] elements of every head; the others pass through.
+
+    x: (B, H, T, D) float32, the last dimension adjacent. cos, sin: (T, n) or (B, T, n) float32, n even.
+    Elements i and i + n/2 turn together; interleaved: elements 2i and 2i + 1.
+    """
+    out = _empty(x.shape, dtype=_float32, device=_CPU)
+    views = [_describe(tensor) for tensor in (out, _heads(x), cos, sin)]
+    _native.rope(*views, interleaved, _threads())
+    return out
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    start: int,
+    scale: float | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attention of T new queries over a cache; scores, softmax and sums in float32.
+
+    q: (B, Hq, T, D) float32; query t stands at position start + t. k: (B, Hkv, S, D) and v: (B, Hkv, S, Dv),
+    both float16 or both float32, valid up to position start + T - 1; Hq is a multiple of Hkv. scale:
+    1/sqrt(D) unless given. window: positions seen, its own included. softcap: scores become
+    softcap * tanh(score / softcap). Returns (B, Hq, T, Dv) float32, laid out as (B, T, Hq, Dv).
+    """
+    batch, heads, time, width = q.shape
+    out = _empty((batch, time, heads, v.shape[-1]), dtype=_float32, device=_CPU)
+    factor = width**-0.5 if scale is None else scale
+    views = [_describe(tensor) for tensor in (out, _heads(q), k, v)]
+    _native.attention(*views, start, factor, causal, window or 0, softcap or 0.0, _threads())
+    return out.transpose(1, 2)
+
+
+def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
+    """Write new (B, Hkv, T, D) float32 to positions start .. start + T - 1 of cache (B, Hkv, S, D).
+
+    The cache is float16 or float32. False, and the cache unchanged, if a finite value would become
+    infinite in float16.
+    """
+    written: bool = _native.kv_append(_describe(cache), _describe(_heads(new)), start, _threads())
+    return written

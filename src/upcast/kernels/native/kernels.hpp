@@ -8,6 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Members used by several levels must leave no copy of their own for the linker to choose among.
+#define UPCAST_ALWAYS_INLINE inline __attribute__((always_inline))
+
 namespace upcast {
 
 // y[m][n] = sum_k x[m][k] * w(n, k) + bias[n] + residual[m][n]
@@ -46,11 +49,97 @@ struct Embedding {
     int64_t count, width;
 };
 
+// out = (x - mean) / sqrt(variance + eps) * (weight + offset) + bias over each row; without centring the
+// mean counts as zero (RMSNorm). weight and bias may be null.
+struct Norm {
+    const float *x;
+    int64_t ld;
+    const float *weight, *bias;
+    float eps, offset;
+    bool centred;
+    float *out;
+    int64_t rows, width;
+};
+
+enum class Activation { silu, gelu, gelu_tanh };
+
+// out = activation(gate) * up
+struct Gated {
+    const float *gate, *up;
+    int64_t ld_gate, ld_up;
+    Activation activation;
+    float *out;
+    int64_t rows, width;
+};
+
+// Rotary embedding of the first `turned` (even) of `width` elements of x [batch, heads, time, width];
+// out is contiguous. cosine and sine are [batch or 1, time, turned].
+struct Rope {
+    const float *x;
+    int64_t batch_stride, head_stride, time_stride;
+    const float *cosine, *sine;
+    int64_t angle_batch, angle_time, sine_batch, sine_time;
+    bool interleaved;
+    float *out;
+    int64_t heads, time, width, turned;
+};
+
+// Rows of `width` floats, [batch, heads, time], into positions `start` onwards of a cache.
+struct Append {
+    const float *from;
+    int64_t from_batch, from_head, from_time;
+    void *to;
+    int64_t to_batch, to_head, to_time;
+    bool wide; // the cache is float32, otherwise float16
+    int64_t heads, time, start, width;
+
+    UPCAST_ALWAYS_INLINE const float *from_row(int64_t row) const {
+        return from + row / time / heads * from_batch + row / time % heads * from_head + row % time * from_time;
+    }
+    template <class Element> UPCAST_ALWAYS_INLINE Element *to_row(int64_t row) const {
+        return static_cast<Element *>(to) + row / time / heads * to_batch + row / time % heads * to_head +
+               (start + row % time) * to_time;
+    }
+};
+
+// Query head h of `kv_heads * group` reads head h / group of the cache, positions 0 .. start + time - 1.
+// Query t stands at position start + t. window: positions seen including its own, 0 for all. softcap: 0
+// for none. out is contiguous [batch, time, heads, value_width].
+struct Attention {
+    const float *queries;
+    int64_t query_batch, query_head, query_time;
+    const void *keys, *values;
+    int64_t key_batch, key_head, key_stride, value_batch, value_head, value_stride;
+    bool wide; // the caches are float32, otherwise float16
+    float *out;
+    int64_t batch, kv_heads, group, time, start, width, value_width;
+    float scale, softcap;
+    int64_t window;
+    bool causal;
+};
+
+struct AttentionPlan {
+    int64_t parts;    // of the positions, each joined in the second phase
+    int units;        // of work in the first phase
+    int64_t work;     // multiply-adds
+    int64_t own;      // floats of scratch per task of the first phase
+    int64_t partials; // floats shared by all tasks
+};
+
 struct Level {
     const char *name;
     LinearPlan (*plan_linear)(const Linear &, int threads);
     void (*linear)(const Linear &, const LinearPlan &, void *scratch, int phase, int task);
+    // The rest work on any range of their rows (attention_join: of its queries).
     void (*embedding)(const Embedding &, int64_t begin, int64_t end);
+    void (*norm)(const Norm &, int64_t begin, int64_t end);
+    void (*gated)(const Gated &, int64_t begin, int64_t end);
+    void (*rope)(const Rope &, int64_t begin, int64_t end);
+    bool (*overflows)(const Append &, int64_t begin, int64_t end);
+    void (*append)(const Append &, int64_t begin, int64_t end);
+    AttentionPlan (*plan_attention)(const Attention &, int threads);
+    void (*attention)(const Attention &, const AttentionPlan &, float *scratch, float *partials, int unit);
+    void (*attention_join)(const Attention &, const AttentionPlan &, float *partials, int64_t begin, int64_t end);
 };
 
 // Defined by the levels that were built; which ones is told to dispatch.cpp by UPCAST_HAVE_*.

@@ -52,16 +52,57 @@ template <class Args> void range_task(void *context, int index) {
 }
 
 // `work` counts floats touched; small calls stay on the calling thread.
-template <class Args>
-void launch_range(void (*kernel)(const Args &, int64_t, int64_t), const Args &args, int64_t count, int64_t work,
-                  int threads) {
+int tasks_for(int64_t count, int64_t work, int threads) {
     constexpr int64_t WORK_PER_THREAD = 16 * 1024;
     int64_t tasks = work / WORK_PER_THREAD;
     if (tasks > threads) tasks = threads;
     if (tasks > count) tasks = count;
-    if (tasks < 1) tasks = 1;
-    RangeCall<Args> call = {kernel, args, count, static_cast<int>(tasks)};
+    return tasks < 1 ? 1 : static_cast<int>(tasks);
+}
+
+template <class Args>
+void launch_range(void (*kernel)(const Args &, int64_t, int64_t), const Args &args, int64_t count, int64_t work,
+                  int threads) {
+    RangeCall<Args> call = {kernel, args, count, tasks_for(count, work, threads)};
     parallel(call.tasks, range_task<Args>, &call);
+}
+
+struct OverflowCall {
+    const Level &level;
+    const Append &args;
+    int64_t rows;
+    int tasks;
+    bool found;
+};
+
+void overflow_task(void *context, int index) {
+    OverflowCall &call = *static_cast<OverflowCall *>(context);
+    const int64_t begin = call.rows * index / call.tasks, end = call.rows * (index + 1) / call.tasks;
+    if (call.level.overflows(call.args, begin, end)) __atomic_store_n(&call.found, true, __ATOMIC_RELAXED);
+}
+
+struct AttentionCall {
+    const Level &level;
+    const Attention &args;
+    const AttentionPlan &plan;
+    float *own, *partials;
+    int64_t queries;
+    int tasks;
+};
+
+// Units are dealt out in turn: under a causal mask later ones have more to do.
+void attention_task(void *context, int index) {
+    const AttentionCall &call = *static_cast<const AttentionCall *>(context);
+    float *own = call.own + index * call.plan.own;
+    for (int unit = index; unit < call.plan.units; unit += call.tasks) {
+        call.level.attention(call.args, call.plan, own, call.partials, unit);
+    }
+}
+
+void attention_join_task(void *context, int index) {
+    const AttentionCall &call = *static_cast<const AttentionCall *>(context);
+    call.level.attention_join(call.args, call.plan, call.partials, call.queries * index / call.tasks,
+                              call.queries * (index + 1) / call.tasks);
 }
 
 } // namespace
@@ -94,6 +135,47 @@ Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *co
 
 void launch_embedding(const Level &level, const Embedding &args, int threads) {
     launch_range(level.embedding, args, args.count, args.count * args.width, threads);
+}
+
+// Exponentials and divisions weigh more than the floats that pass through them.
+constexpr int64_t ACTIVATION_WORK = 4;
+
+void launch_norm(const Level &level, const Norm &args, int threads) {
+    launch_range(level.norm, args, args.rows, args.rows * args.width, threads);
+}
+
+void launch_gated(const Level &level, const Gated &args, int threads) {
+    launch_range(level.gated, args, args.rows, args.rows * args.width * ACTIVATION_WORK, threads);
+}
+
+void launch_rope(const Level &level, const Rope &args, int64_t rows, int threads) {
+    launch_range(level.rope, args, rows, rows * args.width, threads);
+}
+
+bool launch_append(const Level &level, const Append &args, int64_t rows, int threads) {
+    if (!args.wide) {
+        OverflowCall check = {level, args, rows, tasks_for(rows, rows * args.width, threads), false};
+        parallel(check.tasks, overflow_task, &check);
+        if (check.found) return false;
+    }
+    launch_range(level.append, args, rows, rows * args.width, threads);
+    return true;
+}
+
+Outcome launch_attention(const Level &level, const Attention &args, int threads) {
+    const int64_t queries = args.batch * args.kv_heads * args.group * args.time;
+    if (queries == 0 || args.value_width == 0) return Outcome::done;
+    const AttentionPlan plan = level.plan_attention(args, threads);
+    const int tasks = tasks_for(plan.units, plan.work, threads);
+    const int64_t floats = tasks * plan.own + plan.partials;
+    const Scratch scratch(sizeof(float) * static_cast<size_t>(floats));
+    if (scratch.failed()) return Outcome::no_memory;
+    float *own = static_cast<float *>(scratch.data());
+    AttentionCall call = {level, args, plan, own, own + tasks * plan.own, queries, tasks};
+    parallel(tasks, attention_task, &call);
+    call.tasks = tasks_for(queries, plan.partials, threads);
+    parallel(call.tasks, attention_join_task, &call);
+    return Outcome::done;
 }
 
 } // namespace upcast

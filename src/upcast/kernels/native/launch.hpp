@@ -15,5 +15,13 @@ Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *co
                        int64_t weight_stride, int threads);
 
 void launch_embedding(const Level &level, const Embedding &args, int threads);
+void launch_norm(const Level &level, const Norm &args, int threads);
+void launch_gated(const Level &level, const Gated &args, int threads);
+void launch_rope(const Level &level, const Rope &args, int64_t rows, int threads);
+
+// False, and nothing written, if a finite value would become infinite in the cache's float16.
+bool launch_append(const Level &level, const Append &args, int64_t rows, int threads);
+
+Outcome launch_attention(const Level &level, const Attention &args, int threads);
 
 } // namespace upcast

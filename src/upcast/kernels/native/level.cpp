@@ -1,13 +1,17 @@
 // One instruction set's kernels: this file is compiled once per level, with that level's flags.
-#include "embedding.hpp"
+#include "attention.hpp"
 #include "kernels.hpp"
 #include "linear.hpp"
+#include "rowwise.hpp"
 #include "simd.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
 
-static const Level LEVEL = {UPCAST_LEVEL_NAME, plan_linear, linear, embedding};
+static const Level LEVEL = {
+    UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
+    rope,              overflows,   append, plan_attention, attention, attention_join,
+};
 
 } // namespace UPCAST_NS
 

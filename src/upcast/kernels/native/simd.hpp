@@ -84,7 +84,7 @@ UPCAST_INLINE vf load_half(const uint16_t *p) {
 }
 UPCAST_INLINE void store_half(uint16_t *p, vf v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(p),
-                        _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+                        _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 UPCAST_INLINE vf load_part(const float *p, int count) {
     return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
@@ -232,6 +232,13 @@ template <int S = 1> UPCAST_INLINE vf sum_each(vf *parts) {
     }
     if constexpr (PAIRS > 1) return sum_each<2 * S>(parts);
     return parts[0];
+}
+
+// The first `count` lanes of v, the others from `rest`.
+UPCAST_INLINE vf keep_part(vf v, vf rest, int count) {
+    vi lane;
+    for (int i = 0; i < LANES; ++i) lane[i] = i;
+    return select(lane < count, v, rest);
 }
 
 UPCAST_INLINE float sum(vf v) {

@@ -201,7 +201,7 @@ bool require_shape(const Tensor &tensor, const Tensor &like, int64_t width) {
     return false;
 }
 
-bool as_rows(const Tensor &tensor, Rows &rows) {
+bool as_rows(const Tensor &tensor, EvenRows &rows) {
     const int last = tensor.ndim - 1;
     rows = {1, tensor.shape[last], tensor.shape[last]};
     if (tensor.shape[last] > 1 && tensor.strides[last] != 1) return false;

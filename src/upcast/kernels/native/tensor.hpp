@@ -25,7 +25,7 @@ struct Tensor {
 };
 
 // A tensor seen as `rows` rows of `width` adjacent elements, `stride` elements apart.
-struct Rows {
+struct EvenRows {
     int64_t rows, width, stride;
 };
 
@@ -48,6 +48,6 @@ bool require_adjacent(const Tensor &tensor);
 bool require_shape(const Tensor &tensor, const Tensor &like, int64_t width);
 
 // False, without an error, where the layout is not that of evenly spaced rows: the caller copies.
-bool as_rows(const Tensor &tensor, Rows &rows);
+bool as_rows(const Tensor &tensor, EvenRows &rows);
 
 } // namespace upcast
