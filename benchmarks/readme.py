@@ -1,6 +1,6 @@
 """Write a measured run into the README: the table between its markers, and the picture beside it.
 
-    python benchmarks/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
+python benchmarks/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
 """
 
 import argparse

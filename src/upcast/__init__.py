@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from upcast import compiled as _compiled
 from upcast import ops as _ops
 from upcast import products as _products
 from upcast.errors import UpcastError
@@ -13,4 +14,4 @@ from upcast.planning import Plan, plan
 __all__ = ["HalfWeight", "Plan", "UpcastError", "load_litgpt", "patch", "patched", "plan", "unpatch"]
 __version__ = version("upcast")
 
-del _ops, _products, version  # imported so that HalfWeight knows its operations
+del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations

@@ -50,7 +50,7 @@ def _(indices: Tensor, weight: Tensor) -> Tensor:
 
 @torch.library.custom_op("upcast::grouped_linear", mutates_args=())
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Return ``x[rows of e] @ weight[e]`` for every expert e: x float32 (T, K), weight float16 (E, K, N), counts (E,)."""
+    """Return ``x[rows of e] @ weight[e]`` for every expert e: x float32 (T, K), weight float16 (E, K, N)."""
     return kernels.grouped_linear(x, weight, counts)
 
 

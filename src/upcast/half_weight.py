@@ -24,10 +24,14 @@ HANDLERS: dict[Any, Callable[..., Any]] = {}
 # Questions about the tensor rather than about its numbers: answered by the wrapper, which knows shape and dtype.
 _METADATA = {
     *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.stride, torch.Tensor.dim_order),
-    *(torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.is_contiguous, torch.Tensor.storage_offset),
-    *(torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.is_signed, torch.Tensor.is_inference),
-    *(torch.Tensor.get_device, torch.Tensor.__len__, torch.Tensor.__hash__, torch.Tensor.register_hook),
-    *(torch.is_floating_point, torch.is_complex, torch.numel, torch.is_inference, torch.is_signed),
+    *(torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.storage_offset, torch.Tensor.get_device),
+    *(torch.Tensor.__len__, torch.Tensor.__hash__, torch.Tensor.register_hook, torch.numel),
+    *(
+        getattr(home, name)
+        for home in (torch, torch.Tensor)
+        for name in dir(home)
+        if name.startswith(("is_", "_is_")) and name != "is_nonzero"
+    ),
 }
 
 
@@ -106,6 +110,14 @@ class HalfWeight(torch.Tensor):
         if func is torch.ops.aten.detach.default:
             return args[0].like(args[0].stored.detach())
         return call_widened(func, args, kwargs or {})
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        """Tell torch.compile what to trace: the float16 tensor inside."""
+        return ["stored"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> "HalfWeight":
+        return HalfWeight(inner["stored"])
 
     def like(self, stored: torch.Tensor) -> "HalfWeight":
         """Return ``stored`` as a HalfWeight that counts its fallbacks where this one does."""

@@ -61,7 +61,7 @@ def without_numbers(value: Any) -> Any:
 
 @handles_each(
     *named("t transpose permute view reshape narrow select unsqueeze squeeze flatten unflatten expand expand_as"),
-    *named("view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous clone detach"),
+    *named("view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous clone"),
     *named("alias diagonal adjoint resolve_conj resolve_neg"),
     *(accessor(name).__get__ for name in ("T", "mT", "H", "mH", "data")),
 )
@@ -72,6 +72,13 @@ def _view(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         return call_widened(function, (weight, *args), kwargs)
     result = function(weight.stored, *map(without_numbers, args), **kwargs)
     return weight.like(result) if isinstance(result, Tensor) else tuple(map(weight.like, result))
+
+
+@handles(*named("detach"))
+def _detach(weight: HalfWeight) -> HalfWeight:
+    alias = weight.like(weight.stored.detach())
+    alias.twin = weight.twin  # the alias may take the place of the weight: Module._apply swaps them
+    return alias
 
 
 @handles(Tensor.__getitem__)
@@ -169,6 +176,9 @@ def _like(function: Any, *args: Any, **kwargs: Any) -> Any:
 )
 def _storage(function: Any, weight: HalfWeight) -> Any:
     """The bytes at rest are what memory reports, serialisers and tie detection want to know."""
+    if torch._guards.TracingContext.try_get() is not None:  # torch.compile imitates the wrapper and what is inside
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(weight)
     return function(weight.stored)
 
 

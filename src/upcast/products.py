@@ -18,25 +18,22 @@ from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
 
 
-def _times(x: Tensor, weight: HalfWeight, bias: Tensor | None = None) -> Tensor:
-    """Return x @ weight.T + bias for a 2-D weight."""
-    if x.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    ):  # an input the caller halved; the model computes in float32
+def _times(x: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return x @ stored.T + bias for a float16 matrix."""
+    if x.dtype in (torch.float16, torch.bfloat16):  # an input the caller halved; the model computes in float32
         x = x.float()
-    return kernels.linear(x, weight.stored, bias)
+    return kernels.linear(x, stored, bias)
 
 
 @handles(F.linear)
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if type(weight) is HalfWeight and x.dtype is torch.float32 and type(x) is Tensor:
-        if weight.row_major and not torch.is_grad_enabled():  # the hot path of inference
+        if weight.row_major and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the hot path
             return kernels.active().linear(x, weight.stored, bias)
     elif not _takes_part(x, weight, bias):
         return call_widened(F.linear, (x, weight, bias), {})
     assert isinstance(weight, HalfWeight)
-    return _times(x, weight, bias)
+    return _times(x, weight.stored, bias)
 
 
 def _takes_part(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -68,10 +65,10 @@ def _product(a: Tensor, b: Tensor) -> Any:
     if weight.stored.dim() > 2:
         return _batched(a, b)
     if weight is b:
-        return _times(a, weight.like(weight.stored.t()))
+        return _times(a, weight.stored.t())
     if other.dim() == 1:
-        return _times(other, weight)
-    return _times(other.mT, weight).mT
+        return _times(other, weight.stored)
+    return _times(other.mT, weight.stored).mT
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:
@@ -95,7 +92,7 @@ def _add_product(
         assert isinstance(addend, HalfWeight)
         result = beta * addend.widened() + alpha * (a @ b)
     elif isinstance(b, HalfWeight) and b.stored.dim() == 2 and beta == alpha == 1 and addend.shape == b.shape[1:]:
-        result = _times(a, b.like(b.stored.t()), addend)
+        result = _times(a, b.stored.t(), addend)
     else:
         product = _matmul(a, b)
         result = (product if alpha == 1 else alpha * product) + (addend if beta == 1 else beta * addend)

@@ -208,7 +208,9 @@ REFUSED = {
     "start negative": lambda: native.attention(Q, K, K, start=-1),
     "start overflows": lambda: native.attention(Q, K, K, start=2**63 - 1),
     "k and v differ in dtype": lambda: native.attention(Q, K, K.half(), start=0),
-    "heads do not divide": lambda: native.attention(torch.randn(1, 3, 1, 8), torch.cat([K, K], 1), torch.cat([K, K], 1), start=0),
+    "heads do not divide": lambda: native.attention(
+        torch.randn(1, 3, 1, 8), torch.cat([K, K], 1), torch.cat([K, K], 1), start=0
+    ),
     "widths differ": lambda: native.attention(Q[..., :7], K, K, start=0),
     "batches differ": lambda: native.attention(Q, torch.cat([K, K]), torch.cat([K, K]), start=0),
     "window negative": lambda: native.attention(Q, K, K, start=0, window=-3),

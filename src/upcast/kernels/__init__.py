@@ -1,7 +1,8 @@
 """Kernels: float16 weights times float32 activations, and which implementation runs.
 
 `native` is the compiled library; `portable` is plain PyTorch, runs everywhere, and says what native must give. Both
-have the same functions. Here is what chooses between them and what differentiates through them.
+have the same functions. Here is what chooses between them and what differentiates through them. While torch.compile
+traces, the custom operators of `upcast.compiled` stand in.
 """
 
 from types import ModuleType
@@ -60,6 +61,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Differentiable with respect to x and bias; only the float16 weight is kept for the backward pass.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.upcast.linear(x, weight, bias)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
@@ -80,6 +83,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def embedding(indices: Tensor, weight: Tensor) -> Tensor:
     """Return rows of ``weight`` (float16, (V, D)) at ``indices`` (integers, any shape) in float32."""
+    if torch.compiler.is_compiling():
+        return torch.ops.upcast.embedding(indices, weight)  # type: ignore[no-any-return]
     implementation = portable if weight.stride(-1) != 1 else active()
     return implementation.embedding(indices, weight)  # type: ignore[no-any-return]
 
@@ -90,6 +95,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     x is float32 (T, K), its rows sorted by expert; weight float16 (E, K, N), of any strides; counts integers (E,),
     with sum T. Differentiable with respect to x.
     """
+    if torch.compiler.is_compiling():
+        return torch.ops.upcast.grouped_linear(x, weight, counts)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and x.requires_grad:
         rows = x.split(counts.tolist())
         return torch.cat([linear(part, weight[expert].t()) for expert, part in enumerate(rows)])

@@ -79,9 +79,7 @@ def set_isa(name: str) -> None:
         raise UpcastError(f"the native kernels are missing: {_load_error}; there is no level to choose.")
     if not _module.force_level(name):
         levels = ", ".join(_module.levels())
-        raise UpcastError(
-            f"instruction set {name!r} cannot run here; this machine runs {levels}. Choose one of these."
-        )
+        raise UpcastError(f"instruction set {name!r} cannot run here; this machine runs {levels}. Choose one of these.")
 
 
 def _describe(tensor: Tensor | None) -> Any:
@@ -162,9 +160,7 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool =
     return out
 
 
-def _norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float, centred: bool
-) -> Tensor:
+def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float, centred: bool) -> Tensor:
     out = _empty(x.shape, dtype=_float32, device=_CPU)
     views = [_describe(tensor) for tensor in (out, x, weight, bias)]
     if _native.norm(*views, eps, offset, centred, _threads()):
@@ -189,7 +185,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, unit_of
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, both (..., D) float32; activation is "silu", "gelu" (exact) or "gelu_tanh"."""
     if activation not in _ACTIVATIONS:
-        raise UpcastError(f"activation is {activation!r}; the kernels have {', '.join(_ACTIVATIONS)}. Use one of these.")
+        raise UpcastError(
+            f"activation is {activation!r}; the kernels have {', '.join(_ACTIVATIONS)}. Use one of these."
+        )
     kind = _ACTIVATIONS[activation]
     out = _empty(gate.shape, dtype=_float32, device=_CPU)
     views = [_describe(tensor) for tensor in (out, gate, up)]

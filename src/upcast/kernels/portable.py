@@ -61,7 +61,9 @@ def embedding(indices: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.embedding(indices, weight).float()
 
 
-def grouped_linear(x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+def grouped_linear(
+    x: torch.Tensor, weight: torch.Tensor, counts: torch.Tensor, transposed: bool = False
+) -> torch.Tensor:
     """Return one product per expert, for rows sorted by expert; only experts with rows are read.
 
     Args:
