@@ -45,21 +45,21 @@ UPCAST_INLINE vf vtanh(vf x) {
     const vf scale = power_of_two(e.n);
     const vf less_one = e.tail * scale + (scale - 1.0f);
     const vf magnitude = less_one / (less_one + 2.0f);
-    return (vf)((vi)magnitude | ((vi)x & (vi)splat(-0.0f)));
+    return (vf)((vu)magnitude | ((vu)x & 0x80000000u));
 }
 
 // The normal distribution function, as erfc(-x / sqrt 2) / 2. erfc(z) = exp(-z^2) t P(t) with
 // t = 1 / (1 + 0.525 z): P is a minimax fit made for this file, relative error 1e-7 up to z = 10.
 UPCAST_INLINE vf normal_cdf(vf x) {
-    const vf z = bounded(vabs(x) * 0.70710678f, 0.0f, 14.0f);
-    const vf t = 1.0f / (1.0f + 0.525f * z);
+    const vf size = bounded(vabs(x), 0.0f, 20.0f);
+    const vf t = 1.0f / (1.0f + 0.371231060f * size); // 0.525 / sqrt 2
     const float coefficients[] = {-0.24619156f, 0.65514320f, -0.83322555f, 0.44098863f, -0.11432204f,
                                   0.21924070f,  0.24834585f, 0.29681131f,  0.29617673f};
     vf p = splat(0.037032723f);
     for (float c : coefficients) p = p * t + c;
-    const vf square = z * z;
-    const vf rest = z * z - square; // the rounding error of the square where multiply-adds are fused
-    const vf upper = 0.5f * vexp(-square) * (1.0f - rest) * t * p;
+    const vf square = size * size;
+    const vf rest = size * size - square; // the rounding error of the square where multiply-adds are fused
+    const vf upper = 0.5f * vexp(-0.5f * square) * (1.0f - 0.5f * rest) * t * p;
     return select(x < 0.0f, upper, 1.0f - upper);
 }
 

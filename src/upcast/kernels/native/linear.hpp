@@ -14,7 +14,8 @@ constexpr int64_t WORK_PER_THREAD = 32 * 1024;
 static LinearPlan plan_linear(const Linear &a, int threads) {
     const int64_t work = a.M * a.N * a.K;
     threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
-    if (a.transposed) return a.M == 1 ? plan_axpy(a, threads) : plan_panel(a, threads);
+    // Without products there is only bias and residual, which the tiles add without touching a weight.
+    if (a.transposed && a.K > 0) return a.M == 1 ? plan_axpy(a, threads) : plan_panel(a, threads);
     return plan_dot(a, threads);
 }
 

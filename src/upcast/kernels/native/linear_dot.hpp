@@ -39,6 +39,8 @@ template <class Element> struct Rows {
 
 template <int R, int COLS, bool FETCH> struct DotTile {
     static constexpr int COUNT = R * COLS, UNROLL = dot_unroll(R, COLS), STEP = UNROLL * LANES;
+    // Additions in a row to one sum: more would let rounding errors grow beyond those of a blocked product.
+    static constexpr int64_t CHAIN = 256 * STEP;
     static constexpr int PADDED = (COUNT + LANES - 1) / LANES * LANES;
 
     template <class Element>
@@ -54,27 +56,38 @@ template <int R, int COLS, bool FETCH> struct DotTile {
 
     // dots[c * R + r] = x[c] . w[r]; `ahead` elements further on lie the weights of the next tile.
     template <class Element>
-    static void run(const Linear &a, const Element *w, int64_t ldw, const float *x, int64_t ahead, float *dots) {
+    UPCAST_INLINE void run(const Linear &a, const Element *w, int64_t ldw, const float *x, int64_t ahead, float *dots) {
+        stretch(a.ldx, least(a.K, CHAIN), w, ldw, x, ahead, dots);
+        for (int64_t k = CHAIN; k < a.K; k += CHAIN) {
+            float more[PADDED];
+            stretch(a.ldx, least(a.K - k, CHAIN), w + k, ldw, x + k, ahead, more);
+            for (int i = 0; i < COUNT; ++i) dots[i] += more[i];
+        }
+    }
+
+    template <class Element>
+    static void stretch(int64_t ldx, int64_t K, const Element *w, int64_t ldw, const float *x, int64_t ahead,
+                        float *dots) {
         vf sums[UNROLL][PADDED];
         for (int u = 0; u < UNROLL; ++u)
             for (int i = 0; i < PADDED; ++i) sums[u][i] = vf{};
         int64_t k = 0;
-        for (; k + STEP <= a.K; k += STEP) {
+        for (; k + STEP <= K; k += STEP) {
             for (int u = 0; u < UNROLL; ++u) {
                 if (FETCH && u % 2 == 0)
                     for (int r = 0; r < R; ++r) prefetch(w + r * ldw + k + u * LANES + ahead);
-                step(w + k + u * LANES, ldw, x + k + u * LANES, a.ldx, sums[u]);
+                step(w + k + u * LANES, ldw, x + k + u * LANES, ldx, sums[u]);
             }
         }
         for (int u = 0; u + 1 < UNROLL; ++u) {
-            if (k + LANES > a.K) break;
-            step(w + k, ldw, x + k, a.ldx, sums[u]);
+            if (k + LANES > K) break;
+            step(w + k, ldw, x + k, ldx, sums[u]);
             k += LANES;
         }
-        if (k < a.K) {
-            const int count = static_cast<int>(a.K - k);
+        if (k < K) {
+            const int count = static_cast<int>(K - k);
             for (int c = 0; c < COLS; ++c) {
-                const vf xs = load_part(x + c * a.ldx + k, count);
+                const vf xs = load_part(x + c * ldx + k, count);
                 for (int r = 0; r < R; ++r) sums[0][c * R + r] += load_part(w + r * ldw + k, count) * xs;
             }
         }

@@ -67,7 +67,8 @@ typedef float vf_unaligned __attribute__((vector_size(4 * LANES), aligned(4), ma
 template <class T> UPCAST_INLINE constexpr T least(T a, T b) { return a < b ? a : b; }
 template <class T> UPCAST_INLINE constexpr T most(T a, T b) { return a < b ? b : a; }
 
-UPCAST_INLINE vf splat(float value) { return vf{} + value; }
+// Minus zero, unlike plus zero, changes no value: the compiler drops the subtraction.
+UPCAST_INLINE vf splat(float value) { return value - vf{}; }
 UPCAST_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_unaligned *>(p); }
 UPCAST_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_unaligned *>(p) = v; }
 UPCAST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }

@@ -182,6 +182,7 @@ bool require_contiguous(const Tensor &tensor) {
 
 bool require_adjacent(const Tensor &tensor) {
     const int last = tensor.ndim - 1;
+    if (tensor.count() == 0) return true;
     bool apart = tensor.shape[last] <= 1 || tensor.strides[last] == 1;
     for (int i = 0; i < last; ++i) {
         apart = apart && (tensor.shape[i] <= 1 || tensor.strides[i] >= tensor.shape[last]);

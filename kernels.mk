@@ -1,0 +1,41 @@
+# Targets of the native kernels, included by the Makefile.
+NATIVE := src/upcast/kernels/native
+DRIVER := tests/kernels/driver.cpp
+KERNEL_BUILD := build/kernels
+KERNEL_FLAGS := -std=c++17 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -ffp-contract=fast -I$(NATIVE)
+V3 := -mavx2 -mfma -mf16c
+V4 := $(V3) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+FUZZ_SECONDS ?= 60
+CROSS_CXX ?= aarch64-linux-gnu-g++
+CROSS_RUN ?= qemu-aarch64-static
+
+.PHONY: sanitize fuzz test-aarch64 check-libdispatch
+
+# Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan.
+sanitize: | $(KERNEL_BUILD)
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)"; do set -- $$level; number=$$1; shift; \
+	  echo "kernel driver, level $$number"; \
+	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
+	    && $(KERNEL_BUILD)/driver-$$number || exit 1; done
+
+# Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all.
+fuzz: | $(KERNEL_BUILD)
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)"; do set -- $$level; number=$$1; shift; \
+	  echo "kernel fuzz, level $$number"; \
+	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
+	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 6 )) || exit 1; done
+	$(PYTHON) tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
+
+test-aarch64: | $(KERNEL_BUILD)
+	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is missing; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }
+	@command -v $(CROSS_RUN) >/dev/null || { echo "$(CROSS_RUN) is missing; Debian: qemu-user-static" >&2; exit 1; }
+	$(CROSS_CXX) $(KERNEL_FLAGS) -O2 -static -DUPCAST_LEVEL=64 $(DRIVER) -o $(KERNEL_BUILD)/driver-aarch64
+	$(CROSS_RUN) $(KERNEL_BUILD)/driver-aarch64
+
+# The macOS thread path cannot run here; it must keep compiling.
+check-libdispatch:
+	$(CXX) $(KERNEL_FLAGS) -DUPCAST_CHECK_LIBDISPATCH -fsyntax-only $(NATIVE)/threads.cpp
+
+$(KERNEL_BUILD):
+	mkdir -p $@
