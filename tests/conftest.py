@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import upcast
+from upcast import kernels
 from upcast.half_weight import HalfWeight
 
 torch.set_num_threads(2)
@@ -62,6 +63,14 @@ def assert_patched(model: nn.Module) -> None:
 
 def fallbacks(model: nn.Module) -> upcast.half_weight.Fallbacks:
     return upcast.patching.record_of(upcast.targets.unwrap(model)).fallbacks
+
+
+@pytest.fixture(params=["native", "portable"])
+def each_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once with each implementation; test_kernels_choice.py says that native must be there."""
+    monkeypatch.setattr("upcast.kernels._active", None)
+    kernels.use(request.param)
+    return str(request.param)
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

@@ -16,17 +16,18 @@ print('upcast.startup' in sys.modules)
 """
 
 VALID = [
-    ({}, config.Config(False, "safe", "auto", 1)),
-    ({"UPCAST": "1"}, config.Config(True, "safe", "auto", 1)),
-    ({"UPCAST": "True"}, config.Config(True, "safe", "auto", 1)),
-    ({"UPCAST": "on", "UPCAST_VERBOSE": "2"}, config.Config(True, "safe", "auto", 2)),
-    ({"UPCAST": "FALSE", "UPCAST_KERNELS": " portable "}, config.Config(False, "safe", "portable", 1)),
+    ({}, config.Config(False, "safe", "auto", "auto", 1)),
+    ({"UPCAST": "1"}, config.Config(True, "safe", "auto", "auto", 1)),
+    ({"UPCAST": "True"}, config.Config(True, "safe", "auto", "auto", 1)),
+    ({"UPCAST": "on", "UPCAST_VERBOSE": "2"}, config.Config(True, "safe", "auto", "auto", 2)),
+    ({"UPCAST": "FALSE", "UPCAST_KERNELS": " portable "}, config.Config(False, "safe", "portable", "auto", 1)),
 ]
 
 INVALID = [
     ({"UPCAST": "maybe"}, "UPCAST='maybe' in the environment; it takes one of '1', 'true', 'on'"),
     ({"UPCAST_POLICY": "brave"}, "UPCAST_POLICY='brave' .* 'safe'"),
     ({"UPCAST_KERNELS": "fast"}, "UPCAST_KERNELS='fast' .* 'auto', 'native', 'portable'"),
+    ({"UPCAST_ISA": "avx9"}, "UPCAST_ISA='avx9' .* 'x86-64', 'x86-64-v3', 'x86-64-v4', 'aarch64'"),
     ({"UPCAST_VERBOSE": "3"}, "UPCAST_VERBOSE='3' .* '0', '1', '2'"),
 ]
 

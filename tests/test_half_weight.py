@@ -8,13 +8,15 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import upcast
 from tests.conftest import relative_error
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
+
+pytestmark = pytest.mark.usefixtures("each_kernels")
 
 torch.manual_seed(0)
 X = torch.randn(2, 7, 33)
@@ -283,7 +285,7 @@ def test_copies_are_independent_parameters(duplicate: Callable[[HalfWeight], Hal
     assert weight.stored.abs().sum() > 0
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.integers(0, 5),
     st.integers(1, 40),

@@ -13,6 +13,8 @@ from tests.conftest import assert_patched, fallbacks, half_weights, relative_err
 from upcast.half_weight import HalfWeight
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, WRAP
 
+pytestmark = pytest.mark.usefixtures("each_kernels")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
@@ -106,7 +108,7 @@ def test_nothing_changes_a_parameter_during_forward() -> None:
     def work(index: int) -> None:
         for _ in range(20):
             got = model([IDS, IDS.flip(0)][index])
-            if not torch.equal(got, want[index]):
+            if relative_error(got, want[index]) > 1e-6:
                 failures.append(got)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in (0, 1)]
@@ -194,7 +196,7 @@ def test_an_interrupted_unpatch_stays_patched(monkeypatch: pytest.MonkeyPatch) -
         upcast.unpatch(model)
     monkeypatch.undo()
     assert all(weight is weights[name] for name, weight in half_weights(model).items())
-    assert torch.equal(model(IDS), want)
+    assert relative_error(model(IDS), want) < 1e-6
     upcast.unpatch(model)
 
 

@@ -10,6 +10,7 @@ from upcast.policy import POLICIES
 ON = ("1", "true", "on", "yes")
 OFF = ("", "0", "false", "off", "no")
 KERNELS = ("auto", "native", "portable")
+ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "aarch64")
 VERBOSITY = ("0", "1", "2")
 
 
@@ -27,6 +28,7 @@ VARIABLES = (
     Variable("UPCAST", ON + OFF, "0", "patch what LitGPT and Transformers load, with no code change"),
     Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32"),
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
+    Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),
     Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),
 )
 
@@ -38,6 +40,7 @@ class Config:
     enabled: bool
     policy: str
     kernels: str
+    isa: str
     verbose: int
 
 
@@ -52,6 +55,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         enabled=values["UPCAST"] in ON,
         policy=values["UPCAST_POLICY"],
         kernels=values["UPCAST_KERNELS"],
+        isa=values["UPCAST_ISA"],
         verbose=int(values["UPCAST_VERBOSE"]),
     )
 

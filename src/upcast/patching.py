@@ -50,6 +50,7 @@ def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Mo
             pattern. Nothing has been changed then, nor when the patch is interrupted.
     """
     policies.check(policy)
+    kernels.active()  # an impossible choice is refused before anything changes
     root, found = prepare(model, keep)
     record, _ = _patch(root, found, keep, {})
     report.say(_summary(record.plan), record.plan)
@@ -88,6 +89,7 @@ def patched(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> 
     The originals stay in memory for that time. Arguments and errors as for `patch`.
     """
     policies.check(policy)
+    kernels.active()
     root, found = prepare(model, keep)
     record, undo = _patch(root, found, keep, {})
     report.say(_summary(record.plan), record.plan)

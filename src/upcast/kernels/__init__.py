@@ -41,7 +41,14 @@ def use(choice: str) -> ModuleType:
 
 def active() -> ModuleType:
     """Return the implementation in use; on first use, the one that the environment asks for."""
-    return _active or use(config.read().kernels)
+    return _active or _as_the_environment_asks()
+
+
+def _as_the_environment_asks() -> ModuleType:
+    settings = config.read()
+    if settings.isa != "auto":
+        native.set_isa(settings.isa)
+    return use(settings.kernels)
 
 
 def name() -> str:
