@@ -150,7 +150,8 @@ def ratio(record: dict[str, Any], other: str) -> float | None:
 def describe(record: dict[str, Any]) -> str:
     """One line: shape, rows, GF/s, GB/s of weights and ratios."""
     (n, k), rows, seconds = record["shape"], record["rows"], record["seconds"]["native"]
-    line = f"{n:6} x {k:4}  M {rows:4}  {2e-9 * n * k * rows / seconds:6.1f} GF/s  {2e-9 * n * k / seconds:5.1f} GB/s"
+    rate = 2e-9 * n * k / seconds  # GB/s of weights; times M: GF/s
+    line = f"{n:6} x {k:4}  M {rows:4}  {rate * rows:6.1f} GF/s  {rate:5.1f} GB/s"
     for other in ("float32", "fbgemm"):
         if value := ratio(record, other):
             line += f"  {value:5.2f} x {other}"

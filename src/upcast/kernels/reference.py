@@ -66,7 +66,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of q (B, Hq, T, D) over the first start + T positions of k and v (B, Hkv, S, D), in q's dtype."""
+    """Attention of q (B, Hq, T, D) over start + T positions of k and v (B, Hkv, S, D), in q's dtype."""
     time, end = q.shape[2], start + q.shape[2]
     group = q.shape[1] // k.shape[1]
     keys = k[:, :, :end].to(q.dtype).repeat_interleave(group, dim=1)
