@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-# PyTorch's own error can be zero by luck; a few units in the last place of float32 cannot be asked less of us.
+# PyTorch's own error can be zero by luck; nobody can be asked for less than a few units in the last place.
 FLOOR = 3e-7
 
 

@@ -135,7 +135,8 @@ def test_after_fork() -> None:
         "if child == 0:\n"
         "    one = threading.Thread(target=lambda: native.linear(x, w)); one.start(); one.join()\n"
         "    os._exit(0 if torch.allclose(native.linear(x, w), expected, rtol=1e-5, atol=1e-5) else 3)\n"
-        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), torch.equal(native.linear(x, w), expected))\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+        "print(torch.equal(native.linear(x, w), expected))\n"
     )
     assert out.split() == ["0", "True"]
 
@@ -164,7 +165,9 @@ sys.path.insert(0, {str(tmp_path)!r})
 from upcast.kernels import native
 print(native.__file__, native.available(), native.load_error(), native.info()["isa"])
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
     where, loaded, *reason = done.stdout.split()
     assert where.startswith(str(tmp_path))
     assert loaded == "False"

@@ -97,19 +97,17 @@ def _rows(tensor: Tensor | None) -> Tensor | None:
     return _empty(tensor.shape, dtype=tensor.dtype, device=_CPU).copy_(tensor)
 
 
-def _product(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, transposed: bool
-) -> Tensor:
+def _product(out: Tensor, operands: tuple[Tensor | None, ...], transposed: bool) -> Tensor:
+    """Fill out from (x, weight, bias, residual); what the module cannot walk is copied and tried again."""
     if _exchange:
-        copies = _native.linear(out, x, weight, bias, residual, transposed, _threads())
+        copies = _native.linear(out, *operands, transposed, _threads())
     else:
-        views = [_describe(tensor) for tensor in (out, x, weight, bias, residual)]
-        copies = _native.linear(*views, transposed, _threads())
+        copies = _native.linear(*map(_describe, (out, *operands)), transposed, _threads())
     if copies:
-        x_rows = _rows(x) if copies & _COPY_FIRST else x
-        residual_rows = _rows(residual) if copies & _COPY_SECOND else residual
-        views = [_describe(tensor) for tensor in (out, x_rows, weight, bias, residual_rows)]
-        _native.linear(*views, transposed, _threads())
+        x, weight, bias, residual = operands
+        x = _rows(x) if copies & _COPY_FIRST else x
+        residual = _rows(residual) if copies & _COPY_SECOND else residual
+        _native.linear(*map(_describe, (out, x, weight, bias, residual)), transposed, _threads())
     return out
 
 
@@ -121,7 +119,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     Returns (..., N) float32.
     """
     out = _empty((*x.shape[:-1], weight.shape[0]), dtype=_float32, device=_CPU)
-    return _product(out, x, weight, bias, residual, False)
+    return _product(out, (x, weight, bias, residual), False)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -130,7 +128,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     This is also the gradient of `linear` with respect to x, and GPT-2's Conv1D. Returns (..., N) float32.
     """
     out = _empty((*x.shape[:-1], weight.shape[-1]), dtype=_float32, device=_CPU)
-    return _product(out, x, weight, bias, residual, True)
+    return _product(out, (x, weight, bias, residual), True)
 
 
 def embedding(indices: Tensor, weight: Tensor) -> Tensor:
@@ -169,7 +167,9 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, 
     return out
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """LayerNorm over the last dimension. x: (..., D) float32; weight, bias: (D,) float32 or None."""
     return _norm(x, weight, bias, eps=eps, offset=0.0, centred=True)
 

@@ -1,17 +1,22 @@
 """The fused kernels in plain PyTorch: what `native` must agree with, and what runs without it."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
 }
 
 
-def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
     """LayerNorm over the last dimension. x: (..., D); weight, bias: (D,) or None."""
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
@@ -61,7 +66,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """Attention of q (B, Hq, T, D) over positions 0 .. start + T - 1 of k and v (B, Hkv, S, D), in q's dtype."""
+    """Attention of q (B, Hq, T, D) over start + T positions of k and v (B, Hkv, S, D), in q's dtype."""
     time, end = q.shape[2], start + q.shape[2]
     group = q.shape[1] // k.shape[1]
     keys = k[:, :, :end].to(q.dtype).repeat_interleave(group, dim=1)
