@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+include kernels.mk
+
+.DEFAULT_GOAL := help
 .PHONY: help setup bench bench-quick test test-fast test-slow check format clean
 
 help:
@@ -14,11 +17,14 @@ help:
 	@echo "make check        lint and types only"
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
+	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
+	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
+	@echo "make fuzz         random shapes, strides and values for a minute"
 	@echo "make format       format and sort imports"
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start)
+$(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start src/upcast/kernels/native/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'

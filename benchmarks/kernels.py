@@ -46,10 +46,7 @@ Call = Callable[[int], Tensor]
 
 def copies(weight: Tensor) -> list[Tensor]:
     """Enough copies of a weight to outgrow the caches."""
-    return [
-        weight.clone()
-        for _ in range(max(2, math.ceil(COLD_BYTES / (weight.numel() * weight.element_size()))))
-    ]
+    return [weight.clone() for _ in range(max(2, math.ceil(COLD_BYTES / (weight.numel() * weight.element_size()))))]
 
 
 def packed(weight: Tensor) -> list[Any]:
@@ -117,9 +114,7 @@ def measure_forward(shape: tuple[int, int], row_counts: list[int], seconds: floa
         if fbgemm:
             calls["fbgemm"] = partial(turn, partial(torch.ops.quantized.linear_dynamic_fp16, x), fbgemm)
         check(calls, x.double() @ half.double().t())
-        records.append(
-            {"shape": shape, "rows": rows, "read": read_bandwidth(), "seconds": interleaved(calls, seconds)}
-        )
+        records.append({"shape": shape, "rows": rows, "read": read_bandwidth(), "seconds": interleaved(calls, seconds)})
         print(describe(records[-1]), flush=True)
     return records
 
@@ -164,9 +159,7 @@ def means(records: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
     for rows in sorted({record["rows"] for record in records}):
         result[rows] = {}
         for other in ("float32", "fbgemm"):
-            values = [
-                value for record in records if record["rows"] == rows and (value := ratio(record, other))
-            ]
+            values = [value for record in records if record["rows"] == rows and (value := ratio(record, other))]
             if values:
                 result[rows][other] = statistics.geometric_mean(values)
     return result
@@ -220,9 +213,7 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Measures, prints the table and the geometric means beside their targets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three shapes, four numbers of rows")
     parser.add_argument("--seconds", type=float, default=0.5, help="per shape and number of rows")
     parser.add_argument("--json", type=Path, help="write every figure to this file")

@@ -55,9 +55,7 @@ def test_norms_of_massive_and_special_rows(isa: str) -> None:
     weight, bias = torch.randn(576), torch.randn(576)
     for row in x.split(1):
         exact = reference.layer_norm(row.double(), weight.double(), bias.double())
-        check(
-            native.layer_norm(row, weight, bias), reference.layer_norm(row, weight, bias), exact, limit=1e-3
-        )
+        check(native.layer_norm(row, weight, bias), reference.layer_norm(row, weight, bias), exact, limit=1e-3)
         exact = reference.rms_norm(row.double(), weight.double())
         check(native.rms_norm(row, weight), reference.rms_norm(row, weight), exact)
 
@@ -87,9 +85,7 @@ def test_activations_over_their_range(isa: str, activation: str) -> None:
     }[activation]
     ours = native.gated(x, torch.ones_like(x), activation).double()
     # The exponential's argument is rounded to float32: its size bounds what can be asked for.
-    argument = {"silu": wide.abs(), "gelu": wide**2, "gelu_tanh": wide.abs() + wide.abs() ** 3 / 10}[
-        activation
-    ]
+    argument = {"silu": wide.abs(), "gelu": wide**2, "gelu_tanh": wide.abs() + wide.abs() ** 3 / 10}[activation]
     assert ((ours - exact).abs() <= (5e-7 + 1.5e-7 * argument.clamp(max=200)) * exact.abs() + 1e-37).all()
 
 

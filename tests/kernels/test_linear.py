@@ -107,9 +107,7 @@ def test_special_values_propagate(isa: str, rows: int, value: float) -> None:
 
 
 def test_every_half_is_widened_exactly(isa: str) -> None:
-    halves = (
-        torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).reshape(256, 256)
-    )
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).reshape(256, 256)
     widened = native.embedding(torch.arange(256), halves)
     assert torch.equal(widened.isnan(), halves.isnan())
     assert torch.equal(widened.nan_to_num(0.0), halves.float().nan_to_num(0.0))

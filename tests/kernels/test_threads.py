@@ -165,9 +165,7 @@ sys.path.insert(0, {str(tmp_path)!r})
 from upcast.kernels import native
 print(native.__file__, native.available(), native.load_error(), native.info()["isa"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     where, loaded, *reason = done.stdout.split()
     assert where.startswith(str(tmp_path))
     assert loaded == "False"

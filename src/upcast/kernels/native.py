@@ -167,9 +167,7 @@ def _norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, 
     return out
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension. x: (..., D) float32; weight, bias: (D,) float32 or None."""
     return _norm(x, weight, bias, eps=eps, offset=0.0, centred=True)
 
