@@ -6,7 +6,7 @@ import pytest
 
 import upcast
 from tests.conftest import Run
-from upcast import cli, config, report
+from upcast import cli, config, console
 
 SCRIPT = """
 import sys
@@ -110,4 +110,4 @@ def test_public_names() -> None:
 
 
 def test_tables_align() -> None:
-    assert report.table(("a", "b"), [("xx", "1"), ("y", "22")], right=(1,)) == "a    b\n--  --\nxx   1\ny   22"
+    assert console.table(("a", "b"), [("xx", "1"), ("y", "22")], right=(1,)) == "a    b\n--  --\nxx   1\ny   22"

@@ -156,6 +156,20 @@ def test_the_story_in_plain_float16_fails(story: Path, python: Run) -> None:
     assert python("-c", script, UPCAST="1").returncode == 0
 
 
+def test_patching_an_llm_that_runs_in_float16(story: Path, python: Run) -> None:
+    script = """
+import torch, upcast
+from litgpt import LLM
+llm = LLM.load("EleutherAI/pythia-160m", distribute=None)
+llm.distribute(precision="16-true")
+upcast.patch(llm)
+assert llm.model(torch.tensor([[1, 2]])).dtype == torch.float32
+print(len(llm.generate("What do Llamas eat?", max_new_tokens=5)))
+"""
+    result = python("-c", script)
+    assert result.returncode == 0, result.stderr
+
+
 DISTRIBUTE = [
     ("", "upcast: GPT "),
     ("fixed_kv_cache_size=64", "upcast: GPT "),

@@ -340,6 +340,17 @@ def test_unpatch_says_what_rounding_lost(capsys: pytest.CaptureFixture[str]) -> 
     assert "nothing was lost" in capsys.readouterr().err
 
 
+def test_the_report_counts_float32_copies() -> None:
+    model = upcast.patch(nn.LSTM(7, 33))
+    assert "widened whole: none" in upcast.report(model)
+    model(torch.randn(5, 2, 7))
+    text = upcast.report(model)
+    assert "widened whole: lstm: 2 calls, up to 17,424 bytes" in text
+    assert "weight_ih_l0" in text
+    with pytest.raises(upcast.UpcastError, match="is not patched"):
+        upcast.report(nn.Linear(3, 3))
+
+
 def test_a_pipeline_s_model_is_patched_in_place() -> None:
     class Pipeline:
         def __init__(self) -> None:

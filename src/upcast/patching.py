@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import hooks, kernels, report
+from upcast import console, hooks, kernels
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
@@ -53,7 +53,7 @@ def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Mo
     kernels.active()  # an impossible choice is refused before anything changes
     root, found = prepare(model, keep)
     record, _ = _patch(root, found, keep, {})
-    report.say(_summary(record.plan), record.plan)
+    console.say(_summary(record.plan), record.plan)
     return model
 
 
@@ -78,7 +78,7 @@ def unpatch(model: Model) -> Model:
         _put_back(undo)
         raise
     _clear(root)
-    report.say(_loss(record.plan))
+    console.say(_loss(record.plan))
     return model
 
 
@@ -92,7 +92,7 @@ def patched(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> 
     kernels.active()
     root, found = prepare(model, keep)
     record, undo = _patch(root, found, keep, {})
-    report.say(_summary(record.plan), record.plan)
+    console.say(_summary(record.plan), record.plan)
     try:
         yield model
     finally:
@@ -110,11 +110,24 @@ def record_of(root: nn.Module) -> Record:
     raise UpcastError(f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}")
 
 
+def report(model: object) -> str:
+    """Return what `patch` did to ``model`` and what has happened since, as text to print.
+
+    A table of its tensors, the kernels in use, and every operation that needed a whole float32 copy of a weight, with
+    the number of calls and the largest copy in bytes.
+
+    Raises:
+        UpcastError: the model is not patched.
+    """
+    record = record_of(unwrap(model))
+    return f"{record.plan}\nkernels: {kernels.describe()}\nwidened whole: {record.fallbacks}"
+
+
 def adopt(root: nn.Module, roundings: Mapping[str, tuple[torch.dtype, Rounding]]) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     root, found = prepare(root, ())
     record, _ = _patch(root, found, (), roundings)
-    report.say(_summary(record.plan), record.plan)
+    console.say(_summary(record.plan), record.plan)
     return record
 
 
@@ -204,7 +217,7 @@ def _restored(slot: Slot, record: Record) -> Tensor | None:
 
 def _summary(plan: Plan) -> str:
     """Return upcast's one line about a patched model."""
-    sizes = f"{report.megabytes(plan.bytes_before)} -> {report.megabytes(plan.bytes_after)}"
+    sizes = f"{console.megabytes(plan.bytes_before)} -> {console.megabytes(plan.bytes_after)}"
     float32 = ", ".join(f"{count} ({reason})" for reason, count in plan.in_float32().items())
     return f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}"
 

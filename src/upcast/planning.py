@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upcast import report
+from upcast import console
 from upcast.rounding import Rounding, measure, survey
 from upcast.targets import Slot, matches, prepare
 
@@ -67,8 +67,8 @@ class Plan:
             "reason",
         )
         rows = [_row(change) for change in self.changes]
-        total = f"{report.megabytes(self.bytes_before)} -> {report.megabytes(self.bytes_after)}"
-        return f"{report.table(headers, rows, right=(4, 5, 6, 7))}\n{self.model}: {total}"
+        total = f"{console.megabytes(self.bytes_before)} -> {console.megabytes(self.bytes_after)}"
+        return f"{console.table(headers, rows, right=(4, 5, 6, 7))}\n{self.model}: {total}"
 
     def in_float32(self) -> dict[str, int]:
         """Return reason -> count for the tensors that are float32 afterwards."""

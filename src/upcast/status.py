@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 import _upcast_startup
-from upcast import config, kernels, report
+from upcast import config, console, kernels
 
 LIBRARIES = ("torch", "wrapt", "litgpt", "transformers")
 
@@ -28,7 +28,7 @@ def describe() -> str:
         ("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)),
     ]
     rows += [(variable.name, f"{config.shown(variable)}: {variable.meaning}") for variable in config.VARIABLES]
-    return report.table(("what", "finding"), rows)
+    return console.table(("what", "finding"), rows)
 
 
 def _active(enabled: bool) -> str:

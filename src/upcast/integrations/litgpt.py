@@ -10,7 +10,7 @@ import torch
 import wrapt
 from torch import Tensor
 
-from upcast import checkpoint, config, patching, report
+from upcast import checkpoint, config, console, patching
 from upcast.errors import UpcastError
 
 
@@ -98,7 +98,7 @@ def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> An
     if call["distribute"] != "auto":  # distribute() comes later
         return wrapped(*args, **kwargs)
     if _accelerator("auto") != "cpu":
-        report.say(f"the model goes to {_accelerator('auto')}, not to the CPU: left alone")
+        console.say(f"the model goes to {_accelerator('auto')}, not to the CPU: left alone")
         return wrapped(*args, **kwargs)
     if call["init"] != "pretrained":
         llm = wrapped(*args, **kwargs)
@@ -112,7 +112,7 @@ def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -
     call = _arguments(wrapped, args, kwargs)
     reason = _not_ours(llm, call)
     if reason:
-        report.say(f"LLM.distribute runs as it is, unpatched: {reason}")
+        console.say(f"LLM.distribute runs as it is, unpatched: {reason}")
         return wrapped(*args, **kwargs)
     _place(llm, call["fixed_kv_cache_size"])
     return None

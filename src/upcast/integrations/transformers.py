@@ -7,7 +7,7 @@ from typing import Any
 
 import wrapt
 
-from upcast import config, patching, report
+from upcast import config, console, patching
 from upcast.errors import UpcastError
 
 _nesting = threading.local()  # composed models call from_pretrained for their parts
@@ -30,5 +30,5 @@ def _from_pretrained(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs:
     try:
         patching.patch(model, policy=config.read().policy)
     except UpcastError as error:
-        report.say(f"{type(model).__name__} runs as it is, unpatched: {error}")
+        console.say(f"{type(model).__name__} runs as it is, unpatched: {error}")
     return result
