@@ -118,8 +118,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     float32, contiguous. residual: (..., N) float32, any strides, added after the sum over K.
     Returns (..., N) float32.
     """
-    out = _empty((*x.shape[:-1], weight.shape[0]), dtype=_float32, device=_CPU)
-    return _product(out, (x, weight, bias, residual), False)
+    return _product(x.new_empty((*x.shape[:-1], weight.shape[0])), (x, weight, bias, residual), False)
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
@@ -127,8 +126,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
     This is also the gradient of `linear` with respect to x, and GPT-2's Conv1D. Returns (..., N) float32.
     """
-    out = _empty((*x.shape[:-1], weight.shape[-1]), dtype=_float32, device=_CPU)
-    return _product(out, (x, weight, bias, residual), True)
+    return _product(x.new_empty((*x.shape[:-1], weight.shape[-1])), (x, weight, bias, residual), True)
 
 
 def embedding(indices: Tensor, weight: Tensor) -> Tensor:
