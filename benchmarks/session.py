@@ -38,7 +38,7 @@ class Effort:
 
 
 FULL = Effort(7, 40, 512, 2, (4, 64, 1024, 4096))
-QUICK = Effort(3, 8, 128, 1, (64,))
+QUICK = Effort(3, 8, 64, 1, (64,))
 
 
 class VariantFailed(Exception):
@@ -192,7 +192,7 @@ def measure(session: Session, effort: Effort, stressed: bool, notice: Notice) ->
     _load(session, names)
     for share, name in _shares(names, 0.15, 0.25):
         notice(f"Warming up {name}", share)
-        session.results[name].steady_bytes = session.ask(name, "warm_up", effort.new_tokens)
+        session.results[name].steady_bytes = session.ask(name, "warm_up")
     for share, index in _shares(range(effort.rounds), 0.25, 0.65):
         notice(f"Round {index + 1} of {effort.rounds}", share)
         _round(session, effort, index)

@@ -93,10 +93,10 @@ class Worker:
     def _above_imports(self, level: int) -> int | None:
         return level - self.imported_bytes if self.imported_bytes is not None else None
 
-    def warm_up(self, new_tokens: int) -> int | None:
+    def warm_up(self) -> int | None:
         """Take every timed path once; return the memory above the imports while ready for the next token."""
         with torch.inference_mode(), self.variant.context():
-            self.sample(new_tokens)
+            self.sample(new_tokens=2)
             gc.collect()
             return self._above_imports(memory.resident_bytes()) if memory.supported() else None
 
