@@ -27,8 +27,7 @@ static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int p
     case Strategy::axpy:
         return phase == 0 ? axpy_task(a, plan, floats, task) : axpy_gather(a, plan, floats, task);
     case Strategy::panel:
-        if (phase == 1) return panel_task(a, plan, floats, task);
-        return copy_x(a, plan, floats, a.M * task / plan.tasks[0], a.M * (task + 1) / plan.tasks[0]);
+        return panel_task(a, plan, floats, task);
     }
 }
 

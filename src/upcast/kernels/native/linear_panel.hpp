@@ -1,8 +1,8 @@
 // y = x W for W stored [K, N]: panels of PANEL columns by a block of K are widened into scratch, where
 // they stay in the nearest caches while every row of x passes over them in tiles held in registers.
 //
-// x is copied once, block by block with a padded stride: rows whose stride is a multiple of 4 KiB would
-// otherwise evict each other. While a tile computes, it fetches the float16 weights of the next panel.
+// Each task copies its rows of a block of x with a padded stride: rows whose stride is a multiple of 4 KiB
+// would otherwise evict each other. While a tile computes, it fetches the float16 weights of the next panel.
 #pragma once
 
 #include "kernels.hpp"
@@ -22,7 +22,7 @@ struct PanelTile {
     const float *x; // rows of a block of x, `ldx` apart
     int64_t ldx;
     const float *panel;
-    int64_t depth;
+    int64_t depth, depth_stored; // of this block, and the distance between panels in rows
     int64_t m, n;
     int columns; // of PANEL that exist
     bool first, last;
@@ -98,6 +98,12 @@ static void widen_panels(const Linear &a, int64_t n, int64_t k0, int64_t depth, 
 static int64_t panel_blocks(const Linear &a, const LinearPlan &plan) { return (a.K + plan.block - 1) / plan.block; }
 static int64_t panel_groups(const Linear &a) { return (a.N + PANEL * GROUP - 1) / (PANEL * GROUP); }
 
+// Floats of scratch per task: a group of panels, and a block of its rows of x.
+static int64_t panel_scratch(const Linear &a, const LinearPlan &plan) {
+    const int64_t rows = (a.M + plan.grid_m - 1) / plan.grid_m;
+    return plan.block * PANEL * GROUP + rows * (plan.block + X_PAD);
+}
+
 static LinearPlan plan_panel(const Linear &a, int threads) {
     LinearPlan plan = {};
     plan.strategy = Strategy::panel;
@@ -105,19 +111,15 @@ static LinearPlan plan_panel(const Linear &a, int threads) {
     plan.block = most<int64_t>(16, ((a.K + wanted - 1) / wanted + 15) / 16 * 16);
     plan.grid_n = static_cast<int>(least<int64_t>(threads, panel_groups(a)));
     plan.grid_m = static_cast<int>(least<int64_t>(threads / plan.grid_n, (a.M + TILE_ROWS - 1) / TILE_ROWS));
-    plan.tasks[0] = static_cast<int>(least<int64_t>(threads, a.M));
-    plan.tasks[1] = plan.grid_n * plan.grid_m;
-    const int64_t x_floats = a.M * panel_blocks(a, plan) * (plan.block + X_PAD);
-    plan.scratch = sizeof(float) * static_cast<size_t>(x_floats + plan.tasks[1] * GROUP * plan.block * PANEL);
+    plan.tasks[0] = plan.grid_n * plan.grid_m;
+    plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * panel_scratch(a, plan));
     return plan;
 }
 
-static void copy_x(const Linear &a, const LinearPlan &plan, float *copy, int64_t begin, int64_t end) {
-    const int64_t ld = plan.block + X_PAD;
-    for (int64_t k = 0, b = 0; k < a.K; k += plan.block, ++b) {
-        const size_t bytes = sizeof(float) * static_cast<size_t>(least(plan.block, a.K - k));
-        for (int64_t m = begin; m < end; ++m) memcpy(copy + (b * a.M + m) * ld, a.x + m * a.ldx + k, bytes);
-    }
+// Rows [begin, end) of x, columns k0 to k0 + depth.
+static void copy_x(const Linear &a, int64_t begin, int64_t end, int64_t k0, int64_t depth, float *copy, int64_t ld) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>(depth);
+    for (int64_t m = begin; m < end; ++m) memcpy(copy + (m - begin) * ld, a.x + m * a.ldx + k0, bytes);
 }
 
 // One panel against rows [begin, end) of a block of x, in tiles of nearly equal height.
@@ -126,37 +128,45 @@ static void panel_rows(const Linear &a, PanelTile t, const float *x, int64_t beg
     for (int64_t i = 0; i < tiles; ++i) {
         t.m = begin + (end - begin) * i / tiles;
         const int64_t next = begin + (end - begin) * (i + 1) / tiles;
-        t.x = x + t.m * t.ldx;
+        t.x = x + (t.m - begin) * t.ldx;
         panel_tile_for<TILE_ROWS>(static_cast<int>(next - t.m))(a, t);
         t.ahead_ld = 0; // everything was fetched during the first tile
     }
 }
 
+// A group of panels, already widened, against rows [begin, end) of the copied block of x.
+static void panel_group(const Linear &a, PanelTile t, const uint16_t *ahead, const float *x, int64_t begin, int64_t end) {
+    const int64_t size = t.depth_stored * PANEL, first = t.n;
+    for (int64_t p = 0; p < GROUP && first + p * PANEL < a.N; ++p) {
+        t.n = first + p * PANEL;
+        t.columns = static_cast<int>(least<int64_t>(PANEL, a.N - t.n));
+        t.ahead = ahead + (t.ahead_ld ? p * PANEL : 0);
+        panel_rows(a, t, x, begin, end);
+        t.panel += size;
+    }
+}
+
 static void panel_task(const Linear &a, const LinearPlan &plan, float *scratch, int task) {
-    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, size = plan.block * PANEL;
-    const int64_t groups = panel_groups(a);
+    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, groups = panel_groups(a);
     const int tn = task % plan.grid_n, tm = task / plan.grid_n;
-    const int64_t last_group = groups * (tn + 1) / plan.grid_n;
+    const int64_t first_group = groups * tn / plan.grid_n, last_group = groups * (tn + 1) / plan.grid_n;
     const int64_t begin = a.M * tm / plan.grid_m, end = a.M * (tm + 1) / plan.grid_m;
-    float *panels = scratch + a.M * blocks * ld + task * GROUP * size;
-    for (int64_t g = groups * tn / plan.grid_n; g < last_group; ++g) {
-        const int64_t n0 = g * PANEL * GROUP;
-        const int64_t count = least(GROUP, (a.N - n0 + PANEL - 1) / PANEL);
-        for (int64_t b = 0; b < blocks; ++b) {
-            const int64_t k0 = b * plan.block, depth = least(plan.block, a.K - k0);
-            widen_panels(a, n0, k0, depth, count, size, panels);
-            const bool last = b + 1 == blocks;
-            const int64_t next_n = last ? n0 + PANEL * GROUP : n0, next_k = last ? 0 : k0 + plan.block;
+    float *panels = scratch + task * panel_scratch(a, plan), *x = panels + plan.block * PANEL * GROUP;
+    for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t k0 = b * plan.block, depth = least(plan.block, a.K - k0);
+        copy_x(a, begin, end, k0, depth, x, ld);
+        for (int64_t g = first_group; g < last_group; ++g) {
+            const int64_t n0 = g * PANEL * GROUP;
+            widen_panels(a, n0, k0, depth, least(GROUP, (a.N - n0 + PANEL - 1) / PANEL), plan.block * PANEL, panels);
+            const bool last = g + 1 == last_group;
+            const int64_t next_n = last ? first_group * PANEL * GROUP : n0 + PANEL * GROUP;
+            const int64_t next_k = last ? k0 + plan.block : k0;
             // Only where a whole next block exists: prefetch addresses stay inside the weights.
             const bool fetch = next_n + PANEL * GROUP <= a.N && next_k + plan.block <= a.K;
-            for (int64_t p = 0; p < count; ++p) {
-                const int64_t n = n0 + p * PANEL;
-                const uint16_t *ahead = fetch ? a.w + next_k * a.ldw + next_n + p * PANEL : a.w;
-                const PanelTile t = {nullptr, ld, panels + p * size, depth, 0, n,
-                                     static_cast<int>(least<int64_t>(PANEL, a.N - n)), b == 0, last,
-                                     ahead, fetch ? a.ldw : 0};
-                panel_rows(a, t, scratch + b * a.M * ld, begin, end);
-            }
+            PanelTile t = {};
+            t.ldx = ld, t.panel = panels, t.depth = depth, t.depth_stored = plan.block, t.n = n0;
+            t.first = b == 0, t.last = b + 1 == blocks, t.ahead_ld = fetch ? a.ldw : 0;
+            panel_group(a, t, fetch ? a.w + next_k * a.ldw + next_n : a.w, x, begin, end);
         }
     }
 }
