@@ -3,6 +3,7 @@
 Nothing here decides what is measured or when: the parent interleaves the variants (session.py).
 """
 
+import contextlib
 import gc
 import importlib
 import time
@@ -164,15 +165,14 @@ class Failure:
 
 
 def serve(connection: Connection, job: Job) -> None:
-    """Answer requests (method name, arguments) until the parent closes the connection."""
+    """Answer requests (method name, arguments) until the parent closes the connection or is gone."""
     worker: Worker | None = None
-    while True:
-        try:
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
             method, arguments = connection.recv()
-        except EOFError:
-            return
-        try:
-            worker = worker or Worker(job)
-            connection.send(getattr(worker, method)(*arguments))
-        except Exception as error:  # reported by the parent, which fails the run
-            connection.send(Failure(f"{type(error).__name__}: {error}", traceback.format_exc()))
+            try:
+                worker = worker or Worker(job)
+                answer = getattr(worker, method)(*arguments)
+            except Exception as error:  # reported by the parent, which fails the run
+                answer = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+            connection.send(answer)
