@@ -1,6 +1,7 @@
 """patch, unpatch, patched: what they change, what they leave, and that they leave no trace."""
 
 import copy
+import inspect
 import threading
 from collections import OrderedDict
 
@@ -119,6 +120,31 @@ def test_nothing_changes_a_parameter_during_forward() -> None:
     assert not failures
     assert {name: (id(p), p.data_ptr()) for name, p in model.named_parameters()} == before
     assert all(torch.equal(w.stored, numbers[name]) for name, w in half_weights(model).items())
+
+
+def test_linear_layers_take_the_short_way_and_still_have_the_long_one() -> None:
+    layer = upcast.patch(nn.Linear(33, 31))
+    x, seen = torch.randn(2, 33), []
+    layer.register_forward_hook(lambda module, args, out: seen.append(out))
+    with torch.no_grad():
+        want = layer(x)
+        assert torch.equal(layer.forward(input=x), want)
+        other = copy.deepcopy(layer)
+        assert other.forward.module is other
+        other.weight.zero_()
+        assert torch.equal(layer(x), want)
+        assert torch.equal(other(x), layer.bias.expand(2, 31))
+        layer.weight = nn.Parameter(torch.zeros(31, 33))  # replaced by the user
+        assert torch.equal(layer(x), layer.bias.expand(2, 31))
+    assert len(seen) == 3
+    assert list(inspect.signature(layer.forward).parameters) == ["input"]
+
+
+def test_another_forward_of_an_instance_is_left_alone() -> None:
+    layer = nn.Linear(33, 31)
+    layer.forward = lambda x: x
+    assert torch.equal(upcast.unpatch(upcast.patch(layer))(torch.ones(3)), torch.ones(3))
+    assert "forward" in layer.__dict__
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

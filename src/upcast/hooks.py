@@ -1,4 +1,4 @@
-"""What a patched module does differently when it is saved, loaded or converted."""
+"""What a patched module does differently: when it is saved, loaded or converted, and the short way to its kernels."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -7,16 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upcast import shortcut
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 
 
 def install(root: nn.Module) -> None:
-    """Give every module that holds a HalfWeight its hooks, and ``root`` a guard on conversions."""
+    """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions."""
     for module in root.modules():
         if any(_half_weights(module)):
             module.register_state_dict_post_hook(_plain_state)
             module.register_load_state_dict_pre_hook(_accept_state)
+    shortcut.install(root)
     root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
 
 
@@ -25,6 +27,7 @@ def remove(root: nn.Module) -> None:
     for module in root.modules():
         _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
         _discard(module._load_state_dict_pre_hooks, lambda hook: getattr(hook, "hook", hook) is _accept_state)
+    shortcut.remove(root)
     root.__dict__.pop("_apply", None)
 
 
