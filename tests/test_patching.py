@@ -136,7 +136,7 @@ def test_linear_layers_take_the_short_way_and_still_have_the_long_one() -> None:
         assert torch.equal(other(x), layer.bias.expand(2, 31))
         layer.weight = nn.Parameter(torch.zeros(31, 33))  # replaced by the user
         assert torch.equal(layer(x), layer.bias.expand(2, 31))
-    assert len(seen) == 3
+    assert len(seen) == 4  # the copy has the hook too
     assert list(inspect.signature(layer.forward).parameters) == ["input"]
 
 
