@@ -1,6 +1,7 @@
 """LitGPT's fused forwards: they equal the unfused patched model, really run, and leave no trace."""
 
 import copy
+import gc
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +16,7 @@ from tests.litgpt_checkpoints import small_config, write_checkpoint
 from upcast import kernels
 from upcast.integrations import litgpt_fused
 from upcast.integrations.litgpt_modules import Fused, FusedAttention
+from upcast.integrations.litgpt_stack import FusedGPT
 
 pytest.importorskip("litgpt")
 
@@ -80,6 +82,14 @@ def make(name: str, **changes: Any) -> Any:
     return model
 
 
+def modules_only(model: Any) -> Any:
+    """A copy of a patched model without the call per block: norms, attention and MLPs are fused one by one."""
+    modular = copy.deepcopy(model)
+    del modular.__dict__["forward"]
+    assert not any(isinstance(forward, FusedGPT) for forward in fused_of(modular).values())
+    return modular
+
+
 def pair(name: str, kv_cache: str, **changes: Any) -> tuple[Any, Any]:
     model = upcast.patch(make(name, **changes), kv_cache=kv_cache)
     return model, without_fusion(model)
@@ -113,27 +123,35 @@ def _inference() -> Iterator[None]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_config_equals_its_unfused_model(name: str, kv_cache: str) -> None:
     model, plain = pair(name, kv_cache)
+    modular = modules_only(model)
     for batch in (1, 2):
-        assert relative_error(model(IDS[:batch]), plain(IDS[:batch])) < 1e-5
+        want = plain(IDS[:batch])
+        assert relative_error(model(IDS[:batch]), want) < 1e-5
+        assert relative_error(modular(IDS[:batch]), want) < 1e-5
         for maxp1 in (True, False):
-            before = calls(model)
-            for got, want in zip(steps(model, batch, maxp1), steps(plain, batch, maxp1), strict=True):
+            runs = (steps(each, batch, maxp1) for each in (model, modular, plain))
+            for got, also, want in zip(*runs, strict=True):
                 assert relative_error(got, want) < LIMITS[kv_cache]
-            assert calls(model) - before >= (LENGTH - PROMPT) * len(model.transformer.h)
+                assert relative_error(also, want) < LIMITS[kv_cache]
     dtypes = {getattr(torch, kv_cache)}
     assert {block.attn.kv_cache.k.dtype for block in model.transformer.h} == dtypes
     assert {block.attn.kv_cache.v.dtype for block in model.transformer.h} == dtypes
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_attention_ran_fused(name: str) -> None:
-    """Without a cache, and in decoding: nothing above passes by falling back."""
+def test_what_can_be_fused_ran_fused(name: str) -> None:
+    """Without a cache, in prefill and in decoding: nothing above passes by falling back."""
     model, _ = pair(name, "float16")
-    model(IDS)
-    list(steps(model, 1, True))
-    attentions = [forward for forward in fused_of(model).values() if isinstance(forward, FusedAttention)]
-    assert len(attentions) == len(model.transformer.h)
-    assert min(forward.calls for forward in attentions) >= 1 + LENGTH - PROMPT
+    modular = modules_only(model)
+    for each in (model, modular):
+        each(IDS)
+        list(steps(each, 1, True))
+    # LitGPT adds its boolean mask to softcapped scores; to equal it, such a prefill is left to it.
+    expected = 1 + LENGTH - PROMPT + (model.config.attention_logit_softcapping is None)
+    attentions = [forward for forward in fused_of(modular).values() if isinstance(forward, FusedAttention)]
+    assert [forward.calls for forward in attentions] == [expected] * len(model.transformer.h)
+    moe = model.config.mlp_class_name == "LLaMAMoE"
+    assert model.__dict__["forward"].calls == (0 if moe else expected)
 
 
 CHANGES = [
@@ -158,11 +176,12 @@ CHANGES = [
 @pytest.mark.parametrize("changes", [pytest.param(c, id=n) for n, c in CHANGES])
 def test_options_on_top_of_a_config(changes: dict[str, Any]) -> None:
     model, plain = pair("SmolLM2-135M-Instruct", "float32", **changes)
-    assert relative_error(model(IDS), plain(IDS)) < 1e-5
-    for maxp1 in (True, False):
-        for got, want in zip(steps(model, 2, maxp1), steps(plain, 2, maxp1), strict=True):
-            assert relative_error(got, want) < 1e-5
-    assert calls(model)
+    for each in (model, modules_only(model)):
+        assert relative_error(each(IDS), plain(IDS)) < 1e-5
+        for maxp1 in (True, False):
+            for got, want in zip(steps(each, 2, maxp1), steps(plain, 2, maxp1), strict=True):
+                assert relative_error(got, want) < 1e-5
+        assert calls(each)
 
 
 def test_chunks_of_the_head() -> None:
@@ -318,6 +337,54 @@ def test_gradients_reach_vectors_and_inputs() -> None:
     before = calls(model)
     model(IDS)  # gradients are on, but nothing asks for one
     assert calls(model) > before
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def _generate(model: Any) -> list[int]:
+    from litgpt.generate.base import generate
+
+    model.set_kv_cache(1, 40)
+    return list(generate(model, IDS[0, :PROMPT], max_returned_tokens=40, temperature=0.0).tolist())
+
+
+def test_litgpt_s_loops_compute_one_position() -> None:
+    from litgpt.generate import base
+
+    gc.collect()  # models of other tests, never unpatched
+    model, plain = pair("Gemma-3-4b-it", "float32")
+    own = base.next_token._upcast_original, base.batched_next_token._upcast_original
+    tokens = _generate(plain)
+    widths: list[int] = []
+    linear = kernels.native.linear
+
+    def count(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        widths.append(x.shape[1])
+        return linear(x, weight, bias)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels.native, "linear", count)  # the head; the blocks call none
+        assert _generate(model) == tokens
+        assert widths == [1] * (40 - PROMPT)
+        assert model(IDS[:, :7]).shape[1] == 7
+    rows = base.batched_next_token(model, torch.arange(7), IDS[:1, :7], {"temperature": 0.0})
+    assert rows.shape == (1, 1)
+    upcast.unpatch(model)
+    assert (base.next_token, base.batched_next_token) == own
+
+
+def test_a_watched_head_sees_every_position() -> None:
+    from litgpt.generate import base
+
+    model, _ = pair("SmolLM2-135M-Instruct", "float32")
+    model.set_kv_cache(1, 40)
+    for watched in (model.lm_head, model.transformer.ln_f, model):
+        shapes: list[tuple[int, ...]] = []
+        handle = watched.register_forward_hook(lambda _, args, output, shapes=shapes: shapes.append(output.shape[:2]))
+        base.next_token(model, torch.arange(7), IDS[:1, :7], temperature=0.0)
+        handle.remove()
+        assert shapes == [(1, 7)]
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from upcast.errors import UpcastError
+from upcast.integrations import litgpt_generation
 from upcast.integrations.litgpt_modules import (
     CacheBuilder,
     Fused,
@@ -16,6 +17,7 @@ from upcast.integrations.litgpt_modules import (
     FusedLayerNorm,
     FusedRMSNorm,
 )
+from upcast.integrations.litgpt_stack import FusedGPT
 
 KV_CACHES = {"float16": torch.float16, "float32": None}  # None: as LitGPT makes them
 
@@ -37,11 +39,14 @@ def install(root: nn.Module, kv_cache: str) -> None:
         for module in gpt.modules():
             if "forward" not in module.__dict__:
                 _fuse(module, litgpt, KV_CACHES[kv_cache])
+        litgpt_generation.enter(gpt)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave, and what the model has made with it since."""
     for module in root.modules():
+        if isinstance(module.__dict__.get("forward"), FusedGPT):
+            litgpt_generation.leave(module)
         for name in ("forward", "build_kv_cache"):
             if isinstance(module.__dict__.get(name), Fused):
                 del module.__dict__[name]
@@ -71,6 +76,7 @@ def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
         litgpt.LLaMAMLP: lambda mlp: FusedGatedMLP(mlp, "silu"),
         litgpt.GemmaMLP: lambda mlp: FusedGatedMLP(mlp, _GELU[mlp.config.gelu_approximate]),
         litgpt.CausalSelfAttention: FusedAttention,
+        litgpt.GPT: FusedGPT,
     }
 
 

@@ -205,7 +205,7 @@ class FusedAttention(Fused):
         if input_pos is None:
             return Place(0) if mask is None else None
         start = first_of_run(input_pos, x.shape[1])
-        if start is None or mask is None or not _is_causal(mask, start, x.shape[1]):
+        if start is None or mask is None or not is_causal(mask, start, x.shape[1]):
             return None
         return self.place(start, x.shape[0], x.shape[1], maxp1)
 
@@ -289,7 +289,7 @@ def _plain_cache(cache: Any, config: Any, batch: int) -> bool:
     return fits and k.dtype == v.dtype and k.dtype in (torch.float16, torch.float32)
 
 
-def _is_causal(mask: Tensor, start: int, time: int) -> bool:
+def is_causal(mask: Tensor, start: int, time: int) -> bool:
     """Whether ``mask`` (1, 1, T, S) says what LitGPT's mask cache says: every query sees itself and what is before."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, time):
         return False

@@ -1,0 +1,212 @@
+"""LitGPT's GPT with one native call per block, and only the last position's logits where LitGPT reads no other.
+
+The fused forward of the whole model runs when every block is one that the native kernels know and nobody watches a
+module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-level forwards of `litgpt_modules`.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast import kernels
+from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt_modules import (
+    Fused,
+    FusedAttention,
+    FusedGatedMLP,
+    FusedLayerNorm,
+    FusedRMSNorm,
+    first_of_run,
+    hooked,
+    is_causal,
+)
+from upcast.kernels import native
+
+_NO_NORM = (None, None, 0, 0.0, 0.0)
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+_wanted = threading.local()  # .last: the GPT of which this thread needs the last position only
+
+
+@contextmanager
+def last_position(gpt: nn.Module) -> Iterator[None]:
+    """Within the block, this thread reads only the last position of ``gpt``'s logits."""
+    before = getattr(_wanted, "last", None)
+    _wanted.last = gpt
+    try:
+        yield
+    finally:
+        _wanted.last = before
+
+
+class Step:
+    """One block of one call: its module, where its cache takes the positions, and the arguments of the kernel."""
+
+    __slots__ = ("arguments", "attn", "cache", "rope")
+
+    def __init__(self, attn: Any, cache: Any, rope: int | None, arguments: tuple[Any, ...]) -> None:
+        self.attn, self.cache, self.rope, self.arguments = attn, cache, rope, arguments
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        """Return the block's output for x (B, T, C), widening its cache if a value asks for it."""
+        y = native.block(x, cos, sin, self._cache(x.shape[0]), self.arguments)
+        if y is None:
+            self.attn.build_kv_cache.widen(self.cache)
+            y = native.block(x, cos, sin, self._cache(x.shape[0]), self.arguments)
+        return y
+
+    def _cache(self, batch: int) -> tuple[Tensor, Tensor] | None:
+        return None if self.cache is None else (self.cache.k[:batch], self.cache.v[:batch])
+
+
+class FusedGPT(Fused):
+    """LitGPT's GPT, for consecutive positions under its own causal mask."""
+
+    def __call__(
+        self,
+        idx: Tensor,
+        input_pos: Tensor | None = None,
+        input_pos_maxp1: int | None = None,
+        lm_head_chunk_size: int = 0,
+    ) -> Any:
+        start = self._start(idx, input_pos, input_pos_maxp1)
+        steps = None if start is None else self._steps(idx, start, input_pos is not None, input_pos_maxp1)
+        if start is None or steps is None:
+            return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        gpt = self.module
+        x = gpt.transformer.wte(idx)
+        if gpt.config.scale_embeddings:
+            x = x * torch.tensor(gpt.config.n_embd**0.5, dtype=x.dtype)
+        if not self.free(x) or not x.is_contiguous():
+            return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        self.calls += 1
+        angles = self._angles(start, idx.shape[1])
+        for step in steps:
+            x = step.run(x, *angles[step.rope])
+        return self._logits(x, lm_head_chunk_size)
+
+    def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
+        """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
+        gpt = self.module
+        if kernels.active() is not native or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters()):
+            return None
+        if idx.dim() != 2 or not idx.numel() or idx.shape[1] > gpt.max_seq_length:
+            return None
+        if input_pos is None:
+            return 0
+        start = first_of_run(input_pos, idx.shape[1])
+        mask = gpt.mask_cache
+        if start is None or mask is None or (maxp1 is not None and maxp1 > gpt.max_seq_length):
+            return None
+        end = start + idx.shape[1]
+        seen = end <= gpt.cos.shape[0] and end <= mask.shape[2] and is_causal(mask[:, :, start:end], start, end - start)
+        return start if seen else None
+
+    def _steps(self, idx: Tensor, start: int, cached: bool, maxp1: int | None) -> list[Step] | None:
+        """Return what to run for each block, or None if one of them is not for the native kernel."""
+        if nn.modules.module._has_any_global_hook():
+            return None
+        steps = []
+        for index, block in enumerate(self.module.transformer.h):
+            step = _step(block, index, idx, start if cached else None, maxp1)
+            if step is None:
+                return None
+            steps.append(step)
+        return steps
+
+    def _angles(self, start: int, time: int) -> dict[int | None, tuple[Tensor, Tensor]]:
+        """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
+        gpt = self.module
+        cos, sin = gpt.cos[start : start + time], gpt.sin[start : start + time]
+        if gpt.config.rope_indices is None:
+            return {None: (cos, sin)}
+        return {i: (cos[..., i].contiguous(), sin[..., i].contiguous()) for i in set(gpt.config.rope_indices)}
+
+    def _logits(self, x: Tensor, chunk: int) -> Any:
+        gpt = self.module
+        if self._last_is_enough():
+            x = x[:, -1:]
+        x = gpt.transformer.ln_f(x)
+        if chunk > 0:
+            return [self._capped(gpt.lm_head(part)) for part in x.split(chunk, dim=1)]
+        return self._capped(gpt.lm_head(x))
+
+    def _last_is_enough(self) -> bool:
+        gpt = self.module
+        return getattr(_wanted, "last", None) is gpt and not any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        limit = self.module.config.final_logit_softcapping
+        return logits if limit is None else torch.tanh(logits / limit) * limit
+
+
+def _step(block: Any, index: int, idx: Tensor, start: int | None, maxp1: int | None) -> Step | None:
+    """Return the native call for ``block`` from position ``start`` on (None: without a cache), or None."""
+    attn, config = block.attn, block.config
+    forward = attn.__dict__.get("forward")
+    if not _plain(block) or not isinstance(forward, FusedAttention) or hooked(attn) or config.rope_interleave:
+        return None
+    place = None if start is None else forward.place(start, idx.shape[0], idx.shape[1], maxp1)
+    mlp = _mlp(block.mlp)
+    matrices = [_matrix(each) for each in (attn.qkv, attn.proj, *mlp[1:])] if mlp else [None]
+    norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
+    norms += [_norm(each) for each in (block.post_attention_norm, block.post_mlp_norm, attn.norm_q, attn.norm_k)]
+    if mlp is None or (place is None and start is not None) or None in matrices or None in norms:
+        return None
+    window = config.sliding_window_size if attn.apply_sliding_window_attention else 0
+    sizes = (config.n_head, config.n_query_groups, config.head_size, config.norm_qk_type == "default")
+    kinds = (config.parallel_residual, config.shared_attention_norm, native.ACTIVATIONS[mlp[0]])
+    scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
+    where = (0, 0) if place is None else (place.start, place.write)
+    flat = [item for group in (*matrices, *norms) if group for item in group]
+    rope = None if config.rope_indices is None else config.rope_indices[index]
+    return Step(attn, place and place.cache, rope, (*sizes, *kinds, *scores, *where, *flat))
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether ``module`` is one of LitGPT's or torch's own, running its class's forward, unwatched."""
+    return "forward" not in module.__dict__ and not hooked(module)
+
+
+def _matrix(linear: Any) -> tuple[Any, Any] | None:
+    """Return (float16 weight, bias) of a plain patched Linear; (None, None) where there is none."""
+    if linear is None:
+        return (None, None)
+    if type(linear) is not nn.Linear or not _plain(linear):
+        return None
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if not isinstance(weight, HalfWeight) or not weight.row_major:
+        return None
+    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+
+
+def _norm(norm: Any) -> tuple[Any, ...] | None:
+    """Return (weight, bias, kind, eps, offset) of a norm as the kernel takes it."""
+    if norm is None or (type(norm) is nn.Identity and _plain(norm)):
+        return _NO_NORM
+    forward = norm.__dict__.get("forward")
+    if hooked(norm):
+        return None
+    if isinstance(forward, FusedRMSNorm):
+        return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
+    if isinstance(forward, FusedLayerNorm):
+        return (norm.weight, norm.bias, 2, norm.eps, 0.0)
+    return None
+
+
+def _mlp(mlp: Any) -> tuple[Any, ...] | None:
+    """Return (activation, gate, up or None, down) of an MLP that the kernel knows."""
+    from litgpt.model import GptNeoxMLP
+
+    forward = mlp.__dict__.get("forward")
+    if isinstance(forward, FusedGatedMLP) and not hooked(mlp):
+        return (forward.activation, mlp.fc_1, mlp.fc_2, mlp.proj)
+    if type(mlp) is GptNeoxMLP and _plain(mlp):
+        return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)
+    return None
