@@ -139,7 +139,9 @@ class FusedGPT(Fused):
 
     def _last_is_enough(self) -> bool:
         gpt = self.module
-        return getattr(_wanted, "last", None) is gpt and not any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
+        wanted: Any = getattr(_wanted, "last", None)
+        watched = any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
+        return wanted is gpt and not watched
 
     def _capped(self, logits: Tensor) -> Tensor:
         limit = self.module.config.final_logit_softcapping
