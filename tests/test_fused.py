@@ -312,6 +312,60 @@ def test_a_hook_can_change_what_flows() -> None:
     assert relative_error(model(IDS), usual) > 1e-3
 
 
+def test_the_call_per_block_comes_back_when_the_hooks_are_gone() -> None:
+    model, _ = pair("SmolLM2-135M-Instruct", "float32")
+    forward = model.__dict__["forward"]
+    handle = model.transformer.h[1].mlp.proj.register_forward_hook(lambda *_: None)
+    model(IDS)
+    assert forward.calls == 0
+    handle.remove()
+    model(IDS)
+    assert forward.calls == 1
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    model(IDS)
+    handle.remove()
+    assert forward.calls == 1
+
+
+def _other_eps(model: Any) -> None:
+    model.transformer.h[1].norm_2.eps = 3.0
+
+
+def _other_scale(model: Any) -> None:
+    model.config.attention_scores_scalar = 1
+
+
+def _other_numbers(model: Any) -> None:
+    with torch.no_grad():
+        model.transformer.h[1].mlp.fc_1.weight.mul_(2.0)
+
+
+def _other_forward(model: Any) -> None:
+    model.transformer.h[0].mlp.proj.forward = lambda x: x.sum() + torch.zeros(*x.shape[:2], 32)
+
+
+def _other_parameter(model: Any) -> None:
+    model.transformer.h[0].norm_1.weight = nn.Parameter(torch.full((32,), 3.0))
+
+
+def _other_order(model: Any) -> None:
+    model.transformer.h = nn.ModuleList(reversed(model.transformer.h))
+
+
+@pytest.mark.parametrize(
+    "change", [_other_eps, _other_scale, _other_numbers, _other_forward, _other_parameter, _other_order]
+)
+def test_changes_after_the_first_call_count(change: Any) -> None:
+    model, plain = pair("SmolLM2-135M-Instruct", "float32")
+    usual = model(IDS)
+    assert model.__dict__["forward"].calls == 1
+    for each in (model, plain):
+        change(each)
+    got = model(IDS)
+    assert relative_error(got, plain(IDS)) < 1e-5
+    assert relative_error(got, usual) > 1e-3
+
+
 def test_a_replaced_layer_runs() -> None:
     model, plain = pair("SmolLM2-135M-Instruct", "float32")
     usual = model(IDS)

@@ -6,6 +6,7 @@ torch.compile traces, where a gradient is wanted, and for arguments that the ker
 called as modules, so that hooks on them see what they would see without fusion.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -212,18 +213,12 @@ class FusedAttention(Fused):
     def place(self, start: int, batch: int, time: int, maxp1: int | None) -> Place | None:
         """Return where ``time`` positions from ``start`` on go in the cache; None if that is for LitGPT to say."""
         attn = self.module
-        cache, end = attn.kv_cache, start + time
-        if not _plain_cache(cache, attn.config, batch) or (maxp1 is not None and maxp1 < end):
+        cache = attn.kv_cache
+        if not plain_cache(cache, attn.config) or hooked(cache) or cache.k.shape[0] < batch:
             return None
-        size = cache.k.shape[2]
-        # Under a softcap LitGPT adds its boolean mask to the scores: that masks only where there is nothing to mask.
-        all_seen = time == 1 and (attn.apply_sliding_window_attention or maxp1 == end)
-        if attn.config.attention_logit_softcapping is not None and not all_seen:
-            return None
-        if end <= size:
-            return Place(start, start, cache)
-        # A wrapped ring holds the last positions in any order, all of them seen by one new query.
-        return Place(size - 1, start % size, cache) if cache.is_sliding_window and time == 1 else None
+        capped = attn.config.attention_logit_softcapping is not None
+        where = positions(cache.k.shape[2], attn.apply_sliding_window_attention, capped, start, time, maxp1)
+        return None if where is None else Place(*where, cache)
 
     def scale(self) -> float:
         """Return the factor of the scores."""
@@ -277,15 +272,37 @@ class FusedAttention(Fused):
         return bool(append(cache.k[:batch], k, at) and append(cache.v[:batch], v, at))
 
 
-def _plain_cache(cache: Any, config: Any, batch: int) -> bool:
-    """Whether ``cache`` is LitGPT's own, unwatched, of a dtype and shape that the kernels take."""
+def positions(size: int, ring: bool, capped: bool, start: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
+    """Return (start for the mask, where to write) in a cache of ``size``; None if that is for LitGPT to say.
+
+    Args:
+        size: positions that the cache holds.
+        ring: whether it is the ring buffer of a sliding window.
+        capped: whether scores are softcapped.
+        start: the first of ``time`` new positions.
+        maxp1: LitGPT's ``input_pos_maxp1``.
+    """
+    end = start + time
+    if maxp1 is not None and maxp1 < end:
+        return None
+    # Under a softcap LitGPT adds its boolean mask to the scores: that masks only where there is nothing to mask.
+    if capped and not (time == 1 and (ring or maxp1 == end)):
+        return None
+    if end <= size:
+        return start, start
+    # A wrapped ring holds the last positions in any order, all of them seen by one new query.
+    return (size - 1, start % size) if ring and time == 1 else None
+
+
+def plain_cache(cache: Any, config: Any) -> bool:
+    """Whether ``cache`` is LitGPT's own, of a dtype and shape that the kernels take."""
     from litgpt.model import KVCache
 
-    if type(cache) is not KVCache or hooked(cache):
+    if type(cache) is not KVCache:
         return False
     k, v = cache.k, cache.v
     heads = (config.n_query_groups, config.head_size)
-    fits = all((t.shape[1], t.shape[3]) == heads and t.shape[0] >= batch and t.is_cpu for t in (k, v))
+    fits = all((t.shape[1], t.shape[3]) == heads and t.is_cpu for t in (k, v)) and k.shape[:3] == v.shape[:3]
     return fits and k.dtype == v.dtype and k.dtype in (torch.float16, torch.float32)
 
 
@@ -293,5 +310,14 @@ def is_causal(mask: Tensor, start: int, time: int) -> bool:
     """Whether ``mask`` (1, 1, T, S) says what LitGPT's mask cache says: every query sees itself and what is before."""
     if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, time):
         return False
-    positions = torch.arange(start, start + time).unsqueeze(1)
-    return torch.equal(mask[0, 0], torch.arange(mask.shape[3]) <= positions)
+    size = mask.shape[3]
+    if time == 1 and start < size:  # a few operations fewer, once per token
+        return torch.equal(mask[0, 0, 0], _band(size)[size - 1 - start : 2 * size - 1 - start])
+    seen = torch.arange(size).unsqueeze(0) <= torch.arange(start, start + time).unsqueeze(1)
+    return torch.equal(mask[0, 0], seen)
+
+
+@functools.lru_cache(maxsize=4)
+def _band(size: int) -> Tensor:
+    """Return ``size`` times True, then False: every row of a causal mask of that size is a part of it."""
+    return torch.arange(2 * size) < size

@@ -7,6 +7,8 @@ module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-lev
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -23,9 +25,12 @@ from upcast.integrations.litgpt_modules import (
     first_of_run,
     hooked,
     is_causal,
+    plain_cache,
+    positions,
 )
 from upcast.kernels import native
 
+_STORED, _EPS = attrgetter("stored"), attrgetter("eps")
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -44,27 +49,84 @@ def last_position(gpt: nn.Module) -> Iterator[None]:
 
 
 class Step:
-    """One block of one call: its module, where its cache takes the positions, and the arguments of the kernel."""
+    """One block for the native kernel: where its cache is, and the arguments that stay the same from call to call."""
 
-    __slots__ = ("arguments", "attn", "cache", "rope")
+    def __init__(self, attn: Any, cache: Any, rope: int | None, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+        self.attn, self.rope, self.sizes, self.rest = attn, rope, sizes, rest
+        self.ring = bool(attn.apply_sliding_window_attention)
+        self.capped = attn.config.attention_logit_softcapping is not None
+        self.cache = cache
+        self.batch: int = 0 if cache is None else cache.k.shape[0]
+        self.size: int = 0 if cache is None else cache.k.shape[2]
 
-    def __init__(self, attn: Any, cache: Any, rope: int | None, arguments: tuple[Any, ...]) -> None:
-        self.attn, self.cache, self.rope, self.arguments = attn, cache, rope, arguments
+    def place(self, start: int, batch: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
+        """Return (start for the mask, where to write), or None where the cache does not take these positions."""
+        if batch > self.batch:
+            return None
+        return positions(self.size, self.ring, self.capped, start, time, maxp1)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
         """Return the block's output for x (B, T, C), widening its cache if a value asks for it."""
-        y = native.block(x, cos, sin, self._cache(x.shape[0]), self.arguments)
+        if place is None:
+            return native.block(x, cos, sin, None, None, (*self.sizes, 0, 0, *self.rest))
+        arguments = (*self.sizes, *place, *self.rest)
+        y = native.block(x, cos, sin, *self._cache(x), arguments)
         if y is None:
             self.attn.build_kv_cache.widen(self.cache)
-            y = native.block(x, cos, sin, self._cache(x.shape[0]), self.arguments)
+            y = native.block(x, cos, sin, *self._cache(x), arguments)
         return y
 
-    def _cache(self, batch: int) -> tuple[Tensor, Tensor] | None:
-        return None if self.cache is None else (self.cache.k[:batch], self.cache.v[:batch])
+    def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        buffers = self.cache._buffers
+        k, v = buffers["k"], buffers["v"]
+        return (k, v) if x.shape[0] == self.batch else (k[: x.shape[0]], v[: x.shape[0]])
+
+
+class Stack:
+    """The steps of a GPT as it is now, and what tells that it has changed since.
+
+    Collecting the steps takes as long as a tenth of a token, so they are kept. They hold on to the weights and caches
+    they name until the next call.
+    """
+
+    def __init__(self, gpt: Any) -> None:
+        self.steps = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
+        self.complete = all(self.steps)
+        modules = [*gpt.transformer.h.modules()]
+        self._dicts = [module.__dict__ for module in modules]
+        # Hooks on gradients cannot matter: this path runs only where there are none.
+        self._hooks = [state[name] for state in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
+        owners = [state[name] for state in self._dicts for name in ("_modules", "_parameters", "_buffers")]
+        self._members = [gpt._modules, gpt.transformer._modules, *filter(None, owners)]
+        self._weights = [p for module in modules for p in module._parameters.values() if isinstance(p, HalfWeight)]
+        self._norms = [module for module in modules if "eps" in module.__dict__]
+        self._config = gpt.config
+        self._kept = self._parts()  # kept alive, so that no address is used again
+        self._ids, self._numbers = list(map(id, self._kept)), self._settings()
+
+    def watched(self) -> bool:
+        """Whether someone watches a module inside."""
+        return any(self._hooks) or nn.modules.module._has_any_global_hook()
+
+    def current(self) -> bool:
+        """Whether nothing was replaced or reconfigured since."""
+        return list(map(id, self._parts())) == self._ids and self._settings() == self._numbers
+
+    def _parts(self) -> list[Any]:
+        members = list(chain.from_iterable(map(dict.values, self._members)))
+        forwards = [state.get("forward") for state in self._dicts]
+        return members + forwards + list(map(_STORED, self._weights))
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (*map(_EPS, self._norms), *self._config.__dict__.values())
 
 
 class FusedGPT(Fused):
     """LitGPT's GPT, for consecutive positions under its own causal mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.stack: Stack | None = None
 
     def __call__(
         self,
@@ -74,9 +136,15 @@ class FusedGPT(Fused):
         lm_head_chunk_size: int = 0,
     ) -> Any:
         start = self._start(idx, input_pos, input_pos_maxp1)
-        steps = None if start is None else self._steps(idx, start, input_pos is not None, input_pos_maxp1)
+        steps = None if start is None else self._steps()
         if start is None or steps is None:
             return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        batch, time = idx.shape
+        places: list[tuple[int, int] | None] = [None] * len(steps)
+        if input_pos is not None:
+            places = [step.place(start, batch, time, input_pos_maxp1) for step in steps]
+            if None in places:
+                return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
         gpt = self.module
         x = gpt.transformer.wte(idx)
         if gpt.config.scale_embeddings:
@@ -84,10 +152,13 @@ class FusedGPT(Fused):
         if not self.free(x) or not x.is_contiguous():
             return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
         self.calls += 1
-        angles = self._angles(start, idx.shape[1])
-        for step in steps:
-            x = step.run(x, *angles[step.rope])
+        angles = self._angles(start, time)
+        for step, place in zip(steps, places, strict=True):
+            x = step.run(x, *angles[step.rope], place)
         return self._logits(x, lm_head_chunk_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stack": None}  # a copy collects its own
 
     def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
         """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
@@ -105,20 +176,15 @@ class FusedGPT(Fused):
         if start is None or mask is None or (maxp1 is not None and maxp1 > gpt.max_seq_length):
             return None
         end = start + idx.shape[1]
-        seen = end <= gpt.cos.shape[0] and end <= mask.shape[2] and is_causal(mask[:, :, start:end], start, end - start)
-        return start if seen else None
+        fits = end <= gpt.cos.shape[0] and end <= mask.shape[2]
+        return start if fits and is_causal(mask[:, :, start:end], start, end - start) else None
 
-    def _steps(self, idx: Tensor, start: int, cached: bool, maxp1: int | None) -> list[Step] | None:
-        """Return what to run for each block, or None if one of them is not for the native kernel."""
-        if nn.modules.module._has_any_global_hook():
-            return None
-        steps = []
-        for index, block in enumerate(self.module.transformer.h):
-            step = _step(block, index, idx, start if cached else None, maxp1)
-            if step is None:
-                return None
-            steps.append(step)
-        return steps
+    def _steps(self) -> list[Any] | None:
+        """Return a step for each block, or None if one of them is not for the native kernel."""
+        stack = self.stack
+        if stack is None or not stack.current():
+            self.stack = stack = Stack(self.module)
+        return stack.steps if stack.complete and not stack.watched() else None
 
     def _angles(self, start: int, time: int) -> dict[int | None, tuple[Tensor, Tensor]]:
         """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
@@ -148,32 +214,32 @@ class FusedGPT(Fused):
         return logits if limit is None else torch.tanh(logits / limit) * limit
 
 
-def _step(block: Any, index: int, idx: Tensor, start: int | None, maxp1: int | None) -> Step | None:
-    """Return the native call for ``block`` from position ``start`` on (None: without a cache), or None."""
+def _step(block: Any, index: int) -> Step | None:
+    """Return the native call for ``block``, or None if it needs what the kernel does not know."""
     attn, config = block.attn, block.config
     forward = attn.__dict__.get("forward")
-    if not _plain(block) or not isinstance(forward, FusedAttention) or hooked(attn) or config.rope_interleave:
+    if not _plain(block) or not isinstance(forward, FusedAttention) or config.rope_interleave:
         return None
-    place = None if start is None else forward.place(start, idx.shape[0], idx.shape[1], maxp1)
+    if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
+        return None
     mlp = _mlp(block.mlp)
     matrices = [_matrix(each) for each in (attn.qkv, attn.proj, *mlp[1:])] if mlp else [None]
     norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
     norms += [_norm(each) for each in (block.post_attention_norm, block.post_mlp_norm, attn.norm_q, attn.norm_k)]
-    if mlp is None or (place is None and start is not None) or None in matrices or None in norms:
+    if mlp is None or None in matrices or None in norms:
         return None
     window = config.sliding_window_size if attn.apply_sliding_window_attention else 0
     sizes = (config.n_head, config.n_query_groups, config.head_size, config.norm_qk_type == "default")
     kinds = (config.parallel_residual, config.shared_attention_norm, native.ACTIVATIONS[mlp[0]])
     scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
-    where = (0, 0) if place is None else (place.start, place.write)
-    flat = [item for group in (*matrices, *norms) if group for item in group]
+    rest = tuple(item for group in (*matrices, *norms) if group for item in group)
     rope = None if config.rope_indices is None else config.rope_indices[index]
-    return Step(attn, place and place.cache, rope, (*sizes, *kinds, *scores, *where, *flat))
+    return Step(attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
 
 
 def _plain(module: nn.Module) -> bool:
-    """Whether ``module`` is one of LitGPT's or torch's own, running its class's forward, unwatched."""
-    return "forward" not in module.__dict__ and not hooked(module)
+    """Whether ``module`` is one of LitGPT's or torch's own, running its class's forward."""
+    return "forward" not in module.__dict__
 
 
 def _matrix(linear: Any) -> tuple[Any, Any] | None:
@@ -193,8 +259,6 @@ def _norm(norm: Any) -> tuple[Any, ...] | None:
     if norm is None or (type(norm) is nn.Identity and _plain(norm)):
         return _NO_NORM
     forward = norm.__dict__.get("forward")
-    if hooked(norm):
-        return None
     if isinstance(forward, FusedRMSNorm):
         return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
     if isinstance(forward, FusedLayerNorm):
@@ -207,7 +271,7 @@ def _mlp(mlp: Any) -> tuple[Any, ...] | None:
     from litgpt.model import GptNeoxMLP
 
     forward = mlp.__dict__.get("forward")
-    if isinstance(forward, FusedGatedMLP) and not hooked(mlp):
+    if isinstance(forward, FusedGatedMLP):
         return (forward.activation, mlp.fc_1, mlp.fc_2, mlp.proj)
     if type(mlp) is GptNeoxMLP and _plain(mlp):
         return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)

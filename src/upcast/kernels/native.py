@@ -248,15 +248,16 @@ def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
     return written
 
 
-def block(x: Tensor, cos: Tensor, sin: Tensor, cache: tuple[Tensor, Tensor] | None, plan: tuple[Any, ...]) -> Any:
+def block(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None, values: Tensor | None, plan: tuple[Any, ...]
+) -> Tensor | None:
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
-    x: (B, T, C) float32, contiguous. cos, sin: (T, n) float32. cache: keys and values (B, Hkv, S, D), both float16 or
+    x: (B, T, C) float32, contiguous. cos, sin: (T, n) float32. keys, values: the cache (B, Hkv, S, D), both float16 or
     both float32, or None. plan: sizes, matrices and norms in the order that `py_block` lists. Returns (B, T, C)
     float32, or None if a finite value would become infinite in the float16 cache; nothing else was written then.
     """
     out = _empty(x.shape, dtype=_float32, device=_CPU)
-    keys, values = (None, None) if cache is None else cache
     if _exchange:
         full = _native.block(out, x, cos, sin, keys, values, _threads(), *plan)
     else:
