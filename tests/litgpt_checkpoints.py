@@ -18,11 +18,13 @@ def small_config(name: str, **changes: Any) -> Any:
     config = Config.from_name(name)
     groups = 4 if config.n_query_groups in (None, config.n_head) else max(1, 4 * config.n_query_groups // config.n_head)
     sizes = {**SMALL, "n_query_groups": groups, "head_size": None, "intermediate_size": None}
-    if config.intermediate_size != 4 * config.n_embd:
+    if config.intermediate_size != 4 * config.n_embd or config.mlp_class_name == "LLaMAMLP":
         sizes["intermediate_size"] = 96
     for listed in ("sliding_window_indices", "rope_indices"):
         if getattr(config, listed, None) is not None:
             sizes[listed] = getattr(config, listed)[: SMALL["n_layer"]]
+    if config.n_expert:
+        sizes["n_expert"] = 8
     if config.sliding_window_size:
         sizes["sliding_window_size"] = 16
     return Config.from_name(name, **{**sizes, **changes})

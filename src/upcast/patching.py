@@ -12,6 +12,7 @@ from upcast import console, hooks, kernels
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
+from upcast.integrations import litgpt_fused
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, settle
 from upcast.rounding import Rounding, to_half
 from upcast.targets import Slot, prepare, slots, unwrap
@@ -32,7 +33,7 @@ class Record:
     required_grad: frozenset[str]
 
 
-def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Model:
+def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_cache: str = "float16") -> Model:
     """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
 
     Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
@@ -44,15 +45,18 @@ def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Mo
         model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline.
         policy: ``"safe"``: every operation runs in float32.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+        kv_cache: what a LitGPT model's ``set_kv_cache`` makes unless it is given a dtype: ``"float16"`` (half the
+            bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``.
 
     Raises:
-        UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy or
-            pattern. Nothing has been changed then, nor when the patch is interrupted.
+        UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy,
+            pattern or kv_cache. Nothing has been changed then, nor when the patch is interrupted.
     """
     policies.check(policy)
     kernels.active()  # an impossible choice is refused before anything changes
+    litgpt_fused.check(kv_cache)
     root, found = prepare(model, keep)
-    record, _ = _patch(root, found, keep, {})
+    record, _ = _patch(root, found, keep, {}, kv_cache)
     console.say(_summary(record.plan), record.plan)
     return model
 
@@ -83,15 +87,18 @@ def unpatch(model: Model) -> Model:
 
 
 @contextmanager
-def patched(model: Model, *, policy: str = "safe", keep: Sequence[str] = ()) -> Iterator[Model]:
+def patched(
+    model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_cache: str = "float16"
+) -> Iterator[Model]:
     """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
 
     The originals stay in memory for that time. Arguments and errors as for `patch`.
     """
     policies.check(policy)
     kernels.active()
+    litgpt_fused.check(kv_cache)
     root, found = prepare(model, keep)
-    record, undo = _patch(root, found, keep, {})
+    record, undo = _patch(root, found, keep, {}, kv_cache)
     console.say(_summary(record.plan), record.plan)
     try:
         yield model
@@ -123,10 +130,10 @@ def report(model: object) -> str:
     return f"{record.plan}\nkernels: {kernels.describe()}\nwidened whole: {record.fallbacks}"
 
 
-def adopt(root: nn.Module, roundings: Mapping[str, tuple[torch.dtype, Rounding]]) -> Record:
+def adopt(root: nn.Module, roundings: Mapping[str, tuple[torch.dtype, Rounding]], kv_cache: str) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     root, found = prepare(root, ())
-    record, _ = _patch(root, found, (), roundings)
+    record, _ = _patch(root, found, (), roundings, kv_cache)
     console.say(_summary(record.plan), record.plan)
     return record
 
@@ -136,6 +143,7 @@ def _patch(
     found: Sequence[Slot],
     keep: Sequence[str],
     known: Mapping[str, tuple[torch.dtype, Rounding]],
+    kv_cache: str,
 ) -> tuple[Record, Undo]:
     fallbacks, undo = Fallbacks(), Undo()
     changes: dict[str, Change] = {}
@@ -161,8 +169,9 @@ def _patch(
                 )
             changes[slot.name] = change
         hooks.install(root)
+        litgpt_fused.install(root, kv_cache)
     except BaseException:
-        hooks.remove(root)
+        _clear(root)
         _put_back(undo)
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
@@ -198,6 +207,7 @@ def _put_back(undo: Undo) -> None:
 
 def _clear(root: nn.Module) -> None:
     hooks.remove(root)
+    litgpt_fused.remove(root)
     root.__dict__.pop(_RECORD, None)
 
 

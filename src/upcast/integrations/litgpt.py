@@ -12,9 +12,10 @@ from torch import Tensor
 
 from upcast import checkpoint, config, console, patching
 from upcast.errors import UpcastError
+from upcast.integrations import litgpt_fused
 
 
-def load_litgpt(checkpoint_dir: str | Path) -> Any:
+def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any:
     """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
 
     The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
@@ -23,13 +24,15 @@ def load_litgpt(checkpoint_dir: str | Path) -> Any:
 
     Args:
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
+        kv_cache: as for `upcast.patch`.
 
     Returns:
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
 
     Raises:
-        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config.
+        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown kv_cache.
     """
+    litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     settings = _read_config(folder)
     weights = checkpoint.read(folder / "lit_model.pth")
@@ -38,7 +41,7 @@ def load_litgpt(checkpoint_dir: str | Path) -> Any:
     known = checkpoint.to_float16(weights)
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    patching.adopt(model, known)
+    patching.adopt(model, known, kv_cache)
     return model.eval()
 
 

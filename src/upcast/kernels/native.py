@@ -17,7 +17,7 @@ from torch import Tensor
 from upcast.errors import UpcastError
 
 _COPY_FIRST, _COPY_SECOND = 1, 2
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 _CPU = torch.device("cpu")
 _empty = torch.empty
 _float32 = torch.float32
@@ -183,11 +183,9 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, unit_of
 
 def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, both (..., D) float32; activation is "silu", "gelu" (exact) or "gelu_tanh"."""
-    if activation not in _ACTIVATIONS:
-        raise UpcastError(
-            f"activation is {activation!r}; the kernels have {', '.join(_ACTIVATIONS)}. Use one of these."
-        )
-    kind = _ACTIVATIONS[activation]
+    if activation not in ACTIVATIONS:
+        raise UpcastError(f"activation is {activation!r}; the kernels have {', '.join(ACTIVATIONS)}. Use one of these.")
+    kind = ACTIVATIONS[activation]
     out = _empty(gate.shape, dtype=_float32, device=_CPU)
     views = [_describe(tensor) for tensor in (out, gate, up)]
     if _native.gated(*views, kind, _threads()):
@@ -247,3 +245,22 @@ def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
     """
     written: bool = _native.kv_append(_describe(cache), _describe(_heads(new)), start, _threads())
     return written
+
+
+def block(
+    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None, values: Tensor | None, plan: tuple[Any, ...]
+) -> Tensor | None:
+    """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
+
+    x: (B, T, C) float32, contiguous. cos, sin: (T, n) float32. keys, values: the cache (B, Hkv, S, D), both float16 or
+    both float32, or None. plan: sizes, matrices and norms in the order that `py_block` lists. Returns (B, T, C)
+    float32, or None if a finite value would become infinite in the float16 cache; nothing else was written then.
+    """
+    out = _empty(x.shape, dtype=_float32, device=_CPU)
+    if _exchange:
+        full = _native.block(out, x, cos, sin, keys, values, _threads(), *plan)
+    else:
+        views = [_describe(tensor) for tensor in (out, x, cos, sin, keys, values)]
+        rest = [_describe(item) if isinstance(item, Tensor) else item for item in plan]
+        full = _native.block(*views, _threads(), *rest)
+    return None if full else out

@@ -9,7 +9,12 @@ import threading
 
 import torch
 
+from upcast.kernels import reference
+
 TILE = 1 << 20
+
+attention, kv_append, rope = reference.attention, reference.kv_append, reference.rope
+gated, layer_norm, rms_norm = reference.gated, reference.layer_norm, reference.rms_norm
 
 _local = threading.local()
 

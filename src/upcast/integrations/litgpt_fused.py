@@ -1,0 +1,95 @@
+"""Which of a LitGPT model's modules get a fused forward, and how they get it and lose it again."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcast.errors import UpcastError
+from upcast.integrations import litgpt_generation
+from upcast.integrations.litgpt_modules import (
+    CacheBuilder,
+    Fused,
+    FusedAttention,
+    FusedGatedMLP,
+    FusedLayerNorm,
+    FusedRMSNorm,
+)
+from upcast.integrations.litgpt_stack import FusedGPT
+
+KV_CACHES = {"float16": torch.float16, "float32": None}  # None: as LitGPT makes them
+
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def check(kv_cache: str) -> None:
+    """Raise UpcastError if ``kv_cache`` is none of KV_CACHES."""
+    if kv_cache not in KV_CACHES:
+        raise UpcastError(f"kv_cache={kv_cache!r}; it must be one of {', '.join(KV_CACHES)}. Use 'float16'.")
+
+
+def install(root: nn.Module, kv_cache: str) -> None:
+    """Give the modules of every LitGPT model in ``root`` their fused forwards; other models are left alone."""
+    litgpt = sys.modules.get("litgpt.model")
+    if litgpt is None:  # then no module of ``root`` can be LitGPT's
+        return
+    for gpt in [module for module in root.modules() if isinstance(module, litgpt.GPT)]:
+        for module in gpt.modules():
+            if "forward" not in module.__dict__:
+                _fuse(module, litgpt, KV_CACHES[kv_cache])
+        litgpt_generation.enter(gpt)
+
+
+def remove(root: nn.Module) -> None:
+    """Take away what `install` gave, and what the model has made with it since."""
+    for module in root.modules():
+        if isinstance(module.__dict__.get("forward"), FusedGPT):
+            litgpt_generation.leave(module)
+        for name in ("forward", "build_kv_cache"):
+            if isinstance(module.__dict__.get(name), Fused):
+                del module.__dict__[name]
+
+
+def unfused(gpt: nn.Module) -> dict[str, str]:
+    """Return name -> reason for the modules of a LitGPT model that always keep LitGPT's own forward."""
+    litgpt = sys.modules["litgpt.model"]
+    reasons = {name: _reason(module, litgpt) for name, module in gpt.named_modules()}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _fuse(module: nn.Module, litgpt: Any, cache: torch.dtype | None) -> None:
+    """Give one module its fused forward, if there is one for what it is and for what its config needs."""
+    make = None if _reason(module, litgpt) else _table(litgpt).get(type(module))
+    if make is not None:
+        module.__dict__["forward"] = make(module)
+    if isinstance(module.__dict__.get("forward"), FusedAttention):
+        module.__dict__["build_kv_cache"] = CacheBuilder(module, cache)
+
+
+def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
+    """Return type -> fused forward; exactly these types, since LoRA and adapter layers are subclasses."""
+    return {
+        litgpt.RMSNorm: FusedRMSNorm,
+        nn.LayerNorm: FusedLayerNorm,
+        litgpt.LLaMAMLP: lambda mlp: FusedGatedMLP(mlp, "silu"),
+        litgpt.GemmaMLP: lambda mlp: FusedGatedMLP(mlp, _GELU[mlp.config.gelu_approximate]),
+        litgpt.CausalSelfAttention: FusedAttention,
+        litgpt.GPT: FusedGPT,
+    }
+
+
+def _reason(module: Any, litgpt: Any) -> str:
+    """Return why ``module`` cannot be fused though its kind can, or an empty string."""
+    if isinstance(module, litgpt.MultiheadLatentAttention):
+        return "latent attention"
+    if isinstance(module, litgpt.LLaMAMoE):
+        return "routing between experts; the experts themselves are fused"
+    if isinstance(module, litgpt.CausalSelfAttention):
+        if type(module) is not litgpt.CausalSelfAttention:
+            return f"a {type(module).__module__} layer"
+        return "rope of an odd number of elements" if module.config.rope_n_elem % 2 else ""
+    if isinstance(module, litgpt.RMSNorm):
+        return "" if module.dim == -1 else f"a norm over dimension {module.dim}"
+    return ""

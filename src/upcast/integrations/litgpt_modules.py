@@ -1,0 +1,323 @@
+"""Fused forwards for LitGPT's own modules: norms, MLPs, causal attention and its cache.
+
+Each is an object that a patched module carries as its ``forward``; it copies and pickles with the module. It runs the
+kernels where nothing could tell the difference but the clock, and LitGPT's own forward everywhere else: while
+torch.compile traces, where a gradient is wanted, and for arguments that the kernels do not cover. Inner modules are
+called as modules, so that hooks on them see what they would see without fusion.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast import console, kernels
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Fused:
+    """What replaces one method of ``module`` while it is patched. ``calls`` counts what really ran fused."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module: Any = module
+        self.calls = 0
+
+    def unfused(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the forward that the module's class defines."""
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def free(self, x: Tensor) -> bool:
+        """Whether the kernels may run for ``x``: float32 on the CPU, nothing traces, and no gradient is wanted."""
+        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters())):
+            return False
+        return torch._C._get_tracing_state() is None
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether someone watches the calls of ``module`` itself."""
+    state = module.__dict__
+    return any(state[name] for name in _HOOKS)
+
+
+# --- norms ------------------------------------------------------------------------------------------------------------
+
+
+class FusedRMSNorm(Fused):
+    """LitGPT's RMSNorm over the last dimension."""
+
+    def __call__(self, x: Tensor) -> Any:
+        norm = self.module
+        if not self.free(x):
+            return self.unfused(x)
+        self.calls += 1
+        return kernels.active().rms_norm(x, norm.weight, norm.eps, norm.add_unit_offset)
+
+
+class FusedLayerNorm(Fused):
+    """torch's LayerNorm over the last dimension, with or without weight and bias."""
+
+    def __call__(self, input: Tensor) -> Any:
+        norm = self.module
+        if not self.free(input):
+            return self.unfused(input)
+        self.calls += 1
+        return kernels.active().layer_norm(input, norm.weight, norm.bias, norm.eps)
+
+
+# --- MLPs -------------------------------------------------------------------------------------------------------------
+
+
+class FusedGatedMLP(Fused):
+    """LLaMAMLP and GemmaMLP: the activation and its product are one kernel."""
+
+    def __init__(self, module: nn.Module, activation: str) -> None:
+        super().__init__(module)
+        self.activation = activation
+
+    def __call__(self, x: Tensor) -> Any:
+        mlp = self.module
+        if not self.free(x):
+            return self.unfused(x)
+        gate, up = mlp.fc_1(x), mlp.fc_2(x)
+        if not self.free(gate) or not self.free(up):  # a hook or a replaced layer gave something else
+            return self.unfused(x)
+        self.calls += 1
+        return mlp.proj(kernels.active().gated(gate, up, self.activation))
+
+
+# --- the cache --------------------------------------------------------------------------------------------------------
+
+
+class CacheBuilder(Fused):
+    """``build_kv_cache`` of one attention: caches of ``dtype`` (None: torch's default) unless the caller names one."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+        super().__init__(module)
+        self.dtype = dtype
+
+    def __call__(
+        self,
+        batch_size: int,
+        max_seq_length: int,
+        rope_cache_length: int | None = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Any:
+        """Return a KVCache as LitGPT does; one in float16 keeps its dtype until a value does not fit."""
+        attn = self.module
+        cache = type(attn).build_kv_cache(
+            attn, batch_size, max_seq_length, rope_cache_length, device, self.dtype if dtype is None else dtype
+        )
+        if cache.k.dtype == torch.float16:
+            cache.__dict__["forward"] = FusedCache(cache, self)
+        return cache
+
+    def widen(self, cache: Any) -> None:
+        """Turn ``cache`` to float32, and have all later ones of this layer made so."""
+        cache.k, cache.v = cache.k.float(), cache.v.float()
+        self.dtype = torch.float32
+        console.say(
+            f"the KV cache of layer {self.module.block_idx} goes to float32: it met a value beyond 65504, where "
+            "float16 ends"
+        )
+
+
+class FusedCache(Fused):
+    """A float16 KVCache that stays one: LitGPT's own forward would recast it to the dtype of what comes in."""
+
+    def __init__(self, module: nn.Module, builder: CacheBuilder) -> None:
+        super().__init__(module)
+        self.builder = builder
+
+    def __call__(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, Hkv, T, D) and return the whole cache, both in their dtype."""
+        cache = self.module
+        if cache.k.dtype == torch.float16 and k.dtype == torch.float32:
+            keys, values = k.half(), v.half()
+            if not _overflowed(k, keys) and not _overflowed(v, values):
+                all_keys, all_values = self.unfused(input_pos, keys, values)
+                return all_keys.float(), all_values.float()
+            self.builder.widen(cache)
+        full: tuple[Tensor, Tensor] = self.unfused(input_pos, k, v)
+        return full
+
+
+def _overflowed(wide: Tensor, half: Tensor) -> bool:
+    return bool((half.isinf() & wide.isfinite()).any())
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+class Place:
+    """Where the new positions stand: ``start`` for the mask, ``write`` in the cache (None: there is no cache)."""
+
+    __slots__ = ("cache", "start", "write")
+
+    def __init__(self, start: int, write: int = 0, cache: Any = None) -> None:
+        self.start, self.write, self.cache = start, write, cache
+
+
+def first_of_run(input_pos: Tensor, time: int) -> int | None:
+    """Return the first of ``time`` consecutive positions, or None if ``input_pos`` is anything else."""
+    if input_pos.dim() != 1 or input_pos.dtype != torch.int64:
+        return None
+    positions = input_pos.tolist()
+    if len(positions) != time or not positions or positions[0] < 0:
+        return None
+    start = int(positions[0])
+    return start if time == 1 or positions == list(range(start, start + time)) else None
+
+
+class FusedAttention(Fused):
+    """CausalSelfAttention for consecutive positions, with LitGPT's KVCache in float16 or float32, or without."""
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor | None = None,
+        input_pos: Tensor | None = None,
+        input_pos_maxp1: int | None = None,
+    ) -> Any:
+        place = self._usual(x, cos, mask, input_pos, input_pos_maxp1) if self.free(x) else None
+        if place is None:
+            return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
+        qkv = self.module.qkv(x)
+        if not self.free(qkv):
+            return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
+        self.calls += 1
+        q, k, v = self._heads(qkv, cos, sin)
+        y = self._attend(q, k, v, place)
+        return self.module.proj(y.transpose(1, 2).flatten(2))
+
+    def _usual(
+        self, x: Tensor, cos: Tensor, mask: Tensor | None, input_pos: Tensor | None, maxp1: int | None
+    ) -> Place | None:
+        """Return where the positions stand if the arguments are what the kernels cover."""
+        if x.dim() != 3 or cos.dim() != 3 or cos.shape[-1] != self.module.config.rope_n_elem or not x.numel():
+            return None
+        if input_pos is None:
+            return Place(0) if mask is None else None
+        start = first_of_run(input_pos, x.shape[1])
+        if start is None or mask is None or not is_causal(mask, start, x.shape[1]):
+            return None
+        return self.place(start, x.shape[0], x.shape[1], maxp1)
+
+    def place(self, start: int, batch: int, time: int, maxp1: int | None) -> Place | None:
+        """Return where ``time`` positions from ``start`` on go in the cache; None if that is for LitGPT to say."""
+        attn = self.module
+        cache = attn.kv_cache
+        if not plain_cache(cache, attn.config) or hooked(cache) or cache.k.shape[0] < batch:
+            return None
+        capped = attn.config.attention_logit_softcapping is not None
+        where = positions(cache.k.shape[2], attn.apply_sliding_window_attention, capped, start, time, maxp1)
+        return None if where is None else Place(*where, cache)
+
+    def scale(self) -> float:
+        """Return the factor of the scores."""
+        attn = self.module
+        return float(attn.mscale**2 / math.sqrt(attn.config.attention_scores_scalar or attn.config.head_size))
+
+    def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split qkv (B, T, C) into heads (B, H, T, D), normalised and turned as the config says."""
+        attn, config = self.module, self.module.config
+        shape = (*qkv.shape[:2], -1, config.head_size)
+        groups = config.n_query_groups * config.head_size
+        q, k, v = qkv.split((config.n_head * config.head_size, groups, groups), dim=-1)
+        if config.norm_qk and config.norm_qk_type == "olmo2":
+            q, k = attn.norm_q(q), attn.norm_k(k)
+        q, k, v = (each.view(shape).transpose(1, 2) for each in (q, k, v))
+        if config.norm_qk and config.norm_qk_type == "default":
+            q, k = attn.norm_q(q), attn.norm_k(k)
+        cos, sin = cos.contiguous(), sin.contiguous()  # of dual rope caches, a slice with gaps
+        return self._turned(q, cos, sin), self._turned(k, cos, sin), v
+
+    def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        width = cos.shape[-1]
+        if self.module.config.rope_interleave:  # LitGPT sorts even elements before odd ones, and leaves them there
+            pairs = x[..., :width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
+            x = torch.cat((pairs, x[..., width:]), dim=-1)
+        return kernels.active().rope(x, cos, sin)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Any:
+        attn, cache = self.module, place.cache
+        window = attn.config.sliding_window_size if attn.apply_sliding_window_attention else None
+        if cache is not None:
+            batch = q.shape[0]
+            if not self._appended(cache, batch, k, v, place.write):
+                attn.build_kv_cache.widen(cache)
+                self._appended(cache, batch, k, v, place.write)
+            k, v = cache.k[:batch], cache.v[:batch]
+        return kernels.active().attention(
+            q,
+            k,
+            v,
+            start=place.start,
+            scale=self.scale(),
+            window=window,
+            softcap=attn.config.attention_logit_softcapping,
+        )
+
+    @staticmethod
+    def _appended(cache: Any, batch: int, k: Tensor, v: Tensor, at: int) -> bool:
+        """Write k and v; False if a value does not fit, and is to be written again."""
+        append = kernels.active().kv_append
+        return bool(append(cache.k[:batch], k, at) and append(cache.v[:batch], v, at))
+
+
+def positions(size: int, ring: bool, capped: bool, start: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
+    """Return (start for the mask, where to write) in a cache of ``size``; None if that is for LitGPT to say.
+
+    Args:
+        size: positions that the cache holds.
+        ring: whether it is the ring buffer of a sliding window.
+        capped: whether scores are softcapped.
+        start: the first of ``time`` new positions.
+        maxp1: LitGPT's ``input_pos_maxp1``.
+    """
+    end = start + time
+    if maxp1 is not None and maxp1 < end:
+        return None
+    # Under a softcap LitGPT adds its boolean mask to the scores: that masks only where there is nothing to mask.
+    if capped and not (time == 1 and (ring or maxp1 == end)):
+        return None
+    if end <= size:
+        return start, start
+    # A wrapped ring holds the last positions in any order, all of them seen by one new query.
+    return (size - 1, start % size) if ring and time == 1 else None
+
+
+def plain_cache(cache: Any, config: Any) -> bool:
+    """Whether ``cache`` is LitGPT's own, of a dtype and shape that the kernels take."""
+    from litgpt.model import KVCache
+
+    if type(cache) is not KVCache:
+        return False
+    k, v = cache.k, cache.v
+    heads = (config.n_query_groups, config.head_size)
+    fits = all((t.shape[1], t.shape[3]) == heads and t.is_cpu for t in (k, v)) and k.shape[:3] == v.shape[:3]
+    return fits and k.dtype == v.dtype and k.dtype in (torch.float16, torch.float32)
+
+
+def is_causal(mask: Tensor, start: int, time: int) -> bool:
+    """Whether ``mask`` (1, 1, T, S) says what LitGPT's mask cache says: every query sees itself and what is before."""
+    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, time):
+        return False
+    size = mask.shape[3]
+    if time == 1 and start < size:  # a few operations fewer, once per token
+        return torch.equal(mask[0, 0, 0], _band(size)[size - 1 - start : 2 * size - 1 - start])
+    seen = torch.arange(size).unsqueeze(0) <= torch.arange(start, start + time).unsqueeze(1)
+    return torch.equal(mask[0, 0], seen)
+
+
+@functools.lru_cache(maxsize=4)
+def _band(size: int) -> Tensor:
+    """Return ``size`` times True, then False: every row of a causal mask of that size is a part of it."""
+    return torch.arange(2 * size) < size

@@ -1,0 +1,279 @@
+"""LitGPT's GPT with one native call per block, and only the last position's logits where LitGPT reads no other.
+
+The fused forward of the whole model runs when every block is one that the native kernels know and nobody watches a
+module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-level forwards of `litgpt_modules`.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast import kernels
+from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt_modules import (
+    Fused,
+    FusedAttention,
+    FusedGatedMLP,
+    FusedLayerNorm,
+    FusedRMSNorm,
+    first_of_run,
+    hooked,
+    is_causal,
+    plain_cache,
+    positions,
+)
+from upcast.kernels import native
+from upcast.shortcut import LinearForward
+
+_STORED, _EPS = attrgetter("stored"), attrgetter("eps")
+_NO_NORM = (None, None, 0, 0.0, 0.0)
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+_wanted = threading.local()  # .last: the GPT of which this thread needs the last position only
+
+
+@contextmanager
+def last_position(gpt: nn.Module) -> Iterator[None]:
+    """Within the block, this thread reads only the last position of ``gpt``'s logits."""
+    before = getattr(_wanted, "last", None)
+    _wanted.last = gpt
+    try:
+        yield
+    finally:
+        _wanted.last = before
+
+
+class Step:
+    """One block for the native kernel: where its cache is, and the arguments that stay the same from call to call."""
+
+    def __init__(self, attn: Any, cache: Any, rope: int | None, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
+        self.attn, self.rope, self.sizes, self.rest = attn, rope, sizes, rest
+        self.ring = bool(attn.apply_sliding_window_attention)
+        self.capped = attn.config.attention_logit_softcapping is not None
+        self.cache = cache
+        self.batch: int = 0 if cache is None else cache.k.shape[0]
+        self.size: int = 0 if cache is None else cache.k.shape[2]
+
+    def place(self, start: int, batch: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
+        """Return (start for the mask, where to write), or None where the cache does not take these positions."""
+        if batch > self.batch:
+            return None
+        return positions(self.size, self.ring, self.capped, start, time, maxp1)
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
+        """Return the block's output for x (B, T, C), widening its cache if a value asks for it."""
+        if place is None:
+            return native.block(x, cos, sin, None, None, (*self.sizes, 0, 0, *self.rest))
+        arguments = (*self.sizes, *place, *self.rest)
+        y = native.block(x, cos, sin, *self._cache(x), arguments)
+        if y is None:
+            self.attn.build_kv_cache.widen(self.cache)
+            y = native.block(x, cos, sin, *self._cache(x), arguments)
+        return y
+
+    def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        buffers = self.cache._buffers
+        k, v = buffers["k"], buffers["v"]
+        return (k, v) if x.shape[0] == self.batch else (k[: x.shape[0]], v[: x.shape[0]])
+
+
+class Stack:
+    """The steps of a GPT as it is now, and what tells that it has changed since.
+
+    Collecting the steps takes as long as a tenth of a token, so they are kept. They hold on to the weights and caches
+    they name until the next call.
+    """
+
+    def __init__(self, gpt: Any) -> None:
+        self.steps = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
+        self.complete = all(self.steps)
+        modules = [*gpt.transformer.h.modules()]
+        self._dicts = [module.__dict__ for module in modules]
+        # Hooks on gradients cannot matter: this path runs only where there are none.
+        self._hooks = [state[name] for state in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
+        owners = [state[name] for state in self._dicts for name in ("_modules", "_parameters", "_buffers")]
+        self._members = [gpt._modules, gpt.transformer._modules, *filter(None, owners)]
+        self._weights = [p for module in modules for p in module._parameters.values() if isinstance(p, HalfWeight)]
+        self._norms = [module for module in modules if "eps" in module.__dict__]
+        self._config = gpt.config
+        self._kept = self._parts()  # kept alive, so that no address is used again
+        self._ids, self._numbers = list(map(id, self._kept)), self._settings()
+
+    def watched(self) -> bool:
+        """Whether someone watches a module inside."""
+        return any(self._hooks) or nn.modules.module._has_any_global_hook()
+
+    def current(self) -> bool:
+        """Whether nothing was replaced or reconfigured since."""
+        return list(map(id, self._parts())) == self._ids and self._settings() == self._numbers
+
+    def _parts(self) -> list[Any]:
+        members = list(chain.from_iterable(map(dict.values, self._members)))
+        forwards = [state.get("forward") for state in self._dicts]
+        return members + forwards + list(map(_STORED, self._weights))
+
+    def _settings(self) -> tuple[Any, ...]:
+        return (*map(_EPS, self._norms), *self._config.__dict__.values())
+
+
+class FusedGPT(Fused):
+    """LitGPT's GPT, for consecutive positions under its own causal mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.stack: Stack | None = None
+
+    def __call__(
+        self,
+        idx: Tensor,
+        input_pos: Tensor | None = None,
+        input_pos_maxp1: int | None = None,
+        lm_head_chunk_size: int = 0,
+    ) -> Any:
+        start = self._start(idx, input_pos, input_pos_maxp1)
+        steps = None if start is None else self._steps()
+        if start is None or steps is None:
+            return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        batch, time = idx.shape
+        places: list[tuple[int, int] | None] = [None] * len(steps)
+        if input_pos is not None:
+            places = [step.place(start, batch, time, input_pos_maxp1) for step in steps]
+            if None in places:
+                return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        gpt = self.module
+        x = gpt.transformer.wte(idx)
+        if gpt.config.scale_embeddings:
+            x = x * torch.tensor(gpt.config.n_embd**0.5, dtype=x.dtype)
+        if not self.free(x) or not x.is_contiguous():
+            return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        self.calls += 1
+        angles = self._angles(start, time)
+        for step, place in zip(steps, places, strict=True):
+            x = step.run(x, *angles[step.rope], place)
+        return self._logits(x, lm_head_chunk_size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "stack": None}  # a copy collects its own
+
+    def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
+        """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
+        gpt = self.module
+        if kernels.active() is not native or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+            return None
+        if torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters()):
+            return None
+        if idx.dim() != 2 or not idx.numel() or idx.shape[1] > gpt.max_seq_length:
+            return None
+        if input_pos is None:
+            return 0
+        start = first_of_run(input_pos, idx.shape[1])
+        mask = gpt.mask_cache
+        if start is None or mask is None or (maxp1 is not None and maxp1 > gpt.max_seq_length):
+            return None
+        end = start + idx.shape[1]
+        fits = end <= gpt.cos.shape[0] and end <= mask.shape[2]
+        return start if fits and is_causal(mask[:, :, start:end], start, end - start) else None
+
+    def _steps(self) -> list[Any] | None:
+        """Return a step for each block, or None if one of them is not for the native kernel."""
+        stack = self.stack
+        if stack is None or not stack.current():
+            self.stack = stack = Stack(self.module)
+        return stack.steps if stack.complete and not stack.watched() else None
+
+    def _angles(self, start: int, time: int) -> dict[int | None, tuple[Tensor, Tensor]]:
+        """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
+        gpt = self.module
+        cos, sin = gpt.cos[start : start + time], gpt.sin[start : start + time]
+        if gpt.config.rope_indices is None:
+            return {None: (cos, sin)}
+        return {i: (cos[..., i].contiguous(), sin[..., i].contiguous()) for i in set(gpt.config.rope_indices)}
+
+    def _logits(self, x: Tensor, chunk: int) -> Any:
+        gpt = self.module
+        if self._last_is_enough():
+            x = x[:, -1:]
+        x = gpt.transformer.ln_f(x)
+        if chunk > 0:
+            return [self._capped(gpt.lm_head(part)) for part in x.split(chunk, dim=1)]
+        return self._capped(gpt.lm_head(x))
+
+    def _last_is_enough(self) -> bool:
+        gpt = self.module
+        wanted: Any = getattr(_wanted, "last", None)
+        watched = any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
+        return wanted is gpt and not watched
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        limit = self.module.config.final_logit_softcapping
+        return logits if limit is None else torch.tanh(logits / limit) * limit
+
+
+def _step(block: Any, index: int) -> Step | None:
+    """Return the native call for ``block``, or None if it needs what the kernel does not know."""
+    attn, config = block.attn, block.config
+    forward = attn.__dict__.get("forward")
+    if not _plain(block) or not isinstance(forward, FusedAttention) or config.rope_interleave:
+        return None
+    if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
+        return None
+    mlp = _mlp(block.mlp)
+    matrices = [_matrix(each) for each in (attn.qkv, attn.proj, *mlp[1:])] if mlp else [None]
+    norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
+    norms += [_norm(each) for each in (block.post_attention_norm, block.post_mlp_norm, attn.norm_q, attn.norm_k)]
+    if mlp is None or None in matrices or None in norms:
+        return None
+    window = config.sliding_window_size if attn.apply_sliding_window_attention else 0
+    sizes = (config.n_head, config.n_query_groups, config.head_size, config.norm_qk_type == "default")
+    kinds = (config.parallel_residual, config.shared_attention_norm, native.ACTIVATIONS[mlp[0]])
+    scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
+    rest = tuple(item for group in (*matrices, *norms) if group for item in group)
+    rope = None if config.rope_indices is None else config.rope_indices[index]
+    return Step(attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
+
+
+def _plain(module: nn.Module) -> bool:
+    """Whether ``module`` is one of LitGPT's or torch's own, running its class's forward or a short way to the same."""
+    return isinstance(module.__dict__.get("forward"), (LinearForward, type(None)))
+
+
+def _matrix(linear: Any) -> tuple[Any, Any] | None:
+    """Return (float16 weight, bias) of a plain patched Linear; (None, None) where there is none."""
+    if linear is None:
+        return (None, None)
+    if type(linear) is not nn.Linear or not _plain(linear):
+        return None
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if not isinstance(weight, HalfWeight) or not weight.row_major:
+        return None
+    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+
+
+def _norm(norm: Any) -> tuple[Any, ...] | None:
+    """Return (weight, bias, kind, eps, offset) of a norm as the kernel takes it."""
+    if norm is None or (type(norm) is nn.Identity and _plain(norm)):
+        return _NO_NORM
+    forward = norm.__dict__.get("forward")
+    if isinstance(forward, FusedRMSNorm):
+        return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
+    if isinstance(forward, FusedLayerNorm):
+        return (norm.weight, norm.bias, 2, norm.eps, 0.0)
+    return None
+
+
+def _mlp(mlp: Any) -> tuple[Any, ...] | None:
+    """Return (activation, gate, up or None, down) of an MLP that the kernel knows."""
+    from litgpt.model import GptNeoxMLP
+
+    forward = mlp.__dict__.get("forward")
+    if isinstance(forward, FusedGatedMLP):
+        return (forward.activation, mlp.fc_1, mlp.fc_2, mlp.proj)
+    if type(mlp) is GptNeoxMLP and _plain(mlp):
+        return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)
+    return None

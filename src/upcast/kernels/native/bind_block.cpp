@@ -1,0 +1,183 @@
+// A transformer block for Python: arguments in, checks, one call with the interpreter released.
+#include "bind.hpp"
+#include "block.hpp"
+#include "dispatch.hpp"
+
+namespace upcast {
+namespace {
+
+bool refuse(const char *message) {
+    PyErr_SetString(error_class(), message);
+    return false;
+}
+
+// The arguments of one call, taken in order.
+class Arguments {
+  public:
+    explicit Arguments(PyObject *const *args) : next_(args) {}
+
+    bool tensor(Tensor &tensor, bool optional = false) { return read_tensor(*next_++, tensor, optional); }
+    bool integer(int64_t &value) { return read_integer(*next_++, value); }
+    bool number(float &value) { return read_float(*next_++, value); }
+    bool flag(bool &value) { return read_bool(*next_++, value); }
+    bool threads(int &value) { return read_threads(*next_++, value); }
+
+    // weight, bias | None. An absent weight, where allowed, gives a matrix without rows.
+    bool matrix(Matrix &matrix, const char *name, bool optional = false) {
+        Tensor weight(name), bias("bias");
+        if (!tensor(weight, optional) || !tensor(bias, true)) return false;
+        if (!weight.present) return true;
+        if (!require_type(weight, Type::float16) || !require_dims(weight, 2) || !require_adjacent(weight)) return false;
+        matrix = {weight.as<const uint16_t>(), weight.strides[0], bias.as<const float>(), weight.shape[0],
+                  weight.shape[1]};
+        return vector(bias, matrix.rows);
+    }
+
+    // weight | None, bias | None, kind, eps, offset.
+    bool norm(BlockNorm &norm, int64_t width) {
+        Tensor weight("norm weight"), bias("norm bias");
+        int64_t kind;
+        if (!tensor(weight, true) || !tensor(bias, true) || !integer(kind)) return false;
+        if (!number(norm.eps) || !number(norm.offset)) return false;
+        if (kind < 0 || kind > 2) return refuse("unknown norm; a block has none, RMSNorm or LayerNorm. Use one.");
+        norm.kind = static_cast<NormKind>(kind);
+        norm.weight = weight.as<const float>();
+        norm.bias = bias.as<const float>();
+        return vector(weight, width) && vector(bias, width);
+    }
+
+  private:
+    static bool vector(const Tensor &vector, int64_t width) {
+        if (!vector.present) return true;
+        if (!require_type(vector, Type::float32) || !require_dims(vector, 1) || !require_contiguous(vector)) return false;
+        return vector.shape[0] == width || refuse("a vector of the block has another length than its matrix or norm; "
+                                                  "they must agree. Check the shapes.");
+    }
+
+    PyObject *const *next_;
+};
+
+bool check_activations(const Tensor &out, const Tensor &x, Block &block) {
+    if (!require_type(x, Type::float32) || !require_dims(x, 3) || !require_contiguous(x)) return false;
+    if (!require_type(out, Type::float32) || !require_shape(out, x, x.shape[2]) || !require_contiguous(out)) return false;
+    block.x = x.as<const float>();
+    block.out = out.as<float>();
+    block.batch = x.shape[0];
+    block.time = x.shape[1];
+    block.width = x.shape[2];
+    return true;
+}
+
+bool check_matrices(const Block &b) {
+    const int64_t heads = b.heads * b.head_width, groups = b.groups * b.head_width;
+    const bool known = b.heads > 0 && b.groups > 0 && b.head_width > 0 && b.heads % b.groups == 0;
+    const bool attention = known && b.qkv.rows == heads + 2 * groups && b.qkv.columns == b.width &&
+                           b.proj.rows == b.width && b.proj.columns == heads;
+    const bool up = !b.up.weight || (b.up.rows == b.gate.rows && b.up.columns == b.width);
+    const bool mlp = b.gate.columns == b.width && b.down.rows == b.width && b.down.columns == b.gate.rows;
+    return (attention && up && mlp) || refuse("the matrices of the block do not fit its heads and one another. Check "
+                                              "the shapes.");
+}
+
+// [time, turned], the elements of a row adjacent.
+bool check_angles(const Tensor &cosine, const Tensor &sine, Block &b) {
+    const Tensor *both[] = {&cosine, &sine};
+    for (const Tensor *angles : both) {
+        if (!require_type(*angles, Type::float32) || !require_dims(*angles, 2)) return false;
+        const bool adjacent = angles->shape[1] <= 1 || angles->strides[1] == 1;
+        if (angles->shape[0] != b.time || angles->shape[1] != cosine.shape[1] || !adjacent) {
+            return refuse("cos and sin do not fit x; they must be (T, n), rows contiguous. Check the shapes.");
+        }
+    }
+    b.turned = cosine.shape[1];
+    if (b.turned % 2 != 0 || b.turned > b.head_width) {
+        return refuse("cos turns an odd number of elements, or more than a head has; heads are turned in pairs. Check "
+                      "the shapes.");
+    }
+    b.cosine = cosine.as<const float>();
+    b.sine = sine.as<const float>();
+    b.cosine_stride = cosine.strides[0];
+    b.sine_stride = sine.strides[0];
+    return true;
+}
+
+bool check_cache(const Tensor &cache, const Block &b) {
+    if (cache.type != Type::float16 && !require_type(cache, Type::float32)) return false;
+    if (!require_dims(cache, 4)) return false;
+    const bool shape = cache.shape[0] == b.batch && cache.shape[1] == b.groups && cache.shape[3] == b.head_width &&
+                       (b.head_width <= 1 || cache.strides[3] == 1);
+    if (!shape) return refuse("the cache does not fit the block; it must be (B, Hkv, S, D). Check the shapes.");
+    // Differences, since sums of what a caller passes may overflow.
+    const bool inside = b.time <= cache.shape[2] && b.write >= 0 && b.write <= cache.shape[2] - b.time &&
+                        b.start >= 0 && b.start <= cache.shape[2] - b.time;
+    return inside || refuse("the positions do not lie in the cache; make the cache longer.");
+}
+
+bool check_caches(const Tensor &keys, const Tensor &values, Block &b) {
+    if (keys.present != values.present) return refuse("one cache of two is missing; pass both or none.");
+    if (!keys.present) return b.start == 0 || refuse("positions after the first need a cache; pass one.");
+    if (!check_cache(keys, b) || !check_cache(values, b) || !require_type(values, keys.type)) return false;
+    b.keys = keys.data;
+    b.values = values.data;
+    b.key_batch = keys.strides[0];
+    b.key_head = keys.strides[1];
+    b.key_stride = keys.strides[2];
+    b.value_batch = values.strides[0];
+    b.value_head = values.strides[1];
+    b.value_stride = values.strides[2];
+    b.wide = keys.type == Type::float32;
+    return true;
+}
+
+bool read_sizes(Arguments &args, Block &b) {
+    int64_t activation;
+    if (!args.integer(b.heads) || !args.integer(b.groups) || !args.integer(b.head_width)) return false;
+    if (!args.flag(b.norm_heads) || !args.flag(b.parallel) || !args.flag(b.shared)) return false;
+    if (!args.integer(activation) || !args.number(b.scale) || !args.number(b.softcap)) return false;
+    if (!args.integer(b.window) || !args.integer(b.start) || !args.integer(b.write)) return false;
+    if (activation < 0 || activation > 2) return refuse("unknown activation; use silu, gelu or gelu_tanh.");
+    if (b.window < 0 || b.softcap < 0) return refuse("window or softcap is negative; 0 stands for none.");
+    b.activation = static_cast<Activation>(activation);
+    return true;
+}
+
+bool read_matrices(Arguments &args, Block &b) {
+    return args.matrix(b.qkv, "qkv") && args.matrix(b.proj, "proj") && args.matrix(b.gate, "gate") &&
+           args.matrix(b.up, "up", true) && args.matrix(b.down, "down") && check_matrices(b);
+}
+
+bool read_norms(Arguments &args, Block &b) {
+    const int64_t query = b.norm_heads ? b.head_width : b.heads * b.head_width;
+    const int64_t key = b.norm_heads ? b.head_width : b.groups * b.head_width;
+    return args.norm(b.norm_1, b.width) && args.norm(b.norm_2, b.width) && args.norm(b.post_attention, b.width) &&
+           args.norm(b.post_mlp, b.width) && args.norm(b.norm_q, query) && args.norm(b.norm_k, key);
+}
+
+} // namespace
+
+// block(out, x, cos, sin, keys | None, values | None, threads, heads, groups, head width, norm heads, parallel, shared,
+//       activation, scale, softcap, window, start, write, 5 matrices (weight, bias), 6 norms (weight, bias, kind, eps,
+//       offset)) -> 0 done, 1 a value does not fit the float16 cache
+PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    constexpr Py_ssize_t SIZES = 19, MATRICES = 10, NORMS = 30;
+    if (!take_count("block", count, SIZES + MATRICES + NORMS)) return nullptr;
+    Arguments each(args);
+    Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");
+    Block block = {};
+    int threads;
+    if (!each.tensor(out) || !each.tensor(x) || !each.tensor(cosine) || !each.tensor(sine)) return nullptr;
+    if (!each.tensor(keys, true) || !each.tensor(values, true) || !each.threads(threads)) return nullptr;
+    if (!check_activations(out, x, block) || !read_sizes(each, block) || !read_matrices(each, block)) return nullptr;
+    if (!read_norms(each, block) || !check_angles(cosine, sine, block)) return nullptr;
+    if (!check_caches(keys, values, block)) return nullptr;
+    const Level &level = current_level();
+    BlockOutcome outcome;
+    {
+        const Released released;
+        outcome = launch_block(level, block, threads);
+    }
+    if (outcome == BlockOutcome::no_memory) return PyErr_NoMemory();
+    return PyLong_FromLong(outcome == BlockOutcome::overflow);
+}
+
+} // namespace upcast

@@ -1,0 +1,52 @@
+// One transformer block over the thread pool: norm, attention, residual, norm, MLP, residual.
+#pragma once
+
+#include "launch.hpp"
+
+namespace upcast {
+
+// [rows, columns] halves, rows `stride` apart; weight is null where the block has no such matrix.
+struct Matrix {
+    const uint16_t *weight;
+    int64_t stride;
+    const float *bias;
+    int64_t rows, columns;
+};
+
+enum class NormKind { none, rms, layer };
+
+struct BlockNorm {
+    NormKind kind;
+    const float *weight, *bias;
+    float eps, offset;
+};
+
+// Sequential: h = x + post_attention(attention(norm_1(x))), out = h + post_mlp(mlp(norm_2(h))).
+// Parallel: the MLP reads norm_2(x), or norm_1(x) when shared. x and out are contiguous [batch, time, width].
+struct Block {
+    const float *x;
+    float *out;
+    int64_t batch, time, width;
+    Matrix qkv, proj, gate, up, down; // up is null in an MLP without gate
+    BlockNorm norm_1, norm_2, post_attention, post_mlp, norm_q, norm_k;
+    bool norm_heads; // norm_q and norm_k work on each head, not on all heads of a position at once
+    bool parallel, shared;
+    Activation activation;
+    int64_t heads, groups, head_width;
+    const float *cosine, *sine; // [time, turned]
+    int64_t cosine_stride, sine_stride, turned;
+    // Where keys and values are kept; without a cache both are null and attention is over the new positions.
+    void *keys, *values;
+    int64_t key_batch, key_head, key_stride, value_batch, value_head, value_stride;
+    bool wide; // the cache is float32, otherwise float16
+    int64_t start, write; // the position of the first query, and where the cache takes it
+    float scale, softcap;
+    int64_t window;
+};
+
+// overflow: a finite value would become infinite in the float16 cache; nothing but the cache was written.
+enum class BlockOutcome { done, no_memory, overflow };
+
+BlockOutcome launch_block(const Level &level, const Block &block, int threads);
+
+} // namespace upcast
