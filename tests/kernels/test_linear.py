@@ -216,3 +216,10 @@ def test_without_the_exchange_interface(monkeypatch: pytest.MonkeyPatch, rows: i
     for call in REFUSED.values():
         with pytest.raises(UpcastError):
             call()
+
+
+def test_without_the_exchange_interface_temporaries_stay_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_exchange", False)
+    weight = torch.arange(997 * 8).view(997, 8).half()
+    indices = torch.arange(4 * 900).view(900, 4).remainder(997)[:, 1]  # a slice with gaps is copied on the way
+    assert torch.equal(native.embedding(indices, weight), weight[indices].float())

@@ -83,11 +83,14 @@ def set_isa(name: str) -> None:
 
 
 def _describe(tensor: Tensor | None) -> Any:
-    """A tensor as the module takes it: itself, or a tuple where torch has no exchange interface."""
+    """A tensor as the module takes it: itself, or a tuple where torch has no exchange interface.
+
+    The tuple holds the tensor too: a temporary must live as long as its address is in use.
+    """
     if tensor is None or _exchange:
         return tensor
     dtype = str(tensor.dtype).removeprefix("torch.")
-    return tensor.data_ptr(), dtype, tensor.device.type, tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), dtype, tensor.device.type, tuple(tensor.shape), tensor.stride(), tensor
 
 
 def _rows(tensor: Tensor | None) -> Tensor | None:

@@ -89,10 +89,10 @@ bool read_integers(PyObject *tuple, int64_t *into, int count) {
 }
 
 bool read_tuple(PyObject *object, Tensor &tensor) {
-    PyObject *address, *shape, *strides;
+    PyObject *address, *shape, *strides, *owner = nullptr; // the owner only keeps the memory alive
     const char *dtype, *device;
-    if (!PyArg_ParseTuple(object, "O!ssO!O!", &PyLong_Type, &address, &dtype, &device, &PyTuple_Type, &shape,
-                          &PyTuple_Type, &strides)) {
+    if (!PyArg_ParseTuple(object, "O!ssO!O!|O", &PyLong_Type, &address, &dtype, &device, &PyTuple_Type, &shape,
+                          &PyTuple_Type, &strides, &owner)) {
         return false;
     }
     if (strcmp(device, "cpu") != 0) return refuse_device(tensor);
