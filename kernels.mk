@@ -5,6 +5,7 @@ KERNEL_BUILD := build/kernels
 KERNEL_FLAGS := -std=c++17 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -ffp-contract=fast -I$(NATIVE)
 V3 := -mavx2 -mfma -mf16c
 V4 := $(V3) -mavx512f -mavx512bw -mavx512dq -mavx512vl
+AMX := $(V4) -mamx-tile -mamx-bf16
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
 CROSS_CXX ?= aarch64-linux-gnu-g++
@@ -14,17 +15,17 @@ CROSS_RUN ?= qemu-aarch64-static
 
 # Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan.
 sanitize: | $(KERNEL_BUILD)
-	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)"; do set -- $$level; number=$$1; shift; \
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)"; do set -- $$level; number=$$1; shift; \
 	  echo "kernel driver, level $$number"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number || exit 1; done
 
 # Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all.
 fuzz: | $(KERNEL_BUILD)
-	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)"; do set -- $$level; number=$$1; shift; \
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)"; do set -- $$level; number=$$1; shift; \
 	  echo "kernel fuzz, level $$number"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
-	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 6 )) || exit 1; done
+	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 8 )) || exit 1; done
 	$(PYTHON) tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
 
 test-aarch64: | $(KERNEL_BUILD)

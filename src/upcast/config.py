@@ -10,7 +10,7 @@ from upcast.policy import POLICIES
 ON = ("1", "true", "on", "yes")
 OFF = ("", "0", "false", "off", "no")
 KERNELS = ("auto", "native", "portable")
-ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "aarch64")
+ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx", "aarch64")
 VERBOSITY = ("0", "1", "2")
 
 

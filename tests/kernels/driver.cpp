@@ -9,6 +9,11 @@
 #include <stdlib.h>
 #include <time.h>
 
+#if UPCAST_LEVEL == 5
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 using namespace upcast;
 
 namespace {
@@ -32,7 +37,7 @@ template <class T> struct Buffer {
     ~Buffer() { free(data); }
     Buffer(const Buffer &) = delete;
     Buffer &operator=(const Buffer &) = delete;
-    T &operator[](int64_t i) { return data[i]; }
+    T &operator[](int64_t i) const { return data[i]; }
     int64_t size;
     T *data;
 };
@@ -60,7 +65,8 @@ void expect(const char *what, double error, double size, int64_t m, int64_t n, i
 }
 
 void run_linear(const Linear &a, int threads) {
-    const LinearPlan plan = LEVEL.plan_linear(a, threads);
+    LinearPlan plan = LEVEL.plan_linear(a, threads);
+    plan.streams = below(2) != 0;
     Buffer<char> scratch(static_cast<int64_t>(plan.scratch) + 64);
     char *aligned = scratch.data + (64 - reinterpret_cast<uintptr_t>(scratch.data) % 64) % 64;
     for (int phase = 0; phase < 2; ++phase)
@@ -188,12 +194,21 @@ void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
     expect("rope", error, size, time, width, turned);
 }
 
+} // namespace
+
+#include "driver_block.hpp"
+
+namespace {
+
 void test_edges() {
     const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 129};
-    for (int64_t M : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33})
+    for (int64_t M : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 65})
         for (int64_t N : sizes)
             for (int64_t K : {0, 1, 7, 8, 31, 33, 129, 300})
                 for (int threads : {1, 3}) test_linear(M, N, K, false, threads), test_linear(M, N, K, true, threads);
+    // More than a block of K and of rows of x.
+    for (bool transposed : {false, true}) test_linear(140, 70, 40, transposed, 2), test_linear(33, 35, 2100, transposed, 1);
+    test_blocks();
     test_linear(3, 5, 9001, false, 2), test_linear(3, 5, 9001, true, 2), test_linear(1, 5, 9001, true, 2);
     for (int64_t width : sizes) test_rows(3, width), test_rope(3, width, width / 2 * 2, false), test_rope(3, width, width / 4 * 2, true);
     for (int64_t width : {1, 16, 31, 64})
@@ -201,9 +216,10 @@ void test_edges() {
 }
 
 void test_random() {
-    for (int i = 0; i < 8; ++i) test_linear(below(40), below(150), below(400), below(2), static_cast<int>(1 + below(5)));
+    for (int i = 0; i < 8; ++i) test_linear(below(70), below(150), below(400), below(2), static_cast<int>(1 + below(5)));
     test_rows(below(5), 1 + below(300));
     const int64_t width = 1 + below(90);
+    test_block(1 + below(30), 1 + below(70), 1 + below(3), 1 + below(90), static_cast<int>(1 + below(3)));
     test_rope(below(20), width, below(width + 1) / 2 * 2, below(2));
     test_attention(1 + below(5), 1 + below(20), below(600), width, below(2) * (1 + below(50)), static_cast<int>(1 + below(4)));
 }
@@ -212,6 +228,9 @@ void test_random() {
 
 int main(int count, char **arguments) {
 #if defined(__x86_64__)
+#if UPCAST_LEVEL == 5
+    if (syscall(SYS_arch_prctl, 0x1023L, 18L) != 0) return printf("skipped: no AMX here\n"), 0; // as in dispatch.cpp
+#endif
     if (UPCAST_LEVEL == 4 && !__builtin_cpu_supports("avx512vl")) return printf("skipped: no AVX-512 here\n"), 0;
     if (UPCAST_LEVEL == 3 && !__builtin_cpu_supports("avx2")) return printf("skipped: no AVX2 here\n"), 0;
 #endif

@@ -30,7 +30,7 @@ def view(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def linear() -> None:
-    rows, inner, outer = random.randrange(20), random.randrange(1, 200), random.randrange(1, 200)
+    rows, inner, outer = random.randrange(70), random.randrange(1, 200), random.randrange(1, 200)
     x = view(rows, inner + (random.random() < 0.03), dtype=random.choice(DTYPES))
     weight = view(outer, inner, dtype=torch.float16 if random.random() < 0.95 else random.choice(DTYPES))
     bias = view(outer, dtype=random.choice(DTYPES)) if random.random() < 0.5 else None

@@ -106,6 +106,19 @@ def test_special_values_propagate(isa: str, rows: int, value: float) -> None:
         check_both(x, weight)
 
 
+@pytest.mark.parametrize("rows", [1, 7, 33, 70])
+def test_rows_of_any_size_keep_their_own_accuracy(isa: str, rows: int) -> None:
+    """Each row is judged alone: splitting numbers into pieces must not lose the small ones among large ones."""
+    x, weight = torch.randn(rows, 129), torch.randn(48, 129).half()
+    for row, scale in enumerate([1.0, 2.0**-60, 2.0**-100, 2.0**80, 0.0]):
+        if row < rows:
+            x[row] *= scale
+    results = native.linear(x, weight), native.matmul(x, weight.t().contiguous())
+    for result in results:
+        for row in range(rows):
+            check(result[row], F.linear(x[row], weight.float()), F.linear(x[row].double(), weight.double()))
+
+
 def test_every_half_is_widened_exactly(isa: str) -> None:
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).reshape(256, 256)
     widened = native.embedding(torch.arange(256), halves)

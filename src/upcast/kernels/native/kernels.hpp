@@ -29,14 +29,15 @@ struct Linear {
     int64_t M, N, K;
 };
 
-enum class Strategy { dot, panel, axpy };
+enum class Strategy { dot, panel, axpy, tiles };
 
 // How one Linear is carried out: tasks per phase and bytes of shared scratch (64-byte aligned).
 struct LinearPlan {
     Strategy strategy;
     int tasks[2];
-    int grid_n, grid_m;   // panel: how the second phase divides the output
+    int grid_n, grid_m;   // how the tasks divide the output
     int64_t block;        // panel: length of a block of K
+    bool streams;         // dot: the processor reads several rows of weights at once faster than one; set by the caller
     size_t scratch;
 };
 
@@ -143,6 +144,7 @@ struct Level {
 };
 
 // Defined by the levels that were built; which ones is told to dispatch.cpp by UPCAST_HAVE_*.
+const Level &kernels_x86_64_v4_amx();
 const Level &kernels_x86_64_v4();
 const Level &kernels_x86_64_v3();
 const Level &kernels_x86_64();

@@ -1,5 +1,6 @@
 #include "launch.hpp"
 
+#include "dispatch.hpp"
 #include "threads.hpp"
 
 #include <stdlib.h>
@@ -109,7 +110,8 @@ void attention_join_task(void *context, int index) {
 
 Outcome launch_linear(const Level &level, const Linear &args, int threads) {
     if (args.M == 0 || args.N == 0) return Outcome::done;
-    const LinearPlan plan = level.plan_linear(args, threads);
+    LinearPlan plan = level.plan_linear(args, threads);
+    plan.streams = likes_streams();
     const Scratch scratch(plan.scratch);
     if (scratch.failed()) return Outcome::no_memory;
     LinearCall call = {level, args, plan, scratch.data(), 0};

@@ -15,7 +15,9 @@ static const Level LEVEL = {
 
 } // namespace UPCAST_NS
 
-#if UPCAST_LEVEL == 4
+#if UPCAST_LEVEL == 5
+const Level &kernels_x86_64_v4_amx() { return UPCAST_NS::LEVEL; }
+#elif UPCAST_LEVEL == 4
 const Level &kernels_x86_64_v4() { return UPCAST_NS::LEVEL; }
 #elif UPCAST_LEVEL == 3
 const Level &kernels_x86_64_v3() { return UPCAST_NS::LEVEL; }

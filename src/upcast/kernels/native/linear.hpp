@@ -4,6 +4,7 @@
 #include "linear_axpy.hpp"
 #include "linear_dot.hpp"
 #include "linear_panel.hpp"
+#include "linear_tiles.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
@@ -15,6 +16,9 @@ static LinearPlan plan_linear(const Linear &a, int threads) {
     const int64_t work = a.M * a.N * a.K;
     threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
     // Without products there is only bias and residual, which the tiles add without touching a weight.
+#if UPCAST_LEVEL == 5
+    if (a.M >= (a.transposed ? LEAST_BACKWARD : LEAST_FORWARD) && a.N >= TILE && a.K >= STEP) return plan_tiles(a, threads);
+#endif
     if (a.transposed && a.K > 0) return a.M == 1 ? plan_axpy(a, threads) : plan_panel(a, threads);
     return plan_dot(a, threads);
 }
@@ -28,6 +32,12 @@ static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int p
         return phase == 0 ? axpy_task(a, plan, floats, task) : axpy_gather(a, plan, floats, task);
     case Strategy::panel:
         return panel_task(a, plan, floats, task);
+    case Strategy::tiles:
+#if UPCAST_LEVEL == 5
+        return tile_task(a, plan, scratch, task);
+#else
+        return;
+#endif
     }
 }
 

@@ -31,27 +31,29 @@ struct PanelTile {
     int64_t ahead_ld;
 };
 
+// y[m][n .. n + count) from the sums over a block of K: the first block's start y, the last one's bring bias
+// and residual along.
+UPCAST_INLINE void finish_vector(const Linear &a, int64_t m, int64_t n, int count, vf value, bool first, bool last) {
+    float *y = a.y + m * a.ldy + n;
+    const float *residual = last && a.residual ? a.residual + m * a.ldr + n : nullptr;
+    if (count == LANES) {
+        if (!first) value += load(y);
+        if (last && a.bias) value += load(a.bias + n);
+        if (residual) value += load(residual);
+        store(y, value);
+    } else {
+        if (!first) value += load_part(y, count);
+        if (last && a.bias) value += load_part(a.bias + n, count);
+        if (residual) value += load_part(residual, count);
+        store_part(y, value, count);
+    }
+}
+
 template <int ROWS> UPCAST_INLINE void finish_panel(const Linear &a, const PanelTile &t, vf (&sums)[ROWS][2]) {
     for (int half = 0; half < 2; ++half) {
         const int count = least(LANES, t.columns - half * LANES);
         if (count <= 0) return;
-        const int64_t n = t.n + half * LANES;
-        for (int r = 0; r < ROWS; ++r) {
-            float *y = a.y + (t.m + r) * a.ldy + n;
-            const float *residual = t.last && a.residual ? a.residual + (t.m + r) * a.ldr + n : nullptr;
-            vf value = sums[r][half];
-            if (count == LANES) {
-                if (!t.first) value += load(y);
-                if (t.last && a.bias) value += load(a.bias + n);
-                if (residual) value += load(residual);
-                store(y, value);
-            } else {
-                if (!t.first) value += load_part(y, count);
-                if (t.last && a.bias) value += load_part(a.bias + n, count);
-                if (residual) value += load_part(residual, count);
-                store_part(y, value, count);
-            }
-        }
+        for (int r = 0; r < ROWS; ++r) finish_vector(a, t.m + r, t.n + half * LANES, count, sums[r][half], t.first, t.last);
     }
 }
 

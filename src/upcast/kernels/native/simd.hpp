@@ -8,9 +8,17 @@
 #include <stdint.h>
 #include <string.h>
 
-#if UPCAST_LEVEL == 4
+#if UPCAST_LEVEL == 5
+#define UPCAST_NS level_x86_64_v4_amx
+#define UPCAST_LEVEL_NAME "x86-64-v4-amx"
+#define UPCAST_AVX512 1
+#elif UPCAST_LEVEL == 4
 #define UPCAST_NS level_x86_64_v4
 #define UPCAST_LEVEL_NAME "x86-64-v4"
+#define UPCAST_AVX512 1
+#endif
+
+#if UPCAST_AVX512
 #define UPCAST_LANES 16
 #define UPCAST_REGISTERS 32
 #include <immintrin.h>
@@ -32,7 +40,7 @@
 #define UPCAST_REGISTERS 32
 #include <arm_neon.h>
 #else
-#error "UPCAST_LEVEL must be 1, 3 or 4 (x86-64 levels) or 64 (aarch64)"
+#error "UPCAST_LEVEL must be 1, 3, 4 or 5 (x86-64 levels, 5: with AMX) or 64 (aarch64)"
 #endif
 
 #define UPCAST_INLINE static inline __attribute__((always_inline))
@@ -69,6 +77,7 @@ template <class T> UPCAST_INLINE constexpr T most(T a, T b) { return a < b ? b :
 
 // Minus zero, unlike plus zero, changes no value: the compiler drops the subtraction.
 UPCAST_INLINE vf splat(float value) { return value - vf{}; }
+UPCAST_INLINE vi splat_bits(int32_t bits) { return bits - vi{}; }
 UPCAST_INLINE vf load(const float *p) { return *reinterpret_cast<const vf_unaligned *>(p); }
 UPCAST_INLINE void store(float *p, vf v) { *reinterpret_cast<vf_unaligned *>(p) = v; }
 UPCAST_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
@@ -77,7 +86,7 @@ UPCAST_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 UPCAST_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 UPCAST_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
-#if UPCAST_LEVEL == 4
+#if UPCAST_AVX512
 
 UPCAST_INLINE vf load_half(const uint16_t *p) {
     // The zeroing form with a full mask is the same instruction; gcc 12 warns about the plain one.
@@ -235,6 +244,16 @@ template <int S = 1> UPCAST_INLINE vf sum_each(vf *parts) {
     return parts[0];
 }
 
+// rows[i][j] becomes rows[j][i].
+template <int S = 1> UPCAST_INLINE void transpose(vf *rows) {
+    for (int i = 0; i < LANES; ++i) {
+        if (i & S) continue;
+        const vf a = rows[i], b = rows[i + S];
+        rows[i] = Blocks<S>::low(a, b), rows[i + S] = Blocks<S>::high(a, b);
+    }
+    if constexpr (2 * S < LANES) transpose<2 * S>(rows);
+}
+
 // The first `count` lanes of v, the others from `rest`.
 UPCAST_INLINE vf keep_part(vf v, vf rest, int count) {
     vi lane;
@@ -252,6 +271,12 @@ UPCAST_INLINE float sum(vf v) {
 
 UPCAST_INLINE float maximum(vf v) {
     float result = v[0];
+    for (int i = 1; i < LANES; ++i) result = v[i] > result ? v[i] : result;
+    return result;
+}
+
+UPCAST_INLINE int32_t largest_lane(vi v) {
+    int32_t result = v[0];
     for (int i = 1; i < LANES; ++i) result = v[i] > result ? v[i] : result;
     return result;
 }
