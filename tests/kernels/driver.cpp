@@ -200,6 +200,35 @@ void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
 
 namespace {
 
+struct Seen {
+    pthread_t threads[2];
+    int slow; // the task that is held up
+};
+
+void note_thread(void *context, int index) {
+    Seen &seen = *static_cast<Seen *>(context);
+    seen.threads[index] = pthread_self();
+    const timespec moment = {0, 20 * MILLISECOND};
+    if (index == seen.slow) nanosleep(&moment, nullptr);
+}
+
+bool together(int slow) {
+    Seen seen = {{}, slow};
+    parallel(2, note_thread, &seen);
+    return !pthread_equal(seen.threads[0], seen.threads[1]);
+}
+
+// A thread that is held up for milliseconds sends the others home, for a while.
+void test_pause() {
+    if (!dlopen("libgomp.so.1", RTLD_LAZY) || !attach_pool("libgomp.so.1")) return;
+    // Other programs may hold up either thread at any time: what matters is that both states are reached.
+    const timespec pause = {0, 2 * SHORTEST_PAUSE};
+    bool alone = false, back = false;
+    for (int i = 0; i < 20 && !alone; ++i) together(1), alone = !together(-1);
+    for (int i = 0; i < 40 && !back; ++i) nanosleep(&pause, nullptr), back = together(-1);
+    if (!alone || !back) expect(alone ? "two threads again" : "one thread while another is starved", 1, 0, 0, 0, 0);
+}
+
 void test_edges() {
     const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 129};
     for (int64_t M : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 65})
@@ -208,7 +237,7 @@ void test_edges() {
                 for (int threads : {1, 3}) test_linear(M, N, K, false, threads), test_linear(M, N, K, true, threads);
     // More than a block of K and of rows of x.
     for (bool transposed : {false, true}) test_linear(140, 70, 40, transposed, 2), test_linear(33, 35, 2100, transposed, 1);
-    test_blocks();
+    test_blocks(), test_pause();
     test_linear(3, 5, 9001, false, 2), test_linear(3, 5, 9001, true, 2), test_linear(1, 5, 9001, true, 2);
     for (int64_t width : sizes) test_rows(3, width), test_rope(3, width, width / 2 * 2, false), test_rope(3, width, width / 4 * 2, true);
     for (int64_t width : {1, 16, 31, 64})

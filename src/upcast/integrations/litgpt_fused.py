@@ -9,6 +9,7 @@ from torch import nn
 
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_generation
+from upcast.integrations.litgpt_mask import CacheSetter, restore
 from upcast.integrations.litgpt_modules import (
     CacheBuilder,
     Fused,
@@ -39,6 +40,7 @@ def install(root: nn.Module, kv_cache: str) -> None:
         for module in gpt.modules():
             if "forward" not in module.__dict__:
                 _fuse(module, litgpt, KV_CACHES[kv_cache])
+        gpt.__dict__.setdefault("set_kv_cache", CacheSetter(gpt))
         litgpt_generation.enter(gpt)
 
 
@@ -47,7 +49,8 @@ def remove(root: nn.Module) -> None:
     for module in root.modules():
         if isinstance(module.__dict__.get("forward"), FusedGPT):
             litgpt_generation.leave(module)
-        for name in ("forward", "build_kv_cache"):
+            restore(module)
+        for name in ("forward", "build_kv_cache", "set_kv_cache"):
             if isinstance(module.__dict__.get(name), Fused):
                 del module.__dict__[name]
 

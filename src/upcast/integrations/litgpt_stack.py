@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt_mask import CausalMask
 from upcast.integrations.litgpt_modules import (
     Fused,
     FusedAttention,
@@ -177,8 +178,10 @@ class FusedGPT(Fused):
         if start is None or mask is None or (maxp1 is not None and maxp1 > gpt.max_seq_length):
             return None
         end = start + idx.shape[1]
-        fits = end <= gpt.cos.shape[0] and end <= mask.shape[2]
-        return start if fits and is_causal(mask[:, :, start:end], start, end - start) else None
+        if end > gpt.cos.shape[0] or end > mask.shape[2]:
+            return None
+        causal = (type(mask) is CausalMask and mask.imagined) or is_causal(mask[:, :, start:end], start, end - start)
+        return start if causal else None
 
     def _steps(self) -> list[Any] | None:
         """Return a step for each block, or None if one of them is not for the native kernel."""
