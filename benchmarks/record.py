@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.session import Effort, Result
 from benchmarks.subject import QUESTION, Subject, fingerprint
-from benchmarks.variants import BASELINE, VARIANTS
+from benchmarks.variants import BASELINE, about
 
 SCHEMA = 1
 TIMINGS = ("prefill", "decode", "first_token")
@@ -46,7 +46,7 @@ def variant_record(result: Result, baseline: Result | None, subject: Subject) ->
     loading = dataclasses.asdict(result.loading) if result.loading else {}
     return {
         "variant": result.variant,
-        "about": VARIANTS[result.variant].about,
+        "about": about(result.variant),
         "status": result.status,
         "failure": result.failure,
         "traceback": result.details or None,

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from benchmarks.session import Result
 from benchmarks.subject import PROMPT_TOKENS
-from benchmarks.variants import BASELINE, VARIANTS
+from benchmarks.variants import BASELINE, about
 from benchmarks.worker import StressOutcome
 
 WIDTH = 120
@@ -176,7 +176,7 @@ def notes(results: dict[str, Result], context: Context) -> list[Text]:
     if context.skipped_stress:
         lines.append(Text(f"stress test skipped: {context.skipped_stress}", style="yellow"))
     lines.append(Text())
-    lines += [Text(f"{name:<{NAME_WIDTH}} {VARIANTS[name].about}", style="dim") for name in results]
+    lines += [Text(f"{name:<{NAME_WIDTH}} {about(name)}", style="dim") for name in results]
     lines += [Text(f"{term:<{NAME_WIDTH}} {meaning}", style="dim") for term, meaning in terms(context).items()]
     return lines
 

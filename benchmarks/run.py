@@ -3,6 +3,7 @@
 python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
 python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
+python benchmarks/run.py --peers                llama.cpp as well (pip install llama-cpp-python compiles it)
 """
 
 import argparse
@@ -20,9 +21,9 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import chart, machine, record, report, smollm2, stress, subject
+from benchmarks import chart, llamacpp, machine, record, report, smollm2, stress, subject
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
-from benchmarks.variants import BASELINE, VARIANTS
+from benchmarks.variants import BASELINE, PEERS, VARIANTS
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
@@ -39,6 +40,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except (subject.SubjectError, smollm2.PreparationError) as error:
             parser.error(str(error))
         skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
+        missing = llamacpp.why_not(Config.from_checkpoint(measured.checkpoint)) if options.peers else None
+        if missing:
+            parser.error(f"--peers: {missing}")
+        if options.peers:
+            options.variants = [*options.variants, *PEERS]
         results = run_variants(measured, options, effort, skipped, Path(scratch))
         content = record.record(measured, effort, results, skipped, time.perf_counter() - begin)
     show(measured, effort, results, skipped)
@@ -59,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
     parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
+    parser.add_argument("--peers", action="store_true", help="measure llama.cpp too, on the same weights in F16")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads per variant (default: torch's)")
     parser.add_argument(
         "--rounds", type=positive, metavar="N", help=f"default {FULL.rounds}, with --quick {QUICK.rounds}"

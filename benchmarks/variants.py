@@ -110,6 +110,16 @@ VARIANTS = {
 }
 
 
+LLAMA_CPP = "llama.cpp"
+# What runs the same weights outside of PyTorch, with --peers: the name and what it is.
+PEERS = {LLAMA_CPP: "llama.cpp (llama-cpp-python), an F16 GGUF file of the same weights"}
+
+
+def about(name: str) -> str:
+    """Return what the variant or peer of that name is."""
+    return PEERS[name] if name in PEERS else VARIANTS[name].about
+
+
 def weight_bytes(model: GPT) -> int:
     """Bytes of all weights at rest; storages that several names share count once.
 

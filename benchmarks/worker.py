@@ -19,7 +19,7 @@ from litgpt.generate.base import generate_fn
 from torch import Tensor
 
 from benchmarks import memory, quality, stress
-from benchmarks.variants import BASELINE, VARIANTS, weight_bytes
+from benchmarks.variants import BASELINE, LLAMA_CPP, VARIANTS, weight_bytes
 
 STRESS_TOKENS = 64
 
@@ -139,14 +139,19 @@ class Worker:
         tokens = self.windows[0, :STRESS_TOKENS]
         logits = self._logits(model, tokens)
         reference = torch.load(self.job.scratch / "reference.pt", mmap=True, weights_only=True)[: len(tokens)]
-        share = quality.nonfinite_share(logits)
-        return StressOutcome(scale, share, None if share else quality.relative_error(logits, reference))
+        return stress_outcome(scale, logits, reference)
 
     def _logits(self, model: torch.nn.Module, tokens: Tensor) -> Tensor:
         """Logits of all positions, shape (len(tokens), vocabulary), float32."""
         with torch.inference_mode(), self.variant.context():
             logits: Tensor = model(tokens.unsqueeze(0))
         return logits[0].float()
+
+
+def stress_outcome(scale: int, logits: Tensor, reference: Tensor) -> StressOutcome:
+    """Judge the logits of a scaled model, both (positions, vocabulary)."""
+    share = quality.nonfinite_share(logits)
+    return StressOutcome(scale, share, None if share else quality.relative_error(logits, reference))
 
 
 def next_tokens(windows: Tensor) -> Tensor:
@@ -166,13 +171,21 @@ class Failure:
 
 def serve(connection: Connection, job: Job) -> None:
     """Answer requests (method name, arguments) until the parent closes the connection or is gone."""
-    worker: Worker | None = None
+    worker: Any = None
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             method, arguments = connection.recv()
             try:
-                worker = worker or Worker(job)
+                worker = worker or _worker(job)
                 answer = getattr(worker, method)(*arguments)
             except Exception as error:  # reported by the parent, which fails the run
                 answer = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
             connection.send(answer)
+
+
+def _worker(job: Job) -> Any:
+    if job.variant == LLAMA_CPP:
+        from benchmarks.llamacpp import LlamaCppWorker  # which imports this module
+
+        return LlamaCppWorker(job)
+    return Worker(job)

@@ -124,3 +124,38 @@ def test_peak_memory_of_loading(smollm2: Path, tmp_path: Path, python: Run, dtyp
     assert result.returncode == 0, result.stderr
     weights = {tensor.data_ptr(): tensor.nbytes for tensor in state.values()}
     assert sum(weights.values()) * 0.9 < int(result.stdout) < allowed + 150e6
+
+
+TOPICS = (
+    *("assert", "break", "class", "comparisons", "continue", "customization", "del", "dynamic-features", "else"),
+    *("exceptions", "exprlists", "for", "function", "global", "if", "import", "lambda", "lists", "return", "while"),
+)
+
+
+def greedy(model: Any, prompt: torch.Tensor, new_tokens: int = 200) -> list[int]:
+    from litgpt.generate.base import generate
+
+    total = len(prompt) + new_tokens
+    model.clear_kv_cache()
+    model.set_kv_cache(batch_size=1, max_seq_length=total)
+    answer = generate(model, prompt, total, temperature=0.0, include_prompt=False, eos_id=None)
+    model.clear_kv_cache()
+    return answer.tolist()
+
+
+@pytest.mark.slow
+def test_two_hundred_greedy_tokens_on_twenty_prompts(smollm2: Path, reference: Any) -> None:
+    """All equal to float32's with a float32 cache, at least 19 of 20 with a float16 cache."""
+    from litgpt import Tokenizer
+
+    tokenizer = Tokenizer(smollm2)
+    prompts = [tokenizer.encode(" ".join(pydoc_data.topics.topics[topic].split()))[:64].long() for topic in TOPICS]
+    assert len(prompts) == 20
+    expected = [greedy(reference, prompt) for prompt in prompts]
+    equal = {}
+    for kv_cache in ("float32", "float16"):
+        model = upcast.load_litgpt(smollm2, kv_cache=kv_cache)
+        assert_patched(model)
+        equal[kv_cache] = sum(greedy(model, p) == tokens for p, tokens in zip(prompts, expected, strict=True))
+    assert equal["float32"] == 20
+    assert equal["float16"] >= 19
