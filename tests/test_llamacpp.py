@@ -1,0 +1,75 @@
+"""llama.cpp as the benchmark's peer: the GGUF file holds the same weights, and its logits are the same."""
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from litgpt.config import Config
+from litgpt.model import GPT
+
+from benchmarks import llamacpp, run, smollm2
+from tests.conftest import relative_error
+
+SIZES = {"block_size": 256, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_query_groups": 2, "padded_vocab_size": 96}
+TINY = {**SIZES, "vocab_size": 96, "intermediate_size": 128, "head_size": 16}
+REFUSED = {"pythia-160m": "plain Llama", "Gemma-2-2b": "plain Llama", "Qwen3-0.6B": "plain Llama"}
+
+
+def tiny() -> tuple[Config, dict[str, torch.Tensor]]:
+    config = Config.from_name("SmolLM2-135M-Instruct", **TINY)
+    torch.manual_seed(0)
+    return config, {name: tensor.half() for name, tensor in GPT(config).state_dict().items()}
+
+
+def write(path: Path) -> tuple[Config, dict[str, torch.Tensor]]:
+    config, state = tiny()
+    llamacpp.write_gguf(state, config, config.norm_eps, path)
+    return config, state
+
+
+def test_the_file_holds_the_same_weights(tmp_path: Path) -> None:
+    config, state = write(tmp_path / "model.gguf")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    kinds = {tensor.name: tensor.tensor_type for tensor in reader.tensors}
+    assert {kinds[name] for name in kinds if "norm" not in name} == {gguf.GGMLQuantizationType.F16}
+    back = smollm2.convert_weights(reader, config)
+    for name, tensor in back.items():
+        if name != "lm_head.weight":  # that reader takes tied weights only
+            assert torch.equal(tensor, state[name]), name
+    head = next(tensor for tensor in reader.tensors if tensor.name == "output.weight")
+    assert torch.equal(torch.from_numpy(head.data.copy()), state["lm_head.weight"])
+
+
+def test_logits_are_litgpt_s(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is an optional peer")
+    config, state = write(tmp_path / "model.gguf")
+    model: Any = GPT(config).eval()
+    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    tokens = torch.randint(96, (40,), generator=torch.Generator().manual_seed(1))
+    peer = llamacpp.Model(tmp_path / "model.gguf", threads=2, kv_cache="float32")
+    with torch.inference_mode():
+        expected = model(tokens[None])[0]
+    assert relative_error(peer.run(tokens.tolist(), all_logits=True), expected) < 2e-3
+    peer.reset()
+    peer.run(tokens[:30].tolist())
+    assert relative_error(peer.run(tokens[30:].tolist()), expected[-1:]) < 2e-3
+    peer.close()
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_architectures_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", object())
+    assert REFUSED[name] in str(llamacpp.why_not(Config.from_name(name)))
+    assert llamacpp.why_not(tiny()[0]) is None
+
+
+def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(SystemExit) as ending:
+        run.main(["--model", "pythia-14m", "--peers"])
+    assert ending.value.code == 2
+    assert re.search(r"--peers: llama-cpp-python is not installed; `pip install", capsys.readouterr().err)
