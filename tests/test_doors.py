@@ -309,3 +309,64 @@ def test_converters_and_merge_lora_are_left_alone(folder: Path) -> None:
         want, got = want.get("model", want), got.get("model", got)
         assert list(got) == list(want)
         assert all(torch.equal(got[name], want[name]) and got[name].dtype == want[name].dtype for name in want), path
+
+
+# --- evaluate: LitGPT converts the checkpoint for Transformers, and lm-eval loads it there ----------------------------
+
+EVALUATE = """
+import functools, sys
+from pathlib import Path
+from lm_eval.tasks import TaskManager
+TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_path=str(Path("tasks").resolve()))
+from litgpt.__main__ import main
+sys.argv = ["litgpt", "evaluate", *sys.argv[1:]]
+main()
+"""
+
+TASK = {
+    "task": "llamas",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "tasks/llamas.jsonl"}},
+    "test_split": "test",
+    "output_type": "loglikelihood_rolling",
+    "doc_to_text": "",
+    "doc_to_target": "{{text}}",
+    "metric_list": [{"metric": "byte_perplexity"}],
+}
+
+TEXTS = ["Llamas eat grass, hay and shrubs.", "They live in herds, and hum.", "A baby llama is called a cria."]
+
+
+@pytest.mark.slow
+def test_evaluate_with_a_local_task(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from transformers import GPTNeoXConfig
+
+    config = small_config("pythia-160m", block_size=256)
+    write_checkpoint(tmp_path / "checkpoint", config)
+    GPTNeoXConfig(
+        vocab_size=config.padded_vocab_size,
+        hidden_size=config.n_embd,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.block_size,
+        rotary_pct=config.rotary_percentage,
+        architectures=["GPTNeoXForCausalLM"],
+        tie_word_embeddings=False,
+        dtype="float16",
+    ).to_json_file(tmp_path / "checkpoint" / "config.json")
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "llamas.yaml").write_text(yaml.dump(TASK))
+    (tmp_path / "tasks" / "llamas.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    arguments = ["checkpoint", "--tasks", "llamas", "--device", "cpu"]
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    plain = run(tmp_path, "-c", EVALUATE, *arguments, "--dtype", "float32", "--out_dir", "plain", **offline)
+    ours = run(tmp_path, "-c", EVALUATE, *arguments, "--out_dir", "ours", UPCAST="1", **offline)
+    assert plain.returncode == ours.returncode == 0, (plain.stderr + ours.stderr)[-3000:]
+    assert ours.stderr.count("upcast: GPTNeoXForCausalLM ") == 1
+    assert "upcast" not in plain.stderr
+    found = [json.loads((tmp_path / f / "results.json").read_text())["results"]["llamas"] for f in ("plain", "ours")]
+    want, got = (result["byte_perplexity,none"] for result in found)
+    assert got == pytest.approx(want, rel=1e-5)
+    assert want > 1
