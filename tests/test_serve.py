@@ -13,7 +13,7 @@ from benchmarks import serving
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
 pytest.importorskip("litserve")
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.slow  # seconds for each server to come up
 
 PROMPTS = ["What do llamas eat?", "And how much?"]
 MESSAGES = [{"role": "user", "content": "What do llamas eat?"}]
@@ -102,3 +102,23 @@ def test_workers_share_the_weights(tmp_path: Path) -> None:
     assert len(found) == 2
     assert sum(memory.checkpoint_pss for memory in found) < 1.05 * weights
     assert all(memory.checkpoint_rss > 0.9 * weights for memory in found)
+
+
+# --- the benchmark's suite --------------------------------------------------------------------------------------------
+
+
+def test_a_whole_run_of_the_serve_suite(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    from benchmarks import run
+
+    assert run.main(["--suite", "serve", "--quick", "--checkpoint", str(folder), "--output", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "2nd process adds" in text
+    assert "from import to the first token: upcast " in text
+    (path,) = tmp_path.glob("*-serve.json")
+    variants = json.loads(path.read_text())["variants"]
+    assert set(variants) == {"float32", "upcast"}
+    for found in variants.values():
+        assert len(found["request"]) == len(found["first_token"]) == 4
+        assert all(value > 0 for value in found["figures"].values() if value is not None)
+    assert variants["upcast"]["weight_bytes"] < 0.6 * variants["float32"]["weight_bytes"]
