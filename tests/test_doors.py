@@ -162,11 +162,13 @@ def test_each_door_as_a_command(folder: Path, wanted: dict[str, str], door: str)
 def test_a_float32_cache_is_chosen_by_the_environment(folder: Path, wanted: dict[str, str]) -> None:
     doors = {name: DOORS[name][0] for name in ("generate", "generate_speculatively")}
     doors["mixed"] = [*doors["generate"], "--precision", "bf16-mixed"]
+    doors["adapter"] = [*DOORS["generate_adapter"][0], "--precision", "bf16-true"]
     results, errors = driven(folder, doors, "patched", UPCAST="1", UPCAST_KV_CACHE="float32")
     for name in ("generate", "generate_speculatively"):
         assert results[name]["text"] == wanted[name]
         assert results[name]["caches"] == ["torch.float32"]
-    assert results["mixed"]["models"] == 0
+    assert results["mixed"]["models"] == results["adapter"]["models"] == 0
+    assert errors.count("litgpt.adapter.GPT runs as it is, unpatched: it was asked for in bfloat16 on 'cpu'") == 1
     assert errors.count("base/lit_model.pth is loaded as it is, unpatched: precision='bf16-mixed'") == 1
 
 

@@ -61,7 +61,7 @@ def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any
 
 def _not_ours(fabric: Any) -> str:
     """Return why what this Fabric loads is not for upcast, or an empty string."""
-    from lightning.fabric.plugins.precision import HalfPrecision, Precision
+    from lightning.fabric.plugins.precision import HalfPrecision, MixedPrecision, Precision
     from lightning.fabric.strategies import SingleDeviceStrategy
 
     if fabric.device.type != "cpu":
@@ -69,7 +69,10 @@ def _not_ours(fabric: Any) -> str:
     if not isinstance(fabric.strategy, SingleDeviceStrategy):
         return SPLIT
     precision = fabric.strategy.precision
-    return "" if type(precision) in (Precision, HalfPrecision) else f"precision={precision.precision!r}"
+    if type(precision) in (Precision, HalfPrecision):
+        return ""
+    mixed = isinstance(precision, MixedPrecision)
+    return f"precision={precision.precision!r}" if mixed else f"the weights are for {type(precision).__name__}"
 
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:
