@@ -21,6 +21,8 @@ from tests.litgpt_checkpoints import small_config, write_checkpoint
 pytest.importorskip("litgpt")
 
 PROMPT = "What do llamas eat?"
+# A tiny model gains nothing from a second thread, and loses much to it where a neighbour is busy.
+ALONE = {"OMP_NUM_THREADS": "1"}
 GREEDY = ["--prompt", PROMPT, "--top_k", "1", "--max_new_tokens", "24"]
 
 # door -> (arguments in the folder that `folder` makes, models that are patched)
@@ -105,7 +107,7 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
     return subprocess.run(
         [sys.executable, *arguments],
-        env={**clean, **variables},
+        env={**clean, **ALONE, **variables},
         cwd=folder,
         capture_output=True,
         text=True,
@@ -199,7 +201,7 @@ def converse(folder: Path, arguments: list[str], lines: list[str], **variables: 
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, *arguments],
-        env={**clean, **variables},
+        env={**clean, **ALONE, **variables},
         cwd=folder,
         stdin=theirs,
         stdout=theirs,

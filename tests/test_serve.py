@@ -17,6 +17,7 @@ pytestmark = pytest.mark.slow  # seconds for each server to come up
 
 PROMPTS = ["What do llamas eat?", "And how much?"]
 MESSAGES = [{"role": "user", "content": "What do llamas eat?"}]
+VARIABLES = {**serving.UPCAST_ON, "OMP_NUM_THREADS": "1"}  # a tiny model gains nothing from a second thread
 OPTIONS = ["--top_k", "1", "--max_new_tokens", "16", "--accelerator", "cpu", "--timeout", "300"]
 
 WANTED = """
@@ -50,7 +51,7 @@ def wanted(folder: Path) -> list[str]:
 def litgpt_serve(folder: Path, tmp_path: Path, *options: str) -> Any:
     port = serving.free_port()
     arguments = ["-m", "litgpt", "serve", str(folder), "--port", str(port), *OPTIONS, *options]
-    return serving.serve(arguments, port, tmp_path / "log", serving.UPCAST_ON)
+    return serving.serve(arguments, port, tmp_path / "log", VARIABLES)
 
 
 def test_plain_requests(folder: Path, wanted: list[str], tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_workers_share_the_weights(tmp_path: Path) -> None:
     weights = sum(t.nbytes for t in torch.load(folder / "lit_model.pth", mmap=True).values())
     script, port = tmp_path / "workers.py", serving.free_port()
     script.write_text(serving.WORKERS)
-    with serving.serve([str(script), str(folder), str(port), "2"], port, tmp_path / "log", serving.UPCAST_ON) as server:
+    with serving.serve([str(script), str(folder), str(port), "2"], port, tmp_path / "log", VARIABLES) as server:
         for _ in range(4):
             server.ask("/predict", {"prompt": PROMPTS[0]})
         found = server.models(folder)
