@@ -4,6 +4,7 @@ python benchmarks/run.py                        SmolLM2-135M-Instruct, real weig
 python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
 python benchmarks/run.py --peers                llama.cpp as well (pip install llama-cpp-python compiles it)
+python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
 """
 
 import argparse
@@ -21,7 +22,7 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import chart, llamacpp, machine, record, report, smollm2, stress, subject
+from benchmarks import chart, llamacpp, machine, record, report, serve_suite, smollm2, stress, subject
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.variants import BASELINE, PEERS, VARIANTS
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options = parser.parse_args(arguments)
     effort = chosen_effort(options)
+    if options.suite == "serve":
+        return serve(parser, options, effort)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:
@@ -63,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LitGPT config name; random weights unless %(default)s (the default)",
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
+    parser.add_argument("--suite", choices=("model", "serve"), default="model", help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
     parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
     parser.add_argument("--peers", action="store_true", help="measure llama.cpp too, on the same weights in F16")
@@ -128,6 +132,32 @@ def show(measured: subject.Subject, effort: Effort, results: dict[str, Result], 
         skipped_stress=skipped,
     )
     console.print(report.render(results, context))
+
+
+def serve(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: Effort) -> int:
+    """Run the serve suite; return 0, or 1 if a server failed or answered something else than float32's."""
+    load = serve_suite.QUICK if options.quick else serve_suite.FULL
+    with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
+        try:
+            measured = subject.resolve(options.model, options.checkpoint, Path(scratch), effort.window, effort.windows)
+        except (subject.SubjectError, smollm2.PreparationError) as error:
+            parser.error(str(error))
+        if not subject.has_tokenizer(measured.checkpoint):
+            parser.error(
+                f"{measured.title} has no tokenizer; a server needs one. Use --checkpoint with a whole folder."
+            )
+        try:
+            with Console(stderr=True).status("") as status:
+                results = serve_suite.run(measured, load, Path(scratch), status.update)
+        except (serve_suite.ServeError, RuntimeError) as error:
+            print(f"serve: {error}", file=sys.stderr)
+            return 1
+    serve_suite.show(measured, load, results)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{measured.title}-serve.json"
+    path.write_text(json.dumps(serve_suite.record(measured, load, results), indent=1, allow_nan=False) + "\n")
+    print(path)
+    return 0
 
 
 def write(output: Path, content: dict[str, object]) -> None:

@@ -8,9 +8,21 @@ import os
 import warnings
 from types import ModuleType
 
-TARGETS = ("litgpt.api", "transformers.modeling_utils")
+TARGETS = (
+    "litgpt.api",
+    "litgpt.chat.base",
+    "litgpt.generate.base",
+    "litgpt.generate.full",
+    "litgpt.generate.speculative_decoding",
+    "litgpt.generate.adapter",
+    "litgpt.generate.adapter_v2",
+    "litgpt.generate.sequentially",
+    "litgpt.generate.tp",
+    "transformers.modeling_utils",
+)
 _OFF = ("", "0", "false", "off", "no")
 _started: list[bool] = []
+_failures: set[str] = set()
 
 
 def start() -> None:
@@ -39,5 +51,7 @@ def _activate(module: ModuleType) -> None:
 
         startup.activate(module)
     except Exception as error:
-        message = f"upcast is not active for {module.__name__}: {error}"
-        warnings.warn(message, RuntimeWarning, stacklevel=1)
+        if str(error) not in _failures:  # one library has several modules that we wait for
+            _failures.add(str(error))
+            message = f"upcast is not active for {module.__name__}: {error}"
+            warnings.warn(message, RuntimeWarning, stacklevel=1)

@@ -17,7 +17,7 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from rich.console import Console
 
-from benchmarks import chart, memory, quality, record, report, run, stress, subject
+from benchmarks import chart, memory, quality, record, report, run, serve_suite, serving, stress, subject
 from benchmarks.session import QUICK, Effort, Result, job_for, measure, started
 from benchmarks.summary import summarise
 from benchmarks.variants import BASELINE, VARIANTS, weight_bytes
@@ -348,3 +348,29 @@ def test_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert 0.0 < float16["quality"]["relative_error"] < 0.1
     assert len(float16["timings"]["decode_seconds"]["samples"]) == 2
     assert len(float32["answer_tokens"]) == QUICK.new_tokens
+
+
+# --- the serve suite --------------------------------------------------------------------------------------------------
+
+
+def test_serve_figures_are_rates_over_all_requests_and_medians() -> None:
+    served = serve_suite.Served(
+        first_token=[0.1, 0.3, 0.2], request=[1.0, 2.0, 1.0], tokens=[8, 8, 4], weight_bytes=200,
+        second_process_bytes=10, starts=[(5.0, 1.0, 0.5), (4.0, 3.0, 0.1), (6.0, 0.5, 0.2)],
+    )  # fmt: skip
+    found = serve_suite.figures(served)
+    assert (found["requests_per_second"], found["tokens_per_second"]) == (0.75, 5.0)
+    assert (found["first_token_seconds"], found["second_process_share"]) == (0.2, 0.05)
+    assert (found["import_to_loaded_seconds"], found["import_to_first_token_seconds"]) == (6.5, 6.7)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="no smaps_rollup")
+def test_memory_of_a_process_knows_the_mapped_checkpoint(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(1 << 20)}, tmp_path / "lit_model.pth")
+    before = serving.memory_of(os.getpid(), tmp_path)
+    weights = torch.load(tmp_path / "lit_model.pth", mmap=True)
+    assert float(weights["a"].sum()) == 1 << 20
+    after = serving.memory_of(os.getpid(), tmp_path)
+    assert before.checkpoint_rss == 0
+    assert after.checkpoint_pss == after.checkpoint_rss >= weights["a"].nbytes
+    assert 0 < after.anonymous < after.pss

@@ -580,3 +580,27 @@ def test_what_stays_unfused_has_a_reason() -> None:
     assert reasons["transformer.h.0.attn"] == "rope of an odd number of elements"
     assert "experts" in reasons["transformer.h.0.mlp"]
     assert not fused_of(model).keys() & reasons.keys()
+
+
+REMARKS = [
+    ("Mixtral-8x7B-v0.1", "not fused: {}transformer.h.0.mlp and 2 more (routing between experts; "),
+    ("SmolLM2-135M-Instruct", ""),
+]
+
+
+@pytest.mark.parametrize(("name", "remark"), REMARKS)
+def test_the_plan_and_the_report_say_what_stays_unfused(
+    name: str, remark: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from litgpt import GPT
+
+    monkeypatch.setenv("UPCAST_VERBOSE", "2")
+    model = GPT(small_config(name))
+    inside = torch.nn.ModuleDict({"language": GPT(small_config(name))})
+    assert str(upcast.plan(inside)).count("not fused") == bool(remark)
+    assert remark.format("language.") in str(upcast.plan(inside))
+    assert remark.format("") in str(upcast.plan(model)).splitlines()[-1]
+    upcast.patch(model)
+    for text in (upcast.report(model), capsys.readouterr().err):
+        assert text.count("not fused") == bool(remark)
+        assert remark.format("") in text

@@ -192,6 +192,20 @@ print(len(llm.generate("What do Llamas eat?", top_k=1, max_new_tokens=5)))
     assert said in result.stderr
 
 
+@pytest.mark.parametrize("arguments", ["", ", distribute=None"])
+def test_the_environment_chooses_the_cache(story: Path, python: Run, arguments: str) -> None:
+    script = f"""
+from litgpt import LLM
+llm = LLM.load("EleutherAI/pythia-160m"{arguments})
+if llm.model is None:
+    llm.distribute(fixed_kv_cache_size=64)
+llm.generate("What do Llamas eat?", top_k=1, max_new_tokens=5)
+print({{block.attn.kv_cache.k.dtype for block in llm.model.transformer.h}})
+"""
+    result = python("-c", script, UPCAST="1", UPCAST_KV_CACHE="float32")
+    assert result.stdout.strip() == "{torch.float32}", result.stderr
+
+
 def test_random_weights_are_patched_too(story: Path, python: Run) -> None:
     script = """
 from litgpt import LLM

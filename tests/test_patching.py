@@ -413,3 +413,12 @@ def test_training_through_a_frozen_model() -> None:
     adapter(model(IDS)).sum().backward()
     assert adapter.weight.grad is not None
     assert all(weight.grad is None for weight in half_weights(model).values())
+
+
+def test_moving_to_the_cpu_copies_nothing() -> None:
+    model = upcast.patch(nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8)))
+    before = {name: weight.data_ptr() for name, weight in half_weights(model).items()}
+    assert model.to("cpu") is model
+    model.float()
+    assert {name: weight.data_ptr() for name, weight in half_weights(model).items()} == before
+    assert fallbacks(model).calls == {}

@@ -32,7 +32,7 @@ def read(path: Path) -> dict[str, Tensor]:
             f"{path} holds more than tensors, and loading it could run code; upcast reads state dicts only. "
             f"Save model.state_dict() instead. ({_first_line(error)})"
         ) from None
-    except (RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # what is no checkpoint fails in as many ways as an unpickler has opcodes
         raise UpcastError(
             f"{path} cannot be read, it may be truncated; it must be a whole file written by torch.save. "
             f"Download or convert it again. ({_first_line(error)})"
@@ -70,13 +70,13 @@ def to_float16(state: dict[str, Tensor], keep: Sequence[str] = ()) -> Known:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay tied
             if key not in converted:
                 converted[key] = to_half(tensor)
-                _give_back_pages(tensor)
+                give_back_pages(tensor)
             state[name], rounding = converted[key]
             known[name] = (tensor.dtype, rounding)
     return known
 
 
-def _give_back_pages(tensor: Tensor) -> None:
+def give_back_pages(tensor: Tensor) -> None:
     """Tell the system that the mapped pages of ``tensor`` are no longer needed, or they count as ours to the end."""
     if not hasattr(mmap, "MADV_DONTNEED") or not tensor.is_contiguous():
         return

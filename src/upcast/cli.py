@@ -1,4 +1,4 @@
-"""The command line: ``python -m upcast run | status``."""
+"""The command line: ``python -m upcast run | convert | status``."""
 
 import argparse
 import os
@@ -40,6 +40,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
     run.set_defaults(command=_run)
 
+    convert = commands.add_parser(
+        "convert",
+        help="write a float16 twin of a LitGPT checkpoint",
+        description="Write a float16 twin of a LitGPT checkpoint folder, which is then mapped and shared instead of "
+        "being rounded at every start. Streams tensor by tensor, goes on where it was interrupted, reads every "
+        "checksum back, and takes its final name when it is whole. What float16 cannot hold stays in float32.",
+    )
+    convert.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path, help="a LitGPT checkpoint folder")
+    convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-float16)")
+    convert.set_defaults(command=_convert)
+
     status = commands.add_parser("status", help="say what is active and why")
     status.set_defaults(command=_status)
     return parser
@@ -61,6 +72,13 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UpcastError(f"no file {script}; run takes a Python script, or -m and a module. Check the path.")
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from upcast.convert import convert
+
+    print(convert(arguments.checkpoint_dir, arguments.output))
     return 0
 
 

@@ -11,6 +11,7 @@ ON = ("1", "true", "on", "yes")
 OFF = ("", "0", "false", "off", "no")
 KERNELS = ("auto", "native", "portable")
 ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx", "aarch64")
+KV_CACHES = ("float16", "float32")
 VERBOSITY = ("0", "1", "2")
 
 
@@ -29,6 +30,7 @@ VARIABLES = (
     Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32"),
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),
+    Variable("UPCAST_KV_CACHE", KV_CACHES, "float16", "the KV cache of LitGPT models; float32: twice the bytes, exact"),
     Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),
 )
 
@@ -41,6 +43,7 @@ class Config:
     policy: str
     kernels: str
     isa: str
+    kv_cache: str
     verbose: int
 
 
@@ -56,6 +59,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         policy=values["UPCAST_POLICY"],
         kernels=values["UPCAST_KERNELS"],
         isa=values["UPCAST_ISA"],
+        kv_cache=values["UPCAST_KV_CACHE"],
         verbose=int(values["UPCAST_VERBOSE"]),
     )
 

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from upcast import config
 
@@ -32,3 +33,40 @@ def say(line: str, detail: object = None) -> None:
         print(f"upcast: {line}", file=sys.stderr)
     if verbose >= 2 and detail is not None:
         print(detail, file=sys.stderr)
+
+
+class Progress:
+    """How far ``total`` bytes of work have come: a bar on a terminal if tqdm is there, else a line per tenth."""
+
+    def __init__(self, total: int) -> None:
+        self.total, self.done = max(total, 1), 0
+        self._what, self._bar = "", self._make_bar()
+
+    def _make_bar(self) -> Any:
+        if config.read().verbose == 0 or not sys.stderr.isatty():
+            return None
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        return tqdm(total=self.total, unit="B", unit_scale=True, leave=False)
+
+    def phase(self, what: str) -> None:
+        """Say what is being done from here on."""
+        self._what = what
+        if self._bar is not None:
+            self._bar.set_description(what)
+
+    def advance(self, count: int) -> None:
+        """Note ``count`` more bytes as done."""
+        before, self.done = 10 * self.done // self.total, self.done + count
+        tenth = 10 * self.done // self.total
+        if self._bar is not None:
+            self._bar.update(count)
+        elif tenth > before:
+            say(f"{self._what}: {min(10 * tenth, 100)} % done")
+
+    def close(self) -> None:
+        """Take the bar off the terminal."""
+        if self._bar is not None:
+            self._bar.close()

@@ -13,7 +13,7 @@ from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
 from upcast.integrations import litgpt_fused
-from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, settle
+from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.rounding import Rounding, to_half
 from upcast.targets import Slot, prepare, slots, unwrap
 
@@ -175,7 +175,8 @@ def _patch(
         _put_back(undo)
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
-    record = Record(Plan(type(root).__name__, tuple(changes.values())), fallbacks, required_grad)
+    plan = Plan(type(root).__name__, tuple(changes.values()), remarks(root))
+    record = Record(plan, fallbacks, required_grad)
     root.__dict__[_RECORD] = record
     return record, undo
 

@@ -1,6 +1,6 @@
 """What patching would do to each tensor of a model: pure, printable, and what `upcast.patching` carries out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ SHARE = "share"  # bitwise equal to another weight: one storage for both
 WIDEN = "widen"  # to float32
 KEEP = "keep"  # left as it is
 IN_FLOAT16 = (CONVERT, WRAP, SHARE)
+
+REMARKS: list[Callable[[nn.Module], Sequence[str]]] = []
+"""What integrations have to say about a model that is planned: each returns lines for the foot of the table."""
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Plan:
-    """The changes, one per tensor. Printing it gives a table; tied tensors appear once."""
+    """The changes, one per tensor. Printing it gives a table; tied tensors appear once.
+
+    Attributes:
+        model: the name of the model's class.
+        changes: one per tensor.
+        remarks: what else there is to say, such as which modules keep their own, slower forward and why.
+    """
 
     model: str
     changes: tuple[Change, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def bytes_before(self) -> int:
@@ -68,7 +78,7 @@ class Plan:
         )
         rows = [_row(change) for change in self.changes]
         total = f"{console.megabytes(self.bytes_before)} -> {console.megabytes(self.bytes_after)}"
-        return f"{console.table(headers, rows, right=(4, 5, 6, 7))}\n{self.model}: {total}"
+        return "\n".join([console.table(headers, rows, right=(4, 5, 6, 7)), f"{self.model}: {total}", *self.remarks])
 
     def in_float32(self) -> dict[str, int]:
         """Return reason -> count for the tensors that are float32 afterwards."""
@@ -214,4 +224,9 @@ def plan(model: object, *, keep: Sequence[str] = ()) -> Plan:
         if twin is not None:
             rounding = changes[twin.name].rounding
         changes[slot.name] = change_of(slot, action, reason, rounding)
-    return Plan(type(root).__name__, tuple(changes.values()))
+    return Plan(type(root).__name__, tuple(changes.values()), remarks(root))
+
+
+def remarks(root: nn.Module) -> tuple[str, ...]:
+    """Return what the integrations have to say about ``root``."""
+    return tuple(line for remark in REMARKS for line in remark(root))

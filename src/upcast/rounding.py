@@ -50,9 +50,12 @@ def survey(source: Tensor) -> Rounding:
     return Rounding(out_of_range=finite - in_range, nonfinite=source.numel() - finite)
 
 
-def to_half(source: Tensor) -> tuple[Tensor, Rounding]:
-    """Return ``source`` rounded to nearest in float16, and what that lost; ``source`` must fit (see `survey`)."""
-    half = torch.empty_like(source, dtype=torch.float16)
+def to_half(source: Tensor, out: Tensor | None = None) -> tuple[Tensor, Rounding]:
+    """Return ``source`` rounded to nearest in float16, and what that lost; ``source`` must fit (see `survey`).
+
+    The numbers go to ``out``, a float16 tensor of the same shape, if there is one.
+    """
+    half = torch.empty_like(source, dtype=torch.float16) if out is None else out
     return half, _measure(source, half)
 
 

@@ -3,10 +3,18 @@
 from types import ModuleType
 
 from upcast import config
-from upcast.integrations import litgpt, transformers
+from upcast.integrations import litgpt, litgpt_scripts, transformers
 
 ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
+    "litgpt.chat.base": litgpt_scripts.activate,
+    "litgpt.generate.base": litgpt_scripts.activate,
+    "litgpt.generate.full": litgpt_scripts.activate,
+    "litgpt.generate.speculative_decoding": litgpt_scripts.activate,
+    "litgpt.generate.adapter": litgpt_scripts.activate_adapter,
+    "litgpt.generate.adapter_v2": litgpt_scripts.activate_adapter,
+    "litgpt.generate.sequentially": litgpt_scripts.activate_unpatched,
+    "litgpt.generate.tp": litgpt_scripts.activate_unpatched,
     "transformers.modeling_utils": transformers.activate,
 }
 

@@ -34,15 +34,24 @@ def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any
     """
     litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
-    settings = _read_config(folder)
-    weights = checkpoint.read(folder / "lit_model.pth")
-    model = _build(settings)
-    _check_fits(model, weights, folder)
+    model = _build(_read_config(folder))
+    fill(model, read_for(model, folder / "lit_model.pth"), kv_cache)
+    return model.eval()
+
+
+def read_for(model: torch.nn.Module, path: Path) -> dict[str, Tensor]:
+    """Return the mapped weights in ``path``; raise UpcastError if they are not those of ``model``."""
+    weights = checkpoint.read(path)
+    _check_fits(model, weights, path)
+    return weights
+
+
+def fill(model: Any, weights: dict[str, Tensor], kv_cache: str) -> None:
+    """Give a LitGPT model of any dtype, without weights or with others, the mapped ``weights``, and patch it."""
     known = checkpoint.to_float16(weights)
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
     patching.adopt(model, known, kv_cache)
-    return model.eval()
 
 
 def _read_config(folder: Path) -> Any:
@@ -69,7 +78,7 @@ def _build(settings: Any) -> Any:
         return GPT(settings)
 
 
-def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
+def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Refuse a checkpoint of another config, before anything is converted."""
     expected = model.state_dict()
     wrong = [f"{name} is missing" for name in expected if name not in weights]
@@ -82,7 +91,7 @@ def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], folder: Path
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise UpcastError(
-            f"{folder}: {'; '.join(wrong[:3])}{more}; lit_model.pth and model_config.yaml must belong together. "
+            f"{path}: {'; '.join(wrong[:3])}{more}; weights and model_config.yaml must belong together. "
             "Download or convert the checkpoint again."
         )
 
@@ -97,22 +106,23 @@ def activate(module: ModuleType) -> None:
 
 
 def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-    call = _arguments(wrapped, args, kwargs)
+    call = arguments(wrapped, args, kwargs)
     if call["distribute"] != "auto":  # distribute() comes later
         return wrapped(*args, **kwargs)
-    if _accelerator("auto") != "cpu":
-        console.say(f"the model goes to {_accelerator('auto')}, not to the CPU: left alone")
+    if accelerator("auto") != "cpu":
+        console.say(f"the model goes to {accelerator('auto')}, not to the CPU: left alone")
         return wrapped(*args, **kwargs)
     if call["init"] != "pretrained":
         llm = wrapped(*args, **kwargs)
-        return llm if llm is None else patching.patch(llm, policy=config.read().policy)
+        settings = config.read()
+        return llm if llm is None else patching.patch(llm, policy=settings.policy, kv_cache=settings.kv_cache)
     llm = wrapped(**{**call, "distribute": None})
     _place(llm, None)
     return llm
 
 
 def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -> Any:
-    call = _arguments(wrapped, args, kwargs)
+    call = arguments(wrapped, args, kwargs)
     reason = _not_ours(llm, call)
     if reason:
         console.say(f"LLM.distribute runs as it is, unpatched: {reason}")
@@ -123,7 +133,7 @@ def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -
 
 def _not_ours(llm: Any, call: dict[str, Any]) -> str:
     """Return why this call of LLM.distribute is not for upcast, or an empty string."""
-    target = _accelerator(call["accelerator"])
+    target = accelerator(call["accelerator"])
     if target != "cpu":
         return f"accelerator={target!r} is not the CPU"
     if llm.checkpoint_dir is None:
@@ -144,7 +154,7 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     check_file_size_on_cpu_and_warn(llm.checkpoint_dir / "lit_model.pth", fabric.device)
-    model = load_litgpt(llm.checkpoint_dir)
+    model = load_litgpt(llm.checkpoint_dir, kv_cache=config.read().kv_cache)
     llm.model, llm.fabric = fabric.setup_module(model), fabric
     llm.preprocessor.device = fabric.device
     llm.kv_cache_initialized = fixed_kv_cache_size is not None
@@ -154,7 +164,7 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
         llm.fixed_kv_cache_size = fixed_kv_cache_size
 
 
-def _accelerator(requested: str) -> str:
+def accelerator(requested: str) -> str:
     """Return where LitGPT would put the model."""
     if requested != "auto":
         return requested
@@ -163,7 +173,7 @@ def _accelerator(requested: str) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+def arguments(function: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
     call = inspect.signature(function).bind(*args, **kwargs)
     call.apply_defaults()
     return call.arguments

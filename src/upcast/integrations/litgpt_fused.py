@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcast import planning
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_generation
 from upcast.integrations.litgpt_mask import CacheSetter, restore
@@ -60,6 +61,26 @@ def unfused(gpt: nn.Module) -> dict[str, str]:
     litgpt = sys.modules["litgpt.model"]
     reasons = {name: _reason(module, litgpt) for name, module in gpt.named_modules()}
     return {name: reason for name, reason in reasons.items() if reason}
+
+
+def remarks(root: nn.Module) -> list[str]:
+    """Return a line per reason for which modules of the LitGPT models in ``root`` keep LitGPT's own forward."""
+    litgpt = sys.modules.get("litgpt.model")
+    if litgpt is None:
+        return []
+    reasons: dict[str, list[str]] = {}
+    for prefix, gpt in root.named_modules():
+        if isinstance(gpt, litgpt.GPT):
+            for name, reason in unfused(gpt).items():
+                reasons.setdefault(reason, []).append(f"{prefix}.{name}" if prefix else name)
+    return [f"not fused: {_listed(names)} ({reason})" for reason, names in reasons.items()]
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+planning.REMARKS.append(remarks)
 
 
 def _fuse(module: nn.Module, litgpt: Any, cache: torch.dtype | None) -> None:
