@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ import upcast
 from upcast import kernels
 from upcast.half_weight import HalfWeight
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other programs are busy
 
 
 @pytest.fixture(autouse=True)
@@ -23,6 +23,16 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for variable in [name for name in os.environ if name.startswith("UPCAST") and name != "UPCAST_CACHE"]:
         monkeypatch.delenv(variable)
+
+
+@pytest.fixture
+def inference_on_one_thread() -> Iterator[None]:
+    """Without gradients, and on one thread: tests of tiny models would mostly wait for the other one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.inference_mode():
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
