@@ -58,7 +58,7 @@ template <int R, int COLS, bool FETCH> struct DotTile {
         }
     }
 
-    // dots[c * R + r] = x[c] . w[r]; `ahead` elements further on lie the weights of the next tile.
+    // dots[c * R + r] = x[c] . w[r]; `ahead` elements further on lie the weights of a tile to come.
     template <class Element>
     UPCAST_INLINE void run(const Linear &a, const Element *w, int64_t ldw, const float *x, int64_t ahead, float *dots) {
         stretch(a.ldx, least(a.K, CHAIN), w, ldw, x, ahead, dots);
@@ -109,11 +109,13 @@ typedef float DotSums[DOT_COLS][STRETCH + 3];
 template <int R, int COLS, bool FETCH, class Element>
 static void dot_tiles(const Linear &a, Rows<Element> w, int64_t begin, int64_t end, int64_t m, DotSums &sums) {
     typedef DotTile<R, COLS, FETCH> Full;
+    // One row of x is done with a tile sooner than memory answers.
+    constexpr int64_t TILES_AHEAD = COLS == 1 ? 2 : 1;
     float dots[Full::PADDED + 3];
     const float *x = a.x + m * a.ldx;
     int64_t n = begin;
     for (; n + R <= end; n += R) {
-        const int64_t ahead = n + 2 * R <= a.N ? R * w.ld : 0;
+        const int64_t ahead = n + (TILES_AHEAD + 1) * R <= a.N ? TILES_AHEAD * R * w.ld : 0;
         Full::run(a, w.row(n - begin), w.ld, x, ahead, dots);
         for (int c = 0; c < COLS; ++c) memcpy(&sums[c][n - begin], dots + c * R, sizeof(float) * (R == 1 ? 1 : 4));
     }
