@@ -44,7 +44,7 @@ template <class Element> struct Rows {
 template <int R, int COLS, bool FETCH> struct DotTile {
     static constexpr int COUNT = R * COLS, UNROLL = dot_unroll(R, COLS), STEP = UNROLL * LANES;
     // Additions in a row to one sum: more would let rounding errors grow beyond those of a blocked product.
-    static constexpr int64_t CHAIN = 256 * STEP;
+    static constexpr int64_t CHAIN = (LANES > 4 ? 256 : 128) * STEP;
     static constexpr int PADDED = (COUNT + LANES - 1) / LANES * LANES;
 
     template <class Element>

@@ -156,7 +156,8 @@ static bool pack_columns_of_x(Source from, int64_t first, int64_t depth, uint16_
 
 // First operand, from rows of k of the weights: [n, n + TILE), the last row repeated. Tile by tile, which writes
 // in order: along the rows, the tiles' lines would evict each other.
-static void pack_rows(const Linear &a, const TileBlock &block, int64_t n, uint16_t *out, HalfRange &range) {
+static void pack_rows(const Linear &a, const TileBlock &block, int64_t n, uint16_t *out, HalfRange &all) {
+    HalfRange range = all; // in a register, which memory that anyone may write to is not
     const uint16_t *rows[TILE];
     for (int64_t i = 0; i < TILE; ++i) rows[i] = a.w + least(n + i, a.N - 1) * a.ldw + block.k;
     int64_t k = 0;
@@ -172,6 +173,7 @@ static void pack_rows(const Linear &a, const TileBlock &block, int64_t n, uint16
         range.see(first), range.see(second);
         store_pieces<W_PIECES>(out + i * STEP, first, second);
     }
+    all = range;
 }
 
 // Second operand, from rows of n of the weights: columns [n, n + TILES_N), zero beyond the last one, into two rows
@@ -209,6 +211,15 @@ typedef float TileSums[2][2][TILE][TILE];
     _tile_loadd(6, second + (piece)*PIECE, 64); \
     _tile_loadd(7, second + (piece)*PIECE + second_next, 64)
 
+// Lines of weights to fetch while tiles multiply: `rows` of them per step along k, one step further in each row.
+struct Ahead {
+    const uint16_t *w = nullptr;
+    int64_t ld = 0, rows = 0;
+    UPCAST_ALWAYS_INLINE void fetch(int64_t step) const {
+        for (int64_t i = 0; i < rows; ++i) prefetch(w + i * ld + step * STEP);
+    }
+};
+
 // The intrinsics do not tell the compiler which memory they read: whatever was packed must have been stored.
 static void zero_sums() {
     __asm__ volatile("" ::: "memory");
@@ -230,9 +241,10 @@ static void store_sums(TileSums &sums) {
 // products go first. WEIGHTS_FIRST: the first operand has the two pieces of weights, the second x's three.
 template <bool WEIGHTS_FIRST>
 static void multiply_square(const uint16_t *first, int64_t first_next, const uint16_t *second, int64_t second_next,
-                            int64_t steps, TileSums &sums) {
+                            int64_t steps, const Ahead &ahead, TileSums &sums) {
     zero_sums();
     for (int64_t s = 0; s < steps; ++s) {
+        ahead.fetch(s);
         if constexpr (WEIGHTS_FIRST) {
             UPCAST_LOAD_FIRST(1);
             UPCAST_LOAD_SECOND(1);
@@ -269,9 +281,11 @@ static void multiply_square(const uint16_t *first, int64_t first_next, const uin
 // As above for one tile of x. Two tiles of weights alone would wait for each other's sums: the products with
 // the second piece of the weights have sums of their own, in sums[1].
 template <bool WEIGHTS_FIRST>
-static void multiply_thin(const uint16_t *w, int64_t w_next, const uint16_t *x, int64_t steps, TileSums &sums) {
+static void multiply_thin(const uint16_t *w, int64_t w_next, const uint16_t *x, int64_t steps, const Ahead &ahead,
+                          TileSums &sums) {
     zero_sums();
     for (int64_t s = 0; s < steps; ++s, w += W_PIECES * PIECE, x += X_PIECES * PIECE) {
+        ahead.fetch(s);
         _tile_loadd(4, x, 64);
         _tile_loadd(5, x + PIECE, 64);
         _tile_loadd(6, x + 2 * PIECE, 64);
@@ -342,21 +356,33 @@ static void finish_thin(const Linear &a, const TileBlock &block, const TileSums 
     }
 }
 
+// The part of the next group's rows of weights that is fetched beside the i-th of `count` squares of tiles. Rows
+// that are not whole are left out: addresses stay inside the weights. Rows of n are fetched when they are packed.
+static Ahead ahead_of(const Linear &a, const TileBlock &block, int64_t n, int64_t i, int64_t count) {
+    const int64_t begin = n + TILES_N + TILES_N * i / count, end = n + TILES_N + TILES_N * (i + 1) / count;
+    if (a.transposed || end > a.N || block.k + block.steps() * STEP > a.K) return {};
+    return {a.w + begin * a.ldw + block.k, a.ldw, end - begin};
+}
+
 // One group of columns of y, [n, n + TILES_N), whose weights are packed at w, against the rows of x packed at x.
 static void tile_group(const Linear &a, const TileBlock &block, const uint16_t *w, const uint16_t *x, int64_t begin,
                        int64_t end, int64_t n) {
     const int64_t steps = block.steps(), next_w = steps * W_PIECES * PIECE, next_x = steps * X_PIECES * PIECE;
+    const int64_t squares = (end - begin + 2 * TILE - 1) / (2 * TILE);
     TileSums sums;
-    int64_t m = begin;
-    for (; m + TILE < end; m += 2 * TILE, x += 2 * next_x) {
-        if (a.transposed) multiply_square<false>(x, next_x, w, next_w, steps, sums);
-        else multiply_square<true>(w, next_w, x, next_x, steps, sums);
-        finish_square(a, block, sums, m, n);
+    for (int64_t i = 0; i < squares; ++i, x += 2 * next_x) {
+        const int64_t m = begin + 2 * TILE * i;
+        const Ahead ahead = ahead_of(a, block, n, i, squares);
+        if (m + TILE >= end) {
+            if (a.transposed) multiply_thin<false>(w, next_w, x, steps, ahead, sums);
+            else multiply_thin<true>(w, next_w, x, steps, ahead, sums);
+            finish_thin(a, block, sums, m, n);
+        } else {
+            if (a.transposed) multiply_square<false>(x, next_x, w, next_w, steps, ahead, sums);
+            else multiply_square<true>(w, next_w, x, next_x, steps, ahead, sums);
+            finish_square(a, block, sums, m, n);
+        }
     }
-    if (m >= end) return;
-    if (a.transposed) multiply_thin<false>(w, next_w, x, steps, sums);
-    else multiply_thin<true>(w, next_w, x, steps, sums);
-    finish_thin(a, block, sums, m, n);
 }
 
 static bool pack_x(const Linear &a, const TileBlock &block, int64_t begin, int64_t end, uint16_t *out) {
