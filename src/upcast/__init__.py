@@ -10,8 +10,9 @@ from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt import load_litgpt
 from upcast.patching import patch, patched, report, unpatch
 from upcast.planning import Plan, plan
+from upcast.policy import Policy
 
-__all__ = ["HalfWeight", "Plan", "UpcastError", "load_litgpt", "patch", "patched", "plan", "report", "unpatch"]
+__all__ = ["HalfWeight", "Plan", "Policy", "UpcastError", "load_litgpt", "patch", "patched", "plan", "report", "unpatch"]
 __version__ = version("upcast")
 
 del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations

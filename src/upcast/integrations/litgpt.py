@@ -11,11 +11,12 @@ import wrapt
 from torch import Tensor
 
 from upcast import checkpoint, config, console, patching
+from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_fused
 
 
-def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any:
+def load_litgpt(checkpoint_dir: str | Path, *, policy: patching.Choice = "safe", kv_cache: str | None = None) -> Any:
     """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
 
     The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
@@ -24,15 +25,19 @@ def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any
 
     Args:
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
+        policy: as for `upcast.patch`.
         kv_cache: as for `upcast.patch`.
 
     Returns:
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
 
     Raises:
-        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown kv_cache.
+        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy or
+            kv_cache.
     """
-    litgpt_fused.check(kv_cache)
+    policies.resolve(policy)
+    if kv_cache is not None:
+        litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     settings = _read_config(folder)
     weights = checkpoint.read(folder / "lit_model.pth")
@@ -41,7 +46,7 @@ def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any
     known = checkpoint.to_float16(weights)
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    patching.adopt(model, known, kv_cache)
+    patching.adopt(model, known, kv_cache, policy)
     return model.eval()
 
 
@@ -144,7 +149,7 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     check_file_size_on_cpu_and_warn(llm.checkpoint_dir / "lit_model.pth", fabric.device)
-    model = load_litgpt(llm.checkpoint_dir)
+    model = load_litgpt(llm.checkpoint_dir, policy=config.read().policy)
     llm.model, llm.fabric = fabric.setup_module(model), fabric
     llm.preprocessor.device = fabric.device
     llm.kv_cache_initialized = fixed_kv_cache_size is not None
