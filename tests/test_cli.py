@@ -25,7 +25,7 @@ VALID = [
 
 INVALID = [
     ({"UPCAST": "maybe"}, "UPCAST='maybe' in the environment; it takes one of '1', 'true', 'on'"),
-    ({"UPCAST_POLICY": "brave"}, "UPCAST_POLICY='brave' .* 'safe'"),
+    ({"UPCAST_POLICY": "brave"}, "(?s)UPCAST_POLICY='brave' .*safe"),
     ({"UPCAST_KERNELS": "fast"}, "UPCAST_KERNELS='fast' .* 'auto', 'native', 'portable'"),
     ({"UPCAST_ISA": "avx9"}, "UPCAST_ISA='avx9' .* 'x86-64', 'x86-64-v3', 'x86-64-v4', 'aarch64'"),
     ({"UPCAST_VERBOSE": "3"}, "UPCAST_VERBOSE='3' .* '0', '1', '2'"),

@@ -99,11 +99,20 @@ def patched(
 
     The originals stay in memory for that time. Arguments and errors as for `patch`.
     """
+    with borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
+        console.say(_summary(record), record.plan)
+        yield model
+
+
+@contextmanager
+def borrowed(
+    model: object, *, policy: Choice, keep: Sequence[str] = (), kv_cache: str | None = None
+) -> Iterator[Record]:
+    """As `patched`, without a word; yields the record."""
     prepared = _prepared(model, policy, keep, kv_cache)
     record, undo = _patch(*prepared, {})
-    console.say(_summary(record), record.plan)
     try:
-        yield model
+        yield record
     finally:
         _clear(prepared[0])
         _put_back(undo)

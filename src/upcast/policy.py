@@ -9,7 +9,6 @@ safe; kv_cache=float32; storage=float32   how caches and weights are stored
 """
 
 import difflib
-import fnmatch
 import json
 import re
 from dataclasses import dataclass
@@ -113,9 +112,26 @@ def show(classes: frozenset[str]) -> str:
 
 
 def inside(module: str, pattern: str) -> bool:
-    """Whether the module of this dotted name is one that ``pattern`` names, or inside one."""
+    """Whether the module of this dotted name is one that ``pattern`` names, or inside one.
+
+    A pattern has * and ? as in file names, and ranges of numbers: ``transformer.h.11..28``.
+    """
+    expression, ranges = _compiled(pattern)
     parts = module.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+    for i in range(1, len(parts) + 1):
+        match = expression.fullmatch(".".join(parts[:i]))
+        if match and all(low <= int(n) <= high for n, (low, high) in zip(match.groups(), ranges, strict=True)):
+            return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[tuple[int, int], ...]]:
+    """Return a regular expression with a group per range, and the ranges."""
+    pieces = re.split(r"(\d+)\.\.(\d+)", pattern)
+    texts = [re.escape(text).replace(r"\*", ".*").replace(r"\?", ".") for text in pieces[::3]]
+    ranges = tuple((int(low), int(high)) for low, high in zip(pieces[1::3], pieces[2::3], strict=True))
+    return re.compile(r"(\d+)".join(texts)), ranges
 
 
 def resolve(value: object, *, check: Any = None) -> Policy:

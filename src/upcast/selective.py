@@ -119,7 +119,10 @@ class Session(TorchFunctionMode):
             return reported(args[0])
         name, frame = opclasses.name_of(func), self.frames[-1]
         if name in _CONVERSIONS:
-            return _converted(frame, func, args, kwargs)
+            result = _converted(frame, func, args, kwargs)
+            if self.observer is not None:
+                self.observer(self, frame.op_class, name, [args[0]], result)
+            return result
         if name in _ASKS:
             return _answered(func, args, kwargs)
         call = Call(frame, func, name, args, kwargs)

@@ -6,7 +6,6 @@ every forward of ours, and taken away without a trace.
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt_modules import Fused
 from upcast.policy import Policy, inside
 from upcast.selective import STORED, Frame, Observer, Session, current, mark, mark_of, module_class
+from upcast.shortcut import LinearForward
 
 
 class Selection:
@@ -36,7 +37,9 @@ class Tracked:
     def __init__(self, module: nn.Module, name: str, selection: Selection) -> None:
         self.module: Any = module
         self.name, self.selection = name, selection
-        self.inner = module.__dict__.get("forward")  # a forward that someone else put there
+        self.before = module.__dict__.get("forward")
+        ours = isinstance(self.before, (Fused, LinearForward))  # a fast way, of float32 only
+        self.inner = None if ours else self.before  # a forward that someone else put there
         self.set_policy()
 
     def set_policy(self) -> None:
@@ -90,22 +93,10 @@ def remove(root: nn.Module) -> None:
         tracked = module.__dict__.get("forward")
         if isinstance(tracked, Tracked):
             del module.__dict__["forward"]
-            if tracked.inner is not None:
-                module.__dict__["forward"] = tracked.inner
+            if tracked.before is not None:
+                module.__dict__["forward"] = tracked.before
         for tensor in _own(module):
             mark(tensor, None)
-
-
-@contextmanager
-def under(root: nn.Module, policy: Policy, observer: Observer | None = None) -> Iterator[Selection]:
-    """Within the block, ``root`` (which is under no policy yet) runs under ``policy``, watched by ``observer``."""
-    selection = Selection(policy)
-    selection.observer = observer
-    install(root, selection)
-    try:
-        yield selection
-    finally:
-        remove(root)
 
 
 def change(root: nn.Module, selection: Selection, policy: Policy) -> None:
