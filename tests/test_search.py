@@ -100,7 +100,7 @@ def test_a_metric_of_the_user_decides() -> None:
 
     net, ids = Net(), torch.arange(14).view(2, 7)
     strict = upcast.search(net, ids, tolerance=1e-7, metric=metric, verbose=False)
-    assert strict.policy == SAFE
+    assert str(strict.policy) == "linear+norm+residual+activation"  # all that there is in it
     assert len(calls) == strict.passes - 1
     loose = upcast.search(net, ids, tolerance=1.0, metric=metric, verbose=False)
     assert loose.policy == NONE
@@ -108,7 +108,7 @@ def test_a_metric_of_the_user_decides() -> None:
 
 def test_samples_may_be_a_generator() -> None:
     fault = plant(5)
-    found = upcast.search(fault.model, ({"idx": IDS} if hasattr(fault.model, "lm_head") else IDS for _ in range(1)))
+    found = upcast.search(fault.model, (IDS for _ in range(1)), verbose=False)
     assert found.samples == 1
 
 
@@ -116,7 +116,7 @@ def test_an_impossible_tolerance_is_refused() -> None:
     def never(got: Any, want: Any) -> float:
         return 1.0
 
-    with pytest.raises(UpcastError, match="every class upcast gives an error of 1.0e\\+00"):
+    with pytest.raises(UpcastError, match=r"every class upcast gives an error of 1\.0e\+00"):
         upcast.search(Net(), torch.arange(14).view(2, 7), metric=never, verbose=False)
 
 

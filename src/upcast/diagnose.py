@@ -18,8 +18,8 @@ from torch import Tensor
 from upcast import console, fingerprint, opclasses
 from upcast.errors import UpcastError
 from upcast.half_weight import FLOAT16_MAX, HalfWeight
-from upcast.policy import Policy
-from upcast.selective import Session, reported
+from upcast.policy import CLASSES, Policy
+from upcast.selective import STORED, Session, mark_of, reported
 from upcast.trial import NONE, Sample, Trial, answer, samples, trial
 
 TINY = 2.0**-25  # and below, float16 rounds to zero
@@ -243,12 +243,12 @@ class Findings:
         entering = max((getattr(t, _LARGEST, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
         module = session.frames[-1].name
         for value in _floats(result):
-            if name in _MOVES:
-                setattr(value, _LARGEST, entering)
+            if _moves(name):
+                _note(value, _LARGEST, entering)
                 continue
             largest, bad = _range(value)
-            setattr(value, _LARGEST, largest)
-            if bad and not self.first_nonfinite and not any(_nonfinite(t) for t in tensors):
+            _note(value, _LARGEST, largest)
+            if bad and not self.first_nonfinite and not any(_nonfinite(t) for t in tensors if mark_of(t) != STORED):
                 self.first_nonfinite = f"{module or '(the model itself)'}: {op_class or name}"
             site = self._site(module, op_class, name)
             inner = _scores_inside(name, tensors)
@@ -264,18 +264,18 @@ class Findings:
         entering = max((getattr(t, _DRIFT, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
         module = session.frames[-1].name
         for value in _floats(result):
-            if name in _MOVES:
-                setattr(value, _DRIFT, entering)
+            if _moves(name):
+                _note(value, _DRIFT, entering)
                 continue
             kept = self._kept.pop(self._key(1, module, name), None)
             if kept is None:  # the passes took different ways
-                setattr(value, _DRIFT, entering)
+                _note(value, _DRIFT, entering)
                 continue
             reference, expected, largest = kept
             bad = _nonfinite(value) - expected
             got = _sampled(value)
             drift = math.inf if bad > 0 else _drift(got, reference)
-            setattr(value, _DRIFT, drift)
+            _note(value, _DRIFT, drift)
             self._note(self._site(module, op_class, name), bad, drift, entering, largest)
 
     def _note(self, site: Site, bad: int, drift: float, entering: float, largest: float) -> None:
@@ -287,6 +287,25 @@ class Findings:
         elif bad <= 0 and drift > self.tolerance and entering < drift / 2 and self.culprit is None:
             self.culprit = Culprit(site.module, site.op_class, site.function, largest, drift, False)
 
+    def reach(self, op_class: str) -> float:
+        """Return the largest magnitude that operations of a class make or get in float32."""
+        sites = [site for site in self.sites.values() if site.op_class == op_class]
+        return max((max(site.largest, site.largest_input) for site in sites), default=0.0)
+
+    def ranked(self) -> list[str]:
+        """Return the op classes, those first that most likely have to be upcast: by culprit, reach, drift."""
+
+        def rank(op_class: str) -> tuple[bool, float, float]:
+            drift = max((site.drift for site in self.sites.values() if site.op_class == op_class), default=0.0)
+            first = self.culprit is not None and self.culprit.op_class == op_class
+            return (not first, -max(self.reach(op_class) / FLOAT16_MAX, 1.0), -drift)
+
+        return sorted(CLASSES, key=rank)
+
+    def beyond(self) -> set[str]:
+        """Return the classes that reach beyond 65504."""
+        return {op_class for op_class in CLASSES if self.reach(op_class) > FLOAT16_MAX}
+
     def _site(self, module: str, op_class: str | None, name: str) -> Site:
         key = (module, op_class, name)
         if key not in self.sites:
@@ -297,6 +316,17 @@ class Findings:
         calls = self._calls[which]
         calls[module, name] = calls.get((module, name), -1) + 1
         return module, name, calls[module, name]
+
+
+def _moves(name: str) -> bool:
+    """Whether a function makes no numbers of its own: it moves them, or makes a tensor for others to fill."""
+    return name in _MOVES or (name not in opclasses.CLASS_OF and name not in opclasses.ALL_LEFT_OUT)
+
+
+def _note(value: Tensor, name: str, number: float) -> None:
+    """Leave a number on an activation; parameters and buffers, which outlive the pass, get none."""
+    if mark_of(value) != STORED:
+        setattr(value, name, number)
 
 
 def _floats(result: Any) -> Iterator[Tensor]:
@@ -338,7 +368,7 @@ def _flushed(value: Tensor) -> float:
 
 def _sampled(value: Tensor) -> Tensor:
     flat = value.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // KEPT)][:KEPT].float()
+    return flat[:: max(1, flat.numel() // KEPT)][:KEPT].to(torch.float32, copy=True)  # it may be changed in place later
 
 
 def _drift(got: Tensor, want: Tensor) -> float:

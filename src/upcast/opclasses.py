@@ -145,7 +145,7 @@ LEFT_OUT = {
         sym_min sym_not sym_sum tolist untyped_storage""",
 }
 
-_LEFT_OUT = {name for names in LEFT_OUT.values() for name in names.split()}
+ALL_LEFT_OUT = {name for names in LEFT_OUT.values() for name in names.split()}
 _PRODUCTS = "matmul mm bmm mv addmm addmv addbmm baddbmm einsum inner tensordot dot linalg_matmul"
 _WITH_WEIGHT = frozenset(_PRODUCTS.split())
 _SUMS_AND_GATES = "add sub subtract rsub lerp mul multiply div divide true_divide"
@@ -156,7 +156,7 @@ _OF_ACTIVATIONS = frozenset(_SUMS_AND_GATES.split())
 def name_of(function: Any) -> str:
     """Return the name under which a function is listed: ``add`` for torch.add, Tensor.add_, ``+`` and ``+=``."""
     name = str(getattr(function, "__name__", function))
-    if name in _LEFT_OUT or name in CLASS_OF:
+    if name in ALL_LEFT_OUT or name in CLASS_OF:
         return name
     bare = name.strip("_")
     if name.startswith("__"):
@@ -165,12 +165,12 @@ def name_of(function: Any) -> str:
         candidates = [{"truediv": "div"}.get(each, each) for each in candidates]
     else:
         candidates = [name.rstrip("_"), name.lstrip("_"), bare]
-    return next((each for each in candidates if each in CLASS_OF or each in _LEFT_OUT), name)
+    return next((each for each in candidates if each in CLASS_OF or each in ALL_LEFT_OUT), name)
 
 
 def listed(function: Any) -> bool:
     """Whether a function is in the table or deliberately left out."""
-    return name_of(function) in CLASS_OF or name_of(function) in _LEFT_OUT
+    return name_of(function) in CLASS_OF or name_of(function) in ALL_LEFT_OUT
 
 
 @functools.lru_cache(maxsize=4096)

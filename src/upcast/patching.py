@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, tracking
+from upcast import console, fingerprint, hooks, kernels, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
@@ -40,7 +40,15 @@ class Record:
     selection: Selection | None  # None: the policy intercepts nothing
 
 
-def patch(model: Model, *, policy: Choice = "safe", keep: Sequence[str] = (), kv_cache: str | None = None) -> Model:
+def patch(
+    model: Model,
+    *,
+    policy: Choice = "safe",
+    keep: Sequence[str] = (),
+    kv_cache: str | None = None,
+    guard: bool = False,
+    heal: bool = False,
+) -> Model:
     """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
 
     Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
@@ -55,13 +63,18 @@ def patch(model: Model, *, policy: Choice = "safe", keep: Sequence[str] = (), kv
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
         kv_cache: what a LitGPT model's ``set_kv_cache`` makes unless it is given a dtype: ``"float16"`` (half the
             bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``. None: the policy's.
+        guard: raise an UpcastError that names the first module and operation when the result is not finite.
+        heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
+            cures it, run the step again, say so, and go on with that set.
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy,
             pattern or kv_cache, a saved policy for another architecture. Nothing has been changed then, nor when the
             patch is interrupted.
     """
-    record, _ = _patch(*_prepared(model, policy, keep, kv_cache), {})
+    prepared = _prepared(model, policy, keep, kv_cache)
+    record, _ = _patch(*prepared, {})
+    _watch(prepared[0], record, guard, heal)
     console.say(_summary(record), record.plan)
     return model
 
@@ -147,9 +160,12 @@ def adopt(
     roundings: Mapping[str, tuple[torch.dtype, Rounding]],
     kv_cache: str | None,
     policy: Choice = "safe",
+    guard: bool = False,
+    heal: bool = False,
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     record, _ = _patch(*_prepared(root, policy, (), kv_cache), roundings)
+    _watch(root, record, guard, heal)
     console.say(_summary(record), record.plan)
     return record
 
@@ -211,6 +227,12 @@ def _patch(
     return record, undo
 
 
+def _watch(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
+    heal = heal and record.selection is not None  # safe has nothing to widen
+    if guard or heal:
+        watch.install(root, guard, heal)
+
+
 def _run_under(root: nn.Module, policy: Policy) -> Selection | None:
     """Install what makes the model run under ``policy``: the fast ways, which are for float32, or the interception."""
     hooks.install(root, shortcuts=policy.everywhere)
@@ -249,6 +271,7 @@ def _put_back(undo: Undo) -> None:
 
 
 def _clear(root: nn.Module) -> None:
+    watch.remove(root)
     tracking.remove(root)
     hooks.remove(root)
     litgpt_fused.remove(root)

@@ -17,8 +17,7 @@ import torch
 from upcast import console, fingerprint
 from upcast.diagnose import Culprit, Findings, relative_error
 from upcast.errors import UpcastError
-from upcast.half_weight import FLOAT16_MAX
-from upcast.policy import ALL, CLASSES, Policy, show
+from upcast.policy import ALL, Policy, show
 from upcast.selective import Observer
 from upcast.trial import NONE, SAFE, Sample, Trial, answer, each_sample, samples, trial
 
@@ -162,10 +161,7 @@ class _Judge:
         self._reference()
         if self.passes(NONE, "plain float16", self.findings.in_float16):
             return NONE
-        order, chosen = self._ranked(), set[str]()
-        needed = [each for each in order if self._beyond(each)]
-        if needed:
-            chosen = set(needed)
+        order, chosen = self.findings.ranked(), self.findings.beyond()
         while not self.passes(Policy(frozenset(chosen)), f"upcast {show(frozenset(chosen))}"):
             rest = [each for each in order if each not in chosen]
             if not rest:
@@ -202,25 +198,6 @@ class _Judge:
                     f"{where}; no policy can cure that. Check weights and inputs."
                 )
             self.references.append(reference.clone())
-
-    def _reach(self, op_class: str) -> float:
-        sites = [site for site in self.findings.sites.values() if site.op_class == op_class]
-        return max((max(site.largest, site.largest_input) for site in sites), default=0.0)
-
-    def _beyond(self, op_class: str) -> bool:
-        return self._reach(op_class) > FLOAT16_MAX
-
-    def _ranked(self) -> list[str]:
-        """Return the classes in the order in which to try them: furthest beyond float16 first, then by drift."""
-        culprit = self.findings.culprit
-        sites = self.findings.sites.values()
-
-        def rank(op_class: str) -> tuple[bool, float, float]:
-            drift = max((site.drift for site in sites if site.op_class == op_class), default=0.0)
-            first = culprit is not None and culprit.op_class == op_class
-            return (not first, -max(self._reach(op_class) / FLOAT16_MAX, 1.0), -drift)
-
-        return sorted(CLASSES, key=rank)
 
     # --- modules ---
 

@@ -34,7 +34,10 @@ _MODULE_CLASSES = (
     (re.compile(r"(gelu|silu|swish|relu|mish|activation|sigmoid|tanh)", re.IGNORECASE), "activation"),
     (re.compile(r"softmax", re.IGNORECASE), "softmax"),
 )
-_VIEWS = frozenset(f for f, handler in HANDLERS.items() if getattr(handler, "func", None) is ops._view)
+_VIEWS = frozenset(f for f, handler in HANDLERS.items() if getattr(handler, "func", None) is ops._view) | {
+    Tensor.__getitem__,
+    *ops.named("detach as_strided unfold split_with_sizes"),
+}
 _ASKS = frozenset(opclasses.LEFT_OUT["asks about a tensor, or hands it to Python"].split())
 _FILLS = frozenset(["full", "full_like", "new_full", "masked_fill", "fill", "where", "tensor", "scalar_tensor"])
 _LOWEST = torch.finfo(torch.float32).min
@@ -150,8 +153,9 @@ class Call:
             return out.copy_(self.run())
         if opclasses.writes(self.func) and self.tensors:
             return self._in_place()
-        if self.func in _VIEWS and self.op_class is None and self._looks_at_stored():
-            return self._marked(self.func(*self.args, **self.kwargs), STORED)
+        if self.func in _VIEWS and self.op_class is None and self.tensors:
+            kind = STORED if type(self.tensors[0]) is HalfWeight else mark_of(self.tensors[0])
+            return self._marked(self.func(*self.args, **self.kwargs), kind)  # as wide as what it looks at
         if not self._wide():
             return self._narrow()
         kind = FOR_FLOAT if self._asks_float() else FOR_HALF
@@ -176,10 +180,6 @@ class Call:
     def _asks_float(self) -> bool:
         dtype = self.kwargs.get("dtype")
         return dtype == torch.float32 if dtype in _HALVES else any(map(_asks_float, self.tensors))
-
-    def _looks_at_stored(self) -> bool:
-        first = self.tensors[0] if self.tensors else None
-        return first is not None and (type(first) is HalfWeight or mark_of(first) == STORED)
 
     def _in_place(self) -> Any:
         target = self.tensors[0]
@@ -211,8 +211,8 @@ class Call:
         return kwargs
 
     @staticmethod
-    def _marked(result: Any, kind: str) -> Any:
-        for tensor in _collect(result, []):
+    def _marked(result: Any, kind: str | None) -> Any:
+        for tensor in _collect(result, []) if kind else ():
             if type(tensor) is not HalfWeight and tensor.dtype == torch.float32:
                 mark(tensor, kind)
         return result

@@ -18,6 +18,7 @@ from upcast.integrations.litgpt_modules import Fused
 from upcast.policy import Policy, inside
 from upcast.selective import STORED, Frame, Observer, Session, current, mark, mark_of, module_class
 from upcast.shortcut import LinearForward
+from upcast.watch import Watch, unwatched
 
 
 class Selection:
@@ -38,7 +39,7 @@ class Tracked:
         self.module: Any = module
         self.name, self.selection = name, selection
         self.before = module.__dict__.get("forward")
-        ours = isinstance(self.before, (Fused, LinearForward))  # a fast way, of float32 only
+        ours = isinstance(self.before, (Fused, LinearForward, Watch))  # a fast way, of float32 only; or who watches it
         self.inner = None if ours else self.before  # a forward that someone else put there
         self.set_policy()
 
@@ -103,7 +104,7 @@ def change(root: nn.Module, selection: Selection, policy: Policy) -> None:
     """Put a tracked model under another policy."""
     selection.policy = policy
     for module in root.modules():
-        tracked = module.__dict__.get("forward")
+        tracked = unwatched(module)
         if isinstance(tracked, Tracked) and tracked.selection is selection:
             tracked.set_policy()
 
@@ -124,6 +125,8 @@ def _own(module: nn.Module) -> Iterator[Tensor]:
 
 def _input(value: Any) -> Any:
     """A float32 input is as wide as the operation that uses it; the caller's tensor itself gets no mark."""
-    if type(value) is Tensor and value.dtype == torch.float32 and mark_of(value) is None:
+    if type(value) is not Tensor or mark_of(value) is not None:
+        return value
+    if value.dtype == torch.float32:
         return mark(value.view_as(value), STORED)
-    return value
+    return value.view_as(value) if value.dtype == torch.float16 else value

@@ -16,6 +16,7 @@ from upcast.policy import Policy
 from upcast.selective import Observer
 from upcast.targets import unwrap
 from upcast.tracking import Selection
+from upcast.watch import paused
 
 SAFE, NONE = Policy(), Policy(frozenset())
 
@@ -68,7 +69,7 @@ def _sample(value: Any, kwargs: Mapping[str, Any]) -> Sample:
 
 def answer(output: Any) -> Tensor:
     """Return the tensor that a model's output is judged by: its logits, or else its first floating-point tensor."""
-    found = _answer(output)
+    found = find_answer(output)
     if found is None:
         raise UpcastError(
             f"the model returned a {type(output).__name__} without a floating-point tensor; there is nothing to "
@@ -77,7 +78,8 @@ def answer(output: Any) -> Tensor:
     return found
 
 
-def _answer(output: Any) -> Tensor | None:
+def find_answer(output: Any) -> Tensor | None:
+    """Return the tensor that a model is judged by, or None."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
     if isinstance(output, Mapping):
@@ -85,7 +87,7 @@ def _answer(output: Any) -> Tensor | None:
     elif is_dataclass(output):
         output = [getattr(output, "logits", None), *(getattr(output, field.name) for field in fields(output))]
     if isinstance(output, (list, tuple)):
-        parts = list(map(_answer, output))
+        parts = list(map(find_answer, output))
         if parts and all(isinstance(each, Tensor) and each.is_floating_point() for each in output):
             same = {(each.shape[:-2], each.shape[-1]) for each in output if each.dim() > 1}
             if isinstance(output, list) and len(same) == 1 and all(each.dim() > 1 for each in output):
@@ -112,7 +114,7 @@ class Trial:
         self.selection.observer = observer
         self.passes += 1
         try:
-            with torch.no_grad():
+            with torch.no_grad(), paused():
                 return self.root(*sample[0], **sample[1])
         finally:
             self.selection.observer = None

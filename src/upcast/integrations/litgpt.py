@@ -16,7 +16,14 @@ from upcast.errors import UpcastError
 from upcast.integrations import litgpt_fused
 
 
-def load_litgpt(checkpoint_dir: str | Path, *, policy: patching.Choice = "safe", kv_cache: str | None = None) -> Any:
+def load_litgpt(
+    checkpoint_dir: str | Path,
+    *,
+    policy: patching.Choice = "safe",
+    kv_cache: str | None = None,
+    guard: bool = False,
+    heal: bool = False,
+) -> Any:
     """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
 
     The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
@@ -27,6 +34,8 @@ def load_litgpt(checkpoint_dir: str | Path, *, policy: patching.Choice = "safe",
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
         policy: as for `upcast.patch`.
         kv_cache: as for `upcast.patch`.
+        guard: as for `upcast.patch`.
+        heal: as for `upcast.patch`.
 
     Returns:
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
@@ -46,7 +55,7 @@ def load_litgpt(checkpoint_dir: str | Path, *, policy: patching.Choice = "safe",
     known = checkpoint.to_float16(weights)
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    patching.adopt(model, known, kv_cache, policy)
+    patching.adopt(model, known, kv_cache, policy, guard, heal)
     return model.eval()
 
 
