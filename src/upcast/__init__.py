@@ -6,6 +6,7 @@ from upcast import compiled as _compiled
 from upcast import ops as _ops
 from upcast import products as _products
 from upcast.ablation import Ablation, ablate
+from upcast.certify import Certificate, certify
 from upcast.diagnose import Diagnosis, diagnose
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
@@ -17,6 +18,7 @@ from upcast.search import Found, search
 
 __all__ = [
     "Ablation",
+    "Certificate",
     "Diagnosis",
     "Found",
     "HalfWeight",
@@ -24,6 +26,7 @@ __all__ = [
     "Policy",
     "UpcastError",
     "ablate",
+    "certify",
     "diagnose",
     "load_litgpt",
     "patch",

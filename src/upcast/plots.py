@@ -8,6 +8,7 @@ from upcast.errors import UpcastError
 from upcast.policy import CLASSES
 
 if TYPE_CHECKING:
+    from upcast.certify import Certificate
     from upcast.diagnose import Diagnosis
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
@@ -109,3 +110,49 @@ def ablation(rows: Sequence[Any], title: str, path: Path) -> Path:
         axis.spines[side].set_visible(False)
     drawing.savefig(path, facecolor="white")
     return path
+
+
+def certificate(certified: "Certificate", path: Path) -> Path:
+    """Write one page: a panel per question, a bar per variant."""
+    drawing = figure(11.0, 4.6)
+    panels: list[tuple[str, str, list[float | None], str, bool]] = [
+        ("logits error", "relative to float32", [row.error for row in certified.rows], "{:.0e}", True),
+        ("KL divergence", "mean, nats", [row.kl for row in certified.rows], "{:.0e}", True),
+        ("top-1 disagreement", "share", [_missed(row.top1) for row in certified.rows], "{:.1%}", False),
+        ("perplexity", "on the text", [row.perplexity for row in certified.rows], "{:.3f}", False),
+        ("weights", "MB", [row.weight_bytes / 1e6 for row in certified.rows], "{:.0f}", False),
+        ("speed", "tokens per second", [row.tokens_per_second for row in certified.rows], "{:.0f}", False),
+    ]
+    for axis, panel in zip(drawing.subplots(2, 3).flat, panels, strict=True):
+        _bars(axis, [row.variant for row in certified.rows], *panel)
+    drawing.suptitle(f"{certified.model}: precision certificate ({certified.positions:,} positions)", x=0.01, ha="left")
+    drawing.savefig(path, facecolor="white")
+    return path
+
+
+def _missed(share: float | None) -> float | None:
+    return None if share is None else 1.0 - share
+
+
+def _bars(
+    axis: Any, names: list[str], title: str, unit: str, values: list[float | None], form: str, logarithmic: bool
+) -> None:
+    shown = [value for value in values if value]
+    low = min(shown, default=1.0) / 5 if logarithmic else 0.0
+    if logarithmic:
+        axis.set_xscale("log")
+    axis.set_xlim(low, max(shown, default=1.0) * (20 if logarithmic else 1.35))
+    for y, (name, value) in enumerate(zip(names, values, strict=True)):
+        if value is None:
+            axis.text(low, y, " not finite", va="center", color=BAD, weight="bold", fontsize=8.5)
+            continue
+        colour = COLOURS["linear"] if name == "upcast" else OTHER
+        if value > low:
+            axis.barh(y, value - low, 0.6, left=low, color=colour)
+        axis.text(max(value, low), y, f" {form.format(value)}", va="center", fontsize=8.5, color=INK)
+    axis.set_yticks(range(len(names)), names)
+    axis.set_ylim(len(names) - 0.4, -0.6)
+    axis.set_title(f"{title} ({unit})", loc="left", fontsize=9.5)
+    axis.tick_params(left=False, labelsize=8.5)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
