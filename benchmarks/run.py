@@ -3,6 +3,7 @@
 python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
 python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
+python benchmarks/run.py --suite ablation       which op classes need float32
 """
 
 import argparse
@@ -20,10 +21,11 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import chart, machine, record, report, smollm2, stress, subject
+from benchmarks import ablation, chart, machine, record, report, smollm2, stress, subject
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.variants import BASELINE, VARIANTS
 
+SUITES = ("variants", "ablation")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -38,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = subject.resolve(options.model, options.checkpoint, Path(scratch), effort.window, effort.windows)
         except (subject.SubjectError, smollm2.PreparationError) as error:
             parser.error(str(error))
+        if options.suite == "ablation":
+            return ablation.run(measured, options.output)
         skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
         results = run_variants(measured, options, effort, skipped, Path(scratch))
         content = record.record(measured, effort, results, skipped, time.perf_counter() - begin)
@@ -57,6 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LitGPT config name; random weights unless %(default)s (the default)",
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
+    parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="what to measure (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
     parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
     parser.add_argument("--threads", type=positive, metavar="N", help="threads per variant (default: torch's)")
