@@ -76,10 +76,10 @@ def _name_culprit(axis: Any, diagnosis: "Diagnosis") -> None:
     axis.annotate(
         str(culprit),
         (site.order, max(site.headroom, FLOOR)),
-        xytext=(14 if left else -14, -14),
+        xytext=(14 if left else -14, 26),
         textcoords="offset points",
         ha="left" if left else "right",
-        va="top",
+        va="bottom",
         fontsize=8.5,
         color=INK,
         arrowprops={"arrowstyle": "-", "color": FAINT},
@@ -106,6 +106,7 @@ def ablation(rows: Sequence[Any], title: str, path: Path) -> Path:
     axis.set_xlabel("error relative to float32")
     axis.set_title(title, loc="left", fontsize=11)
     axis.tick_params(left=False)
+    axis.tick_params(which="minor", labelbottom=False)
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     drawing.savefig(path, facecolor="white")
