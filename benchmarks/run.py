@@ -5,6 +5,7 @@ python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
 python benchmarks/run.py --peers                llama.cpp as well (pip install llama-cpp-python compiles it)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
+python benchmarks/run.py --suite ablation       which op classes need float32
 """
 
 import argparse
@@ -22,10 +23,11 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import chart, llamacpp, machine, record, report, serve_suite, smollm2, stress, subject
+from benchmarks import ablation, chart, llamacpp, machine, record, report, serve_suite, smollm2, stress, subject
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.variants import BASELINE, PEERS, VARIANTS
 
+SUITES = ("variants", "serve", "ablation")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -42,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             measured = subject.resolve(options.model, options.checkpoint, Path(scratch), effort.window, effort.windows)
         except (subject.SubjectError, smollm2.PreparationError) as error:
             parser.error(str(error))
+        if options.suite == "ablation":
+            return ablation.run(measured, options.output)
         skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
         missing = llamacpp.why_not(Config.from_checkpoint(measured.checkpoint)) if options.peers else None
         if missing:
@@ -66,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LitGPT config name; random weights unless %(default)s (the default)",
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
-    parser.add_argument("--suite", choices=("model", "serve"), default="model", help="default %(default)s")
+    parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="what to measure (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
     parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
     parser.add_argument("--peers", action="store_true", help="measure llama.cpp too, on the same weights in F16")

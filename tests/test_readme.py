@@ -14,16 +14,19 @@ README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-def test_the_code_in_the_readme_runs() -> None:
-    block = next(block for block in BLOCKS if "upcast.plan(model)" in block)
+@pytest.mark.parametrize("call", ["upcast.plan(model)", "upcast.search(model"])
+def test_the_code_in_the_readme_runs(call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in BLOCKS if call in block)
     exec(compile(block, "README.md", "exec"), {})
 
 
 def test_every_public_function_is_in_the_readme() -> None:
     text = " ".join(BLOCKS)
-    for name in ("patch", "plan", "unpatch", "patched", "load_litgpt", "report"):
-        assert name in upcast.__all__
-        assert f"upcast.{name}(" in text
+    functions = [name for name in upcast.__all__ if name.islower()]
+    assert {"patch", "plan", "unpatch", "diagnose", "search", "ablate", "certify"} < set(functions)
+    for name in functions:
+        assert f"upcast.{name}(" in (README if name == "certify" else text)
 
 
 def test_every_variable_is_in_the_readme() -> None:

@@ -5,13 +5,37 @@ from importlib.metadata import version
 from upcast import compiled as _compiled
 from upcast import ops as _ops
 from upcast import products as _products
+from upcast.ablation import Ablation, ablate
+from upcast.certify import Certificate, certify
+from upcast.diagnose import Diagnosis, diagnose
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt import load_litgpt
 from upcast.patching import patch, patched, report, unpatch
 from upcast.planning import Plan, plan
+from upcast.policy import Policy
+from upcast.search import Found, search
 
-__all__ = ["HalfWeight", "Plan", "UpcastError", "load_litgpt", "patch", "patched", "plan", "report", "unpatch"]
+__all__ = [
+    "Ablation",
+    "Certificate",
+    "Diagnosis",
+    "Found",
+    "HalfWeight",
+    "Plan",
+    "Policy",
+    "UpcastError",
+    "ablate",
+    "certify",
+    "diagnose",
+    "load_litgpt",
+    "patch",
+    "patched",
+    "plan",
+    "report",
+    "search",
+    "unpatch",
+]
 __version__ = version("upcast")
 
 del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations

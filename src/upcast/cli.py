@@ -1,4 +1,4 @@
-"""The command line: ``python -m upcast run | convert | status``."""
+"""The command line: ``python -m upcast run | convert | diagnose | certify | status``."""
 
 import argparse
 import os
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import _upcast_startup
+from upcast import commands as commands_on_models
 from upcast.errors import UpcastError
 
 
@@ -53,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     status = commands.add_parser("status", help="say what is active and why")
     status.set_defaults(command=_status)
+
+    commands_on_models.add(commands)
     return parser
 
 

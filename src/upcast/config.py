@@ -1,11 +1,11 @@
 """The environment, read in one place and strictly: an unknown value raises and lists the valid ones."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from upcast.errors import UpcastError
-from upcast.policy import POLICIES
+from upcast.policy import POLICIES, resolve
 
 ON = ("1", "true", "on", "yes")
 OFF = ("", "0", "false", "off", "no")
@@ -23,11 +23,12 @@ class Variable:
     values: tuple[str, ...]
     default: str
     meaning: str
+    check: Callable[[str], object] | None = None  # raises on what is no value; then ``values`` are examples
 
 
 VARIABLES = (
     Variable("UPCAST", ON + OFF, "0", "patch what LitGPT and Transformers load, with no code change"),
-    Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32"),
+    Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32", check=resolve),
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),
     Variable("UPCAST_KV_CACHE", KV_CACHES, "float16", "the KV cache of LitGPT models; float32: twice the bytes, exact"),
@@ -43,7 +44,7 @@ class Config:
     policy: str
     kernels: str
     isa: str
-    kv_cache: str
+    kv_cache: str | None  # None: as the policy says
     verbose: int
 
 
@@ -59,7 +60,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         policy=values["UPCAST_POLICY"],
         kernels=values["UPCAST_KERNELS"],
         isa=values["UPCAST_ISA"],
-        kv_cache=values["UPCAST_KV_CACHE"],
+        kv_cache=values["UPCAST_KV_CACHE"] if environ.get("UPCAST_KV_CACHE") else None,
         verbose=int(values["UPCAST_VERBOSE"]),
     )
 
@@ -71,7 +72,10 @@ def shown(variable: Variable, environ: Mapping[str, str] = os.environ) -> str:
 
 
 def _value(variable: Variable, environ: Mapping[str, str]) -> str:
-    value = environ.get(variable.name, variable.default).strip().lower()
+    value = environ.get(variable.name, variable.default).strip()
+    if variable.check is not None and value:
+        return _checked(variable, value)
+    value = value.lower()
     if value in variable.values:
         return value
     valid = ", ".join(repr(v) for v in variable.values if v)
@@ -79,3 +83,12 @@ def _value(variable: Variable, environ: Mapping[str, str]) -> str:
         f"{variable.name}={value!r} in the environment; it takes one of {valid} ({variable.meaning}). "
         f"Correct it, or unset it for the default {variable.default!r}."
     )
+
+
+def _checked(variable: Variable, value: str) -> str:
+    assert variable.check is not None
+    try:
+        variable.check(value)
+    except UpcastError as error:
+        raise UpcastError(f"{variable.name}={value!r} in the environment: {error}") from None
+    return value

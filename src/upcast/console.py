@@ -1,10 +1,24 @@
 """What upcast says: aligned tables, byte counts, and its one line per patched model."""
 
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from upcast import config
+
+_silent: Any = threading.local()  # .depth: blocks of `silent` in this thread
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Within the block, this thread says nothing: what it patches are copies that nobody will see."""
+    _silent.depth = getattr(_silent, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _silent.depth -= 1
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -28,7 +42,7 @@ def megabytes(count: float) -> str:
 
 def say(line: str, detail: object = None) -> None:
     """Print ``line`` to standard error, and ``detail`` when UPCAST_VERBOSE=2; nothing when it is 0."""
-    verbose = config.read().verbose
+    verbose = 0 if getattr(_silent, "depth", 0) > 0 else config.read().verbose
     if verbose >= 1:
         print(f"upcast: {line}", file=sys.stderr)
     if verbose >= 2 and detail is not None:

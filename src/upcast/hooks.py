@@ -12,13 +12,14 @@ from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 
 
-def install(root: nn.Module) -> None:
+def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions."""
     for module in root.modules():
         if any(_half_weights(module)):
             module.register_state_dict_post_hook(_plain_state)
             module.register_load_state_dict_pre_hook(_accept_state)
-    shortcut.install(root)
+    if shortcuts:
+        shortcut.install(root)
     root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
 
 

@@ -1,24 +1,29 @@
 """patch, unpatch, patched: the only module that changes a model."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from upcast import console, hooks, kernels
+from upcast import console, fingerprint, hooks, kernels, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
 from upcast.integrations import litgpt_fused
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, remarks, settle
+from upcast.policy import Policy
 from upcast.rounding import Rounding, to_half
 from upcast.targets import Slot, prepare, slots, unwrap
+from upcast.tracking import Selection
 
 Model = TypeVar("Model")
 Undo = list[tuple[nn.Module, str, Tensor]]
+Choice = str | Path | Policy | object
 
 _OURS = ("stored", "fallbacks", "twin", "_is_param")  # what a HalfWeight itself keeps in its __dict__
 _RECORD = "_upcast"  # the attribute in which a patched module keeps its Record
@@ -31,9 +36,19 @@ class Record:
     plan: Plan
     fallbacks: Fallbacks
     required_grad: frozenset[str]
+    policy: Policy
+    selection: Selection | None  # None: the policy intercepts nothing
 
 
-def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_cache: str = "float16") -> Model:
+def patch(
+    model: Model,
+    *,
+    policy: Choice = "safe",
+    keep: Sequence[str] = (),
+    kv_cache: str | None = None,
+    guard: bool = False,
+    heal: bool = False,
+) -> Model:
     """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
 
     Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
@@ -43,21 +58,24 @@ def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_ca
 
     Args:
         model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline.
-        policy: ``"safe"``: every operation runs in float32.
+        policy: which op classes run in float32: ``"safe"`` (all of them), ``"sensitive"``, ``"none"``, any other policy
+            string, an `upcast.Policy`, what `upcast.search` returned, or the path of a saved one.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
         kv_cache: what a LitGPT model's ``set_kv_cache`` makes unless it is given a dtype: ``"float16"`` (half the
-            bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``.
+            bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``. None: the policy's.
+        guard: raise an UpcastError that names the first module and operation when the result is not finite.
+        heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
+            cures it, run the step again, say so, and go on with that set.
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy,
-            pattern or kv_cache. Nothing has been changed then, nor when the patch is interrupted.
+            pattern or kv_cache, a saved policy for another architecture. Nothing has been changed then, nor when the
+            patch is interrupted.
     """
-    policies.check(policy)
-    kernels.active()  # an impossible choice is refused before anything changes
-    litgpt_fused.check(kv_cache)
-    root, found = prepare(model, keep)
-    record, _ = _patch(root, found, keep, {}, kv_cache)
-    console.say(_summary(record.plan), record.plan)
+    prepared = _prepared(model, policy, keep, kv_cache)
+    record, _ = _patch(*prepared, {})
+    _watch(prepared[0], record, guard, heal)
+    console.say(_summary(record), record.plan)
     return model
 
 
@@ -88,22 +106,28 @@ def unpatch(model: Model) -> Model:
 
 @contextmanager
 def patched(
-    model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_cache: str = "float16"
+    model: Model, *, policy: Choice = "safe", keep: Sequence[str] = (), kv_cache: str | None = None
 ) -> Iterator[Model]:
     """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
 
     The originals stay in memory for that time. Arguments and errors as for `patch`.
     """
-    policies.check(policy)
-    kernels.active()
-    litgpt_fused.check(kv_cache)
-    root, found = prepare(model, keep)
-    record, undo = _patch(root, found, keep, {}, kv_cache)
-    console.say(_summary(record.plan), record.plan)
-    try:
+    with borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
+        console.say(_summary(record), record.plan)
         yield model
+
+
+@contextmanager
+def borrowed(
+    model: object, *, policy: Choice, keep: Sequence[str] = (), kv_cache: str | None = None
+) -> Iterator[Record]:
+    """As `patched`, without a word; yields the record."""
+    prepared = _prepared(model, policy, keep, kv_cache)
+    record, undo = _patch(*prepared, {})
+    try:
+        yield record
     finally:
-        _clear(root)
+        _clear(prepared[0])
         _put_back(undo)
 
 
@@ -127,23 +151,47 @@ def report(model: object) -> str:
         UpcastError: the model is not patched.
     """
     record = record_of(unwrap(model))
-    return f"{record.plan}\nkernels: {kernels.describe()}\nwidened whole: {record.fallbacks}"
+    lines = (f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}")
+    return "\n".join([str(record.plan), *lines])
 
 
-def adopt(root: nn.Module, roundings: Mapping[str, tuple[torch.dtype, Rounding]], kv_cache: str) -> Record:
+def adopt(
+    root: nn.Module,
+    roundings: Mapping[str, tuple[torch.dtype, Rounding]],
+    kv_cache: str | None,
+    policy: Choice = "safe",
+    guard: bool = False,
+    heal: bool = False,
+) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
-    root, found = prepare(root, ())
-    record, _ = _patch(root, found, (), roundings, kv_cache)
-    console.say(_summary(record.plan), record.plan)
+    record, _ = _patch(*_prepared(root, policy, (), kv_cache), roundings)
+    _watch(root, record, guard, heal)
+    console.say(_summary(record), record.plan)
     return record
+
+
+def _prepared(
+    model: object, policy: Choice, keep: Sequence[str], kv_cache: str | None
+) -> tuple[nn.Module, list[Slot], list[str], Policy]:
+    """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
+    kernels.active()  # an impossible choice is refused before anything changes
+    if kv_cache is not None:
+        litgpt_fused.check(kv_cache)
+    policies.resolve(policy)
+    root, found = prepare(model, keep)
+    chosen = policies.resolve(policy, check=functools.partial(fingerprint.check, root))
+    tracking.check(root, chosen)
+    if kv_cache is not None:
+        chosen = replace(chosen, kv_cache=kv_cache)
+    return root, found, [*keep, "*"] if chosen.storage == "float32" else [*keep], chosen
 
 
 def _patch(
     root: nn.Module,
     found: Sequence[Slot],
     keep: Sequence[str],
+    policy: Policy,
     known: Mapping[str, tuple[torch.dtype, Rounding]],
-    kv_cache: str,
 ) -> tuple[Record, Undo]:
     fallbacks, undo = Fallbacks(), Undo()
     changes: dict[str, Change] = {}
@@ -168,17 +216,34 @@ def _patch(
                     change, dtype=dtype, rounding=rounding, bytes_before=slot.tensor.numel() * dtype.itemsize
                 )
             changes[slot.name] = change
-        hooks.install(root)
-        litgpt_fused.install(root, kv_cache)
+        selection = _run_under(root, policy)
     except BaseException:
         _clear(root)
         _put_back(undo)
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
     plan = Plan(type(root).__name__, tuple(changes.values()), remarks(root))
-    record = Record(plan, fallbacks, required_grad)
+    record = Record(plan, fallbacks, required_grad, policy, selection)
     root.__dict__[_RECORD] = record
     return record, undo
+
+
+def _watch(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
+    heal = heal and record.selection is not None  # safe has nothing to widen
+    if guard or heal:
+        watch.install(root, guard, heal)
+
+
+def _run_under(root: nn.Module, policy: Policy) -> Selection | None:
+    """Install what makes the model run under ``policy``: the fast ways, which are for float32, or the interception."""
+    hooks.install(root, shortcuts=policy.everywhere)
+    if policy.everywhere:
+        litgpt_fused.install(root, policy.kv_cache)
+        return None
+    selection = Selection(policy)
+    litgpt_fused.install_caches(root, policy.kv_cache)
+    tracking.install(root, selection)
+    return selection
 
 
 def _twin_of(first: HalfWeight, fallbacks: Fallbacks) -> HalfWeight:
@@ -207,6 +272,8 @@ def _put_back(undo: Undo) -> None:
 
 
 def _clear(root: nn.Module) -> None:
+    watch.remove(root)
+    tracking.remove(root)
     hooks.remove(root)
     litgpt_fused.remove(root)
     root.__dict__.pop(_RECORD, None)
@@ -226,11 +293,13 @@ def _restored(slot: Slot, record: Record) -> Tensor | None:
     return nn.Parameter(plain, slot.name in record.required_grad) if slot.is_parameter else plain
 
 
-def _summary(plan: Plan) -> str:
+def _summary(record: Record) -> str:
     """Return upcast's one line about a patched model."""
+    plan = record.plan
     sizes = f"{console.megabytes(plan.bytes_before)} -> {console.megabytes(plan.bytes_after)}"
     float32 = ", ".join(f"{count} ({reason})" for reason, count in plan.in_float32().items())
-    return f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}"
+    policy = "" if record.policy == Policy() else f"; policy {record.policy}"
+    return f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}{policy}"
 
 
 def _loss(plan: Plan) -> str:

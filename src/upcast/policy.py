@@ -1,15 +1,241 @@
-"""Policies: which classes of operations run in float32."""
+"""Policies: which classes of operations run in float32, as one value that reads and prints as one string.
+
+safe                                      every class (the default)
+sensitive                                 norm+softmax+scores+residual: the textbook list
+none                                      nothing: plain float16, as ``model.half()``
+norm+residual+linear                      any set
+none; transformer.h.11.*=safe             other classes in some modules; of several that match, the last counts
+safe; kv_cache=float32; storage=float32   how caches and weights are stored
+"""
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from upcast.errors import UpcastError
 
-POLICIES = {
-    "safe": "every operation runs in float32; only weights at rest are float16",
+CLASSES = {
+    "linear": "products with a weight: linear, convolution, embedding; what they accumulate and what they give",
+    "norm": "normalisation, and what it is made of: powers, roots, means, sums",
+    "softmax": "softmax, exponentials and logarithms, losses",
+    "scores": "products of two activations: attention as a whole, or its matmuls",
+    "residual": "adding two activations of one shape",
+    "activation": "activation functions, and products of two activations of one shape (gates)",
 }
 
+ALL = frozenset(CLASSES)
+PRESETS = {
+    "safe": ALL,
+    "sensitive": frozenset({"norm", "softmax", "scores", "residual"}),
+    "none": frozenset[str](),
+}
+POLICIES = {
+    "safe": "every operation runs in float32; only weights at rest are float16",
+    "sensitive": "norm, softmax, scores and residual run in float32, the rest in float16",
+    "none": "plain float16, as model.half()",
+}
+DTYPES = ("float16", "float32")
+_SETTINGS = ("kv_cache", "storage")
 
-def check(policy: str) -> str:
-    """Return ``policy`` when it names a known policy, else raise UpcastError with the valid names."""
-    if policy in POLICIES:
+
+@dataclass(frozen=True)
+class Policy:
+    """Which op classes are upcast to float32, where, and how weights and caches are stored.
+
+    Attributes:
+        classes: the op classes (keys of CLASSES) that run in float32.
+        overrides: (module pattern, classes) pairs that replace ``classes`` inside matching modules; the last counts.
+        kv_cache: what a LitGPT model's ``set_kv_cache`` makes, ``"float16"`` or ``"float32"``.
+        storage: how weights are stored, ``"float16"`` or ``"float32"``.
+    """
+
+    classes: frozenset[str] = ALL
+    overrides: tuple[tuple[str, frozenset[str]], ...] = ()
+    kv_cache: str = "float16"
+    storage: str = "float16"
+
+    @staticmethod
+    def parse(text: str) -> "Policy":
+        """Return the policy that ``text`` says (see the grammar above).
+
+        Raises:
+            UpcastError: a part of the text is unknown; the message points at its first character.
+        """
+        return _parse(text)
+
+    def __str__(self) -> str:
+        parts = [show(self.classes), *(f"{pattern}={show(classes)}" for pattern, classes in self.overrides)]
+        for name in _SETTINGS:
+            if getattr(self, name) != "float16":
+                parts.append(f"{name}={getattr(self, name)}")
+        return "; ".join(parts)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether every class is upcast in every module: then nothing has to be intercepted."""
+        return self.classes == ALL and all(classes == ALL for _, classes in self.overrides)
+
+    def at(self, module: str) -> frozenset[str]:
+        """Return the classes that are upcast in the module of this dotted name."""
+        classes = self.classes
+        for pattern, other in self.overrides:
+            if inside(module, pattern):
+                classes = other
+        return classes
+
+    def to_json(self) -> str:
+        """Return the policy as JSON text, which `from_json` reads."""
+        return json.dumps({"policy": str(self)}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> "Policy":
+        """Return the policy of ``text``, as `to_json` or `upcast.search` wrote it.
+
+        Raises:
+            UpcastError: it is no JSON, or holds no policy.
+        """
+        return _parse(_fields(text, "this text")["policy"])
+
+    def save(self, path: str | Path) -> None:
+        """Write the policy to a JSON file, which ``upcast.patch(model, policy=path)`` takes."""
+        Path(path).write_text(self.to_json() + "\n")
+
+
+def show(classes: frozenset[str]) -> str:
+    """Return a set of op classes as a policy string has it: a preset's name, or the classes joined by +."""
+    named = [name for name, preset in PRESETS.items() if preset == classes]
+    return named[0] if named else "+".join(name for name in CLASSES if name in classes)
+
+
+def inside(module: str, pattern: str) -> bool:
+    """Whether the module of this dotted name is one that ``pattern`` names, or inside one.
+
+    A pattern has * and ? as in file names, and ranges of numbers: ``transformer.h.11..28``.
+    """
+    expression, ranges = _compiled(pattern)
+    parts = module.split(".")
+    for i in range(1, len(parts) + 1):
+        match = expression.fullmatch(".".join(parts[:i]))
+        if match and all(low <= int(n) <= high for n, (low, high) in zip(match.groups(), ranges, strict=True)):
+            return True
+    return False
+
+
+@lru_cache(maxsize=1024)
+def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[tuple[int, int], ...]]:
+    """Return a regular expression with a group per range, and the ranges."""
+    pieces = re.split(r"(\d+)\.\.(\d+)", pattern)
+    texts = [re.escape(text).replace(r"\*", ".*").replace(r"\?", ".") for text in pieces[::3]]
+    ranges = tuple((int(low), int(high)) for low, high in zip(pieces[1::3], pieces[2::3], strict=True))
+    return re.compile(r"(\d+)".join(texts)), ranges
+
+
+def resolve(value: object, *, check: Any = None) -> Policy:
+    """Return the policy that a user means: a Policy, a policy string, or the path of a saved one.
+
+    Args:
+        value: what the user gave.
+        check: called with a saved policy's fields, so that one made for another model can be refused.
+
+    Raises:
+        UpcastError: it is none of these; the file is missing or holds no policy.
+    """
+    if isinstance(value, Policy):
+        return value
+    if isinstance(value, Path) or (isinstance(value, str) and value.strip().endswith(".json")):
+        fields = read(Path(str(value).strip()))
+        if check is not None:
+            check(fields)
+        return _parse(fields["policy"])
+    if isinstance(value, str):
+        return _parse(value)
+    policy = getattr(value, "policy", None)  # what upcast.search returns
+    if isinstance(policy, Policy):
         return policy
-    valid = "; ".join(f"{name!r}: {meaning}" for name, meaning in POLICIES.items())
-    raise UpcastError(f"policy {policy!r}; it must be one of {valid}. Use policy='safe' when in doubt.")
+    raise UpcastError(
+        f"policy is a {type(value).__name__}; it must be an upcast.Policy, a policy string or the path of a saved one. "
+        "Use policy='safe' when in doubt."
+    )
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Return the fields of a saved policy."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UpcastError(
+            f"policy file {path}: {error}; it must be a JSON file that upcast saved. Check the path."
+        ) from None
+    return _fields(text, str(path))
+
+
+def _fields(text: str, where: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(text)
+    except ValueError as error:
+        raise UpcastError(
+            f"{where} is no JSON ({error}); it must be a policy that upcast saved. Save it again."
+        ) from None
+    if not isinstance(fields, dict) or not isinstance(fields.get("policy"), str):
+        raise UpcastError(f"{where} has no entry 'policy' with a policy string; save it with policy.save(path).")
+    return fields
+
+
+# --- reading the string -----------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=256)
+def _parse(text: str) -> Policy:
+    parts = [(match.start(), match.group()) for match in re.finditer(r"[^;]+", text) if match.group().strip()]
+    if not parts:
+        raise _fault(text, 0, "no policy", f"a policy begins with {_valid()}")
+    classes = _classes(text, *_stripped(*parts[0]))
+    overrides: list[tuple[str, frozenset[str]]] = []
+    settings: dict[str, str] = {}
+    for start, part in parts[1:]:
+        start, part = _stripped(start, part)  # noqa: PLW2901
+        key, equals, value = part.partition("=")
+        if not equals or not key.strip():
+            raise _fault(
+                text, start, f"{part!r} is not PATTERN=CLASSES", "a module pattern, kv_cache or storage, and ="
+            )
+        at, value = _stripped(start + len(key) + 1, value)
+        key = key.strip()
+        if key not in _SETTINGS:
+            overrides.append((key, _classes(text, at, value)))
+        elif value in DTYPES:
+            settings[key] = value
+        else:
+            raise _fault(text, at, f"{key} is {value!r}", f"valid are {', '.join(DTYPES)}")
+    return Policy(classes, tuple(overrides), **settings)
+
+
+def _stripped(start: int, part: str) -> tuple[int, str]:
+    return start + len(part) - len(part.lstrip()), part.strip()
+
+
+def _classes(text: str, start: int, part: str) -> frozenset[str]:
+    found: set[str] = set()
+    for raw in part.split("+"):
+        word = raw.strip()
+        if word not in PRESETS and word not in CLASSES:
+            close = difflib.get_close_matches(word, [*PRESETS, *CLASSES], n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise _fault(
+                text, start + len(raw) - len(raw.lstrip()), f"{word!r} is no op class", f"{hint}valid are {_valid()}"
+            )
+        found |= PRESETS.get(word, {word})
+        start += len(raw) + 1
+    return frozenset(found)
+
+
+def _valid() -> str:
+    return f"the presets {', '.join(PRESETS)}, or classes joined by +: {', '.join(CLASSES)}"
+
+
+def _fault(text: str, at: int, found: str, remedy: str) -> UpcastError:
+    return UpcastError(f"policy {text!r}: {found} (character {at + 1}).\n    {text}\n    {' ' * at}^\n{remedy}.")

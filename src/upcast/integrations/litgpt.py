@@ -11,11 +11,19 @@ import wrapt
 from torch import Tensor
 
 from upcast import checkpoint, config, console, patching
+from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_fused
 
 
-def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any:
+def load_litgpt(
+    checkpoint_dir: str | Path,
+    *,
+    policy: patching.Choice = "safe",
+    kv_cache: str | None = None,
+    guard: bool = False,
+    heal: bool = False,
+) -> Any:
     """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
 
     The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
@@ -24,18 +32,24 @@ def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any
 
     Args:
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
+        policy: as for `upcast.patch`.
         kv_cache: as for `upcast.patch`.
+        guard: as for `upcast.patch`.
+        heal: as for `upcast.patch`.
 
     Returns:
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
 
     Raises:
-        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown kv_cache.
+        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy or
+            kv_cache.
     """
-    litgpt_fused.check(kv_cache)
+    policies.resolve(policy)
+    if kv_cache is not None:
+        litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     model = _build(_read_config(folder))
-    fill(model, read_for(model, folder / "lit_model.pth"), kv_cache)
+    fill(model, read_for(model, folder / "lit_model.pth"), kv_cache, policy, guard, heal)
     return model.eval()
 
 
@@ -46,12 +60,19 @@ def read_for(model: torch.nn.Module, path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def fill(model: Any, weights: dict[str, Tensor], kv_cache: str) -> None:
+def fill(
+    model: Any,
+    weights: dict[str, Tensor],
+    kv_cache: str | None,
+    policy: patching.Choice = "safe",
+    guard: bool = False,
+    heal: bool = False,
+) -> None:
     """Give a LitGPT model of any dtype, without weights or with others, the mapped ``weights``, and patch it."""
     known = checkpoint.to_float16(weights)
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    patching.adopt(model, known, kv_cache)
+    patching.adopt(model, known, kv_cache, policy, guard, heal)
 
 
 def _read_config(folder: Path) -> Any:
@@ -154,7 +175,8 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     check_file_size_on_cpu_and_warn(llm.checkpoint_dir / "lit_model.pth", fabric.device)
-    model = load_litgpt(llm.checkpoint_dir, kv_cache=config.read().kv_cache)
+    settings = config.read()
+    model = load_litgpt(llm.checkpoint_dir, policy=settings.policy, kv_cache=settings.kv_cache)
     llm.model, llm.fabric = fabric.setup_module(model), fabric
     llm.preprocessor.device = fabric.device
     llm.kv_cache_initialized = fixed_kv_cache_size is not None

@@ -45,6 +45,15 @@ def install(root: nn.Module, kv_cache: str) -> None:
         litgpt_generation.enter(gpt)
 
 
+def install_caches(root: nn.Module, kv_cache: str) -> None:
+    """Have every LitGPT model in ``root`` make caches of that dtype, and run otherwise as LitGPT has it."""
+    litgpt = sys.modules.get("litgpt.model")
+    attentions = (litgpt.CausalSelfAttention, litgpt.MultiheadLatentAttention) if litgpt else ()
+    for module in root.modules():
+        if isinstance(module, attentions):
+            module.__dict__["build_kv_cache"] = CacheBuilder(module, KV_CACHES[kv_cache] or torch.float32, fused=False)
+
+
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave, and what the model has made with it since."""
     for module in root.modules():

@@ -15,6 +15,7 @@ from torch import nn
 
 from upcast.integrations.litgpt_modules import hooked
 from upcast.integrations.litgpt_stack import FusedGPT, last_position
+from upcast.watch import unwatched
 
 _NAMES = ("next_token", "batched_next_token")
 
@@ -61,5 +62,5 @@ def _unwatched(model: Any) -> nn.Module | None:
     """Return the fused GPT in ``model``, unless a wrapper around it is watched or is not Fabric's."""
     while type(model).__name__ == "_FabricModule" and not hooked(model):
         model = model._forward_module
-    fused = isinstance(model, nn.Module) and isinstance(model.__dict__.get("forward"), FusedGPT)
+    fused = isinstance(model, nn.Module) and isinstance(unwatched(model), FusedGPT)
     return model if fused else None

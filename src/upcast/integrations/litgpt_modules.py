@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import console, kernels
+from upcast import console, kernels, selective
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -96,9 +96,10 @@ class FusedGatedMLP(Fused):
 class CacheBuilder(Fused):
     """``build_kv_cache`` of one attention: caches of ``dtype`` (None: torch's default) unless the caller names one."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None) -> None:
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, fused: bool = True) -> None:
         super().__init__(module)
         self.dtype = dtype
+        self.fused = fused  # False: under a policy other than safe, the cache's own forward runs
 
     def __call__(
         self,
@@ -113,7 +114,9 @@ class CacheBuilder(Fused):
         cache = type(attn).build_kv_cache(
             attn, batch_size, max_seq_length, rope_cache_length, device, self.dtype if dtype is None else dtype
         )
-        if cache.k.dtype == torch.float16:
+        if not self.fused:
+            selective.mark_buffers(cache)
+        elif cache.k.dtype == torch.float16:
             cache.__dict__["forward"] = FusedCache(cache, self)
         return cache
 

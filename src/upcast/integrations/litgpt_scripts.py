@@ -76,7 +76,8 @@ def _not_ours(fabric: Any) -> str:
 
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:
-    litgpt.fill(model, weights, config.read().kv_cache)
+    settings = config.read()
+    litgpt.fill(model, weights, settings.kv_cache, settings.policy)
     cache = model.transformer.h[0].attn.kv_cache
     if cache is not None:  # made before the model was patched, in another dtype
         model.set_kv_cache(batch_size=len(cache.k), max_seq_length=model.max_seq_length)

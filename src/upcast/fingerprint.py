@@ -1,0 +1,35 @@
+"""The fingerprint of an architecture: what a saved policy was measured on."""
+
+import hashlib
+from typing import Any
+
+from torch import nn
+
+from upcast.errors import UpcastError
+
+
+def of(root: nn.Module) -> dict[str, Any]:
+    """Return class name, number of parameters, and a hash of the modules' kinds and names and the tensors' shapes."""
+    digest, count = hashlib.sha256(), 0
+    for name, module in root.named_modules():
+        digest.update(f"{name} {type(module).__name__}\n".encode())
+    for name, tensor in root.named_parameters():
+        digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+        count += tensor.numel()
+    return {"model": type(root).__name__, "parameters": count, "hash": digest.hexdigest()[:16]}
+
+
+def check(root: nn.Module, saved: dict[str, Any]) -> None:
+    """Raise UpcastError if a saved policy's fields name another architecture than that of ``root``."""
+    theirs, ours = saved.get("architecture"), of(root)
+    if theirs is None or theirs == ours:
+        return
+    raise UpcastError(
+        f"the saved policy {saved['policy']!r} was measured on {_shown(theirs)}, and this is {_shown(ours)}; what is "
+        "enough for one architecture need not be for another. Run upcast.search on this model."
+    )
+
+
+def _shown(architecture: dict[str, Any]) -> str:
+    count, digest = architecture.get("parameters", 0), architecture.get("hash", "")
+    return f"a {architecture.get('model', 'model')} of {count:,} parameters (architecture {digest})"

@@ -1,0 +1,357 @@
+"""The mode that runs policies other than safe: each operation sees float32 or float16, as its class asks.
+
+To the model's code everything looks like plain ``.half()``: weights and activations say float16. Behind that, the
+result of an upcast operation is a float32 tensor that *stands for* a float16 one (it carries a mark), and goes on
+unrounded. An operation whose class is not upcast gets its inputs in float16, rounded then and there, and gives what
+``.half()`` would. What the model itself computes in float32 stays float32. What belongs to no class follows its inputs.
+
+A `Session` is a `TorchFunctionMode` that the forward of a patched module enters (`upcast.tracking`): it exists in one
+thread, for one call, and ends with it.
+"""
+
+import re
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from upcast import opclasses, ops
+from upcast.half_weight import FLOAT16_MAX, HANDLERS, HalfWeight
+from upcast.policy import ALL
+
+# The marks of a float32 tensor inside a session.
+FOR_HALF = "for float16"  # an activation: the model's code takes it for float16
+FOR_FLOAT = "for float32"  # the model's code asked for float32; it comes from upcast operations and need not be rounded
+STORED = "stored"  # a parameter, a buffer or an input: as wide as the operation that uses it
+
+Observer = Callable[["Session", str | None, str, list[Tensor], Any], None]
+
+_MODULE_CLASSES = (
+    (re.compile(r"norm", re.IGNORECASE), "norm"),
+    (re.compile(r"(gelu|silu|swish|relu|mish|activation|sigmoid|tanh)", re.IGNORECASE), "activation"),
+    (re.compile(r"softmax", re.IGNORECASE), "softmax"),
+)
+_VIEWS = frozenset(f for f, handler in HANDLERS.items() if getattr(handler, "func", None) is ops._view) | {
+    Tensor.__getitem__,
+    *ops.named("detach as_strided unfold split_with_sizes"),
+}
+_ASKS = frozenset(opclasses.LEFT_OUT["asks about a tensor, or hands it to Python"].split())
+_FILLS = frozenset(["full", "full_like", "new_full", "masked_fill", "fill", "where", "tensor", "scalar_tensor"])
+_LOWEST = torch.finfo(torch.float32).min
+_HALVES = (torch.float16, torch.float32)
+
+_local = threading.local()  # .session: the innermost one of this thread
+
+
+def current() -> "Session | None":
+    """Return the session that this thread is in, if any."""
+    return getattr(_local, "session", None)
+
+
+def mark(tensor: Tensor, kind: str | None) -> Tensor:
+    """Put a mark on a float32 tensor (None takes it off)."""
+    if kind is None:
+        tensor.__dict__.pop("_upcast", None)
+    else:
+        tensor.__dict__["_upcast"] = kind
+    return tensor
+
+
+def mark_of(tensor: Tensor) -> str | None:
+    """Return the mark of a tensor."""
+    return tensor.__dict__.get("_upcast")
+
+
+def mark_buffers(module: nn.Module) -> None:
+    """Mark a module's float32 buffers as wide as the operation that uses them."""
+    for buffer in module._buffers.values():
+        if buffer is not None and buffer.dtype == torch.float32:
+            mark(buffer, STORED)
+
+
+def module_class(module: nn.Module) -> str | None:
+    """Return the op class of all that a module computes, if its kind says so: hand-written norms, activations."""
+    if next(module.children(), None) is not None:
+        return None
+    name = type(module).__name__
+    return next((op_class for pattern, op_class in _MODULE_CLASSES if pattern.search(name)), None)
+
+
+class Frame:
+    """One module at work: its name, the classes upcast in it, and the class that all its operations belong to."""
+
+    __slots__ = ("classes", "complete", "name", "op_class")
+
+    def __init__(self, name: str, classes: frozenset[str], op_class: str | None) -> None:
+        self.name, self.classes, self.op_class = name, classes, op_class
+        self.complete = classes == ALL
+
+
+class Session(TorchFunctionMode):
+    """One call of a patched model under a policy.
+
+    Args:
+        owner: what tells the sessions of different models apart.
+        observer: called after each operation with (session, op class, function's name, its tensors, its result).
+    """
+
+    def __init__(self, owner: object, observer: Observer | None = None) -> None:
+        super().__init__()
+        self.owner, self.observer = owner, observer
+        self.frames: list[Frame] = []
+        self.before: Session | None = None
+
+    def __enter__(self) -> "Session":
+        self.before = current()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        _local.session = self
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        _local.session = self.before
+        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if _local.session is not self:  # a model inside this one has its own
+            return func(*args, **kwargs)
+        if func == _DTYPE:
+            return reported(args[0])
+        name, frame = opclasses.name_of(func), self.frames[-1]
+        if name in _CONVERSIONS:
+            result = _converted(frame, func, args, kwargs)
+            if self.observer is not None:
+                self.observer(self, frame.op_class, name, [args[0]], result)
+            return result
+        if name in _ASKS:
+            return _answered(func, args, kwargs)
+        call = Call(frame, func, name, args, kwargs)
+        result = call.run()
+        if self.observer is not None:
+            self.observer(self, call.op_class, name, call.tensors, result)
+        return result
+
+
+class Call:
+    """One operation: its tensors, its class, and how it is to run."""
+
+    def __init__(self, frame: Frame, func: Any, name: str, args: Any, kwargs: Any) -> None:
+        self.frame, self.func, self.name, self.args, self.kwargs = frame, func, name, args, kwargs
+        self.tensors: list[Tensor] = []
+        _collect(args, self.tensors)
+        if kwargs:
+            _collect(tuple(kwargs.values()), self.tensors)
+        self.op_class = frame.op_class or _class_of(name, self.tensors)
+
+    def run(self) -> Any:
+        """Run the operation as the policy asks."""
+        out = self.kwargs.pop("out", None)
+        if out is not None:
+            return out.copy_(self.run())
+        if opclasses.writes(self.func) and self.tensors:
+            return self._in_place()
+        if self.func in _VIEWS and self.op_class is None and self.tensors:
+            kind = STORED if type(self.tensors[0]) is HalfWeight else mark_of(self.tensors[0])
+            return self._marked(self.func(*self.args, **self.kwargs), kind)  # as wide as what it looks at
+        if not self._wide():
+            return self._narrow()
+        kind = FOR_FLOAT if self._asks_float() else FOR_HALF
+        result = self.func(*_map(self._scalars(self.args), _widened), **_map(self._float_kwargs(), _widened))
+        return self._marked(result, kind) if self.op_class or self._ours() else result
+
+    def _narrow(self) -> Any:
+        narrow = _narrowed_but_weights if any(map(_asks_float, self.tensors)) else _narrowed
+        return self.func(*_map(self.args, narrow), **_map(self.kwargs, narrow))
+
+    def _wide(self) -> bool:
+        if self.op_class is not None:
+            return self.op_class in self.frame.classes
+        return self.frame.complete or any(mark_of(tensor) in (FOR_HALF, FOR_FLOAT) for tensor in self.tensors)
+
+    def _ours(self) -> bool:
+        """Whether a number that stands for a float16 one takes part, or float16 is asked for."""
+        if self.kwargs.get("dtype") is torch.float16:
+            return True
+        return any(type(t) is HalfWeight or t.dtype == torch.float16 or mark_of(t) for t in self.tensors)
+
+    def _asks_float(self) -> bool:
+        dtype = self.kwargs.get("dtype")
+        return dtype == torch.float32 if dtype in _HALVES else any(map(_asks_float, self.tensors))
+
+    def _in_place(self) -> Any:
+        target = self.tensors[0]
+        if type(target) is HalfWeight or not target.is_floating_point():
+            return self.func(*self.args, **self.kwargs)
+        half = target.dtype == torch.float16
+        wide = not half if self.op_class is None else self._wide()
+        convert = _widened if wide or (not half and mark_of(target) is None) else _narrowed
+        rest = self._scalars(self.args[1:]) if convert is _widened else self.args[1:]
+        args, kwargs = _map(rest, convert), _map(self.kwargs, convert)
+        if half != (convert is _widened):
+            result = self.func(target, *args, **kwargs)
+            return target if isinstance(result, Tensor) else result
+        other = convert(target)  # computed in the other type, then stored in the target's
+        result = self.func(other, *args, **kwargs)
+        target.copy_(other)
+        return self._marked(other, FOR_HALF) if isinstance(result, Tensor) else result
+
+    def _scalars(self, args: Any) -> Any:
+        """Float16's lowest, as masks are filled with it, is float32's lowest in a tensor of float32."""
+        if self.name not in _FILLS:
+            return args
+        return tuple(_LOWEST if isinstance(arg, float) and arg == -FLOAT16_MAX else arg for arg in args)
+
+    def _float_kwargs(self) -> dict[str, Any]:
+        kwargs = dict(self.kwargs)
+        if kwargs.get("dtype") is torch.float16:
+            kwargs["dtype"] = torch.float32
+        return kwargs
+
+    @staticmethod
+    def _marked(result: Any, kind: str | None) -> Any:
+        for tensor in _collect(result, []) if kind else ():
+            if type(tensor) is not HalfWeight and tensor.dtype == torch.float32:
+                mark(tensor, kind)
+        return result
+
+
+# --- tensors ----------------------------------------------------------------------------------------------------------
+
+
+def reported(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that plain ``.half()`` would give the tensor: what the model's code is told."""
+    if type(tensor) is HalfWeight or mark_of(tensor) in (FOR_HALF, STORED):
+        return torch.float16
+    return tensor.dtype
+
+
+def _asks_float(tensor: Tensor) -> bool:
+    """Whether the model's code takes the tensor for float32 (a number without dimensions does not count)."""
+    plain = type(tensor) is not HalfWeight and tensor.dtype == torch.float32
+    return plain and mark_of(tensor) in (None, FOR_FLOAT) and tensor.dim() > 0
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if type(tensor) is not HalfWeight and tensor.dtype == torch.float16 else tensor
+
+
+def _narrowed(tensor: Tensor) -> Tensor:
+    if type(tensor) is HalfWeight:
+        return tensor.stored
+    return tensor.half() if mark_of(tensor) in (FOR_HALF, STORED) else tensor
+
+
+def _narrowed_but_weights(tensor: Tensor) -> Tensor:
+    """Next to float32 that the model asked for, a weight is one that it widened with ``weight.float()``."""
+    return tensor if type(tensor) is HalfWeight else _narrowed(tensor)
+
+
+def _collect(value: Any, found: list[Tensor]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        found.append(value)
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            _collect(each, found)
+    return found
+
+
+def _answered(func: Any, args: Any, kwargs: Any) -> Any:
+    """Return the answer to a question about a tensor; ``x.T`` and the like are tensors as wide as ``x``."""
+    result = func(*args, **kwargs)
+    if isinstance(result, Tensor) and type(result) is not HalfWeight and mark_of(args[0]) is not None:
+        mark(result, mark_of(args[0]))
+    return result
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if type(value) in (tuple, list):
+        return type(value)(_map(each, change) for each in value)
+    if type(value) is dict:
+        return {key: _map(each, change) for key, each in value.items()}
+    return value
+
+
+def _class_of(name: str, tensors: list[Tensor]) -> str | None:
+    op_class = opclasses.CLASS_OF.get(name)
+    if op_class is None:
+        return None
+    if opclasses.with_weight(name):
+        return "linear" if any(map(_is_weight, tensors)) else op_class
+    if opclasses.of_activations(name):
+        return op_class if _two_activations(tensors) else None
+    return op_class
+
+
+def _is_weight(tensor: Tensor) -> bool:
+    return type(tensor) is HalfWeight or isinstance(tensor, nn.Parameter)
+
+
+def _two_activations(tensors: list[Tensor]) -> bool:
+    if len(tensors) < 2:
+        return False
+    a, b = tensors[:2]
+    if type(a) is HalfWeight or type(b) is HalfWeight or a.shape != b.shape or not a.dim():
+        return False
+    floats = a.is_floating_point() and b.is_floating_point()
+    return floats and STORED not in (mark_of(a), mark_of(b))
+
+
+# --- conversions ------------------------------------------------------------------------------------------------------
+
+_DTYPE = Tensor.dtype.__get__  # type: ignore[attr-defined]
+_CONVERSIONS = {"to": None, "type_as": None, "float": torch.float32, "half": torch.float16}
+
+
+def _converted(frame: Frame, func: Any, args: Any, kwargs: Any) -> Any:
+    """Convert as the model's code asks, to what stands for the dtype it names."""
+    tensor, dtype = args[0], _target(func, args, kwargs)
+    if dtype not in _HALVES or not isinstance(tensor, Tensor):
+        return func(*_reals(args), **kwargs) if dtype is not None else func(*args, **kwargs)
+    if frame.op_class is not None and frame.op_class not in frame.classes:
+        tensor = _narrowed(tensor)
+    keeps = frame.complete or (frame.op_class in frame.classes)
+    result = _to_float(frame, tensor, keeps) if dtype == torch.float32 else _to_half(tensor, keeps)
+    return result.clone() if kwargs.get("copy") and result is tensor else result
+
+
+def _target(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    fixed = _CONVERSIONS[func.__name__]
+    if fixed is not None:
+        return fixed
+    other = args[1] if len(args) > 1 else kwargs.get("other")
+    if isinstance(other, Tensor):
+        return reported(other)
+    options = {key: value for key, value in kwargs.items() if key in ("device", "dtype", "non_blocking")}
+    dtype: torch.dtype | None = torch._C._nn._parse_to(*args[1:], **options)[1]
+    return dtype
+
+
+def _reals(args: Any) -> Any:
+    """Arguments of a conversion to integers and other types, with what a tensor reports in place of the tensor."""
+    return (args[0], *(reported(each) if isinstance(each, Tensor) else each for each in args[1:]))
+
+
+def _to_float(frame: Frame, tensor: Tensor, keeps: bool) -> Tensor:
+    if type(tensor) is HalfWeight:
+        return tensor
+    if tensor.dtype != torch.float32:
+        return mark(tensor.float(), FOR_FLOAT if keeps and tensor.dtype == torch.float16 else None)
+    kind = mark_of(tensor)
+    if kind == STORED:
+        if not frame.classes:
+            return tensor.half().float()
+        return mark(tensor.view_as(tensor), FOR_FLOAT if keeps else None)
+    return mark(tensor.view_as(tensor), FOR_FLOAT) if kind == FOR_HALF else tensor
+
+
+def _to_half(tensor: Tensor, keeps: bool) -> Tensor:
+    if reported(tensor) == torch.float16:
+        return tensor
+    if tensor.dtype == torch.float32 and (keeps or mark_of(tensor) == FOR_FLOAT):
+        return mark(tensor.view_as(tensor), FOR_HALF)
+    return mark(tensor.float(), FOR_HALF) if keeps else tensor.half()

@@ -1,0 +1,172 @@
+"""Running a model under one policy after another, on the user's inputs: for diagnosis, search and certificate."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from upcast import patching, tracking
+from upcast.errors import UpcastError
+from upcast.half_weight import HalfWeight
+from upcast.policy import Policy
+from upcast.selective import Observer
+from upcast.targets import unwrap
+from upcast.tracking import Selection
+from upcast.watch import paused
+
+SAFE, NONE = Policy(), Policy(frozenset())
+
+Sample = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def samples(inputs: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Sample]:
+    """Yield (args, kwargs) per input: a tensor, a mapping (keyword arguments) or a tuple (positional ones).
+
+    Raises:
+        UpcastError: there is no input, one is of another kind, or a tensor is not on the CPU.
+    """
+    count = 0
+    for each in inputs:
+        count += 1
+        yield _sample(each, kwargs)
+    if not count and kwargs:
+        count = 1
+        yield _sample({}, kwargs)
+    if not count:
+        raise UpcastError("no inputs; the model has to run to be measured. Pass token ids, or what it is called with.")
+
+
+def each_sample(inputs: Any) -> Iterable[Any]:
+    """Return an iterable of samples: a list or a generator of them as it is, one sample as the only one."""
+    if isinstance(inputs, (Tensor, Mapping, tuple)):
+        return [inputs]
+    if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes)):
+        return inputs
+    return [inputs]
+
+
+def _sample(value: Any, kwargs: Mapping[str, Any]) -> Sample:
+    if isinstance(value, Mapping):
+        sample: Sample = ((), {**value, **kwargs})
+    elif isinstance(value, tuple):
+        sample = (value, dict(kwargs))
+    elif isinstance(value, Tensor):
+        sample = ((value,), dict(kwargs))
+    else:
+        raise UpcastError(
+            f"an input is a {type(value).__name__}; it must be a tensor, a mapping of keyword arguments or a tuple of "
+            "positional ones. Encode text with the model's tokenizer first."
+        )
+    for leaf in pytree.tree_leaves(sample):
+        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+            raise UpcastError(f"an input is on {leaf.device}; upcast computes on the CPU. Move it with .to('cpu').")
+    return sample
+
+
+def answer(output: Any) -> Tensor:
+    """Return the tensor that a model's output is judged by: its logits, or else its first floating-point tensor."""
+    found = find_answer(output)
+    if found is None:
+        raise UpcastError(
+            f"the model returned a {type(output).__name__} without a floating-point tensor; there is nothing to "
+            "compare. Pass metric=, which gets the outputs as they are."
+        )
+    return found
+
+
+def find_answer(output: Any) -> Tensor | None:
+    """Return the tensor that a model is judged by, or None."""
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    if isinstance(output, Mapping):
+        output = [output.get("logits"), *output.values()]
+    elif is_dataclass(output):
+        output = [getattr(output, "logits", None), *(getattr(output, field.name) for field in fields(output))]
+    if isinstance(output, (list, tuple)):
+        parts = list(map(find_answer, output))
+        if parts and all(isinstance(each, Tensor) and each.is_floating_point() for each in output):
+            same = {(each.shape[:-2], each.shape[-1]) for each in output if each.dim() > 1}
+            if isinstance(output, list) and len(same) == 1 and all(each.dim() > 1 for each in output):
+                return torch.cat(output, dim=-2)  # LitGPT's logits in chunks
+        return next((part for part in parts if part is not None), None)
+    return None
+
+
+class Trial:
+    """A model that can be run under any policy.
+
+    Attributes:
+        root: the module.
+        passes: forward passes so far.
+    """
+
+    def __init__(self, root: nn.Module, selection: Selection) -> None:
+        self.root, self.selection = root, selection
+        self.passes = 0
+
+    def run(self, policy: Policy, sample: Sample, observer: Observer | None = None) -> Any:
+        """Return the model's output under ``policy``."""
+        tracking.change(self.root, self.selection, policy)
+        self.selection.observer = observer
+        self.passes += 1
+        try:
+            with torch.no_grad(), paused():
+                return self.root(*sample[0], **sample[1])
+        finally:
+            self.selection.observer = None
+
+    def reference(self, sample: Sample, observer: Observer | None = None) -> Any:
+        """Return the model's output in float32; if that fails, it is not float16's fault: say so and stop."""
+        try:
+            return self.run(SAFE, sample, observer)
+        except UpcastError:
+            raise
+        except Exception as error:
+            raise UpcastError(
+                f"{type(self.root).__name__} fails in float32 already: {type(error).__name__}: {error}. Make "
+                "model(...) run with these inputs first."
+            ) from error
+
+
+@contextmanager
+def trial(model: object) -> Iterator[Trial]:
+    """Give the model, patched or not, as one that runs under any policy; afterwards it is as it was.
+
+    Raises:
+        UpcastError: it cannot be patched, or it is in training mode with layers that draw at random or learn.
+    """
+    root = unwrap(model)
+    _refuse_training(root)
+    if not any(isinstance(parameter, HalfWeight) for parameter in root.parameters()):
+        with patching.borrowed(root, policy=NONE) as record:
+            assert record.selection is not None
+            yield Trial(root, record.selection)
+        return
+    record = patching.record_of(root)
+    if record.selection is not None:
+        policy = record.selection.policy
+        try:
+            yield Trial(root, record.selection)
+        finally:
+            tracking.change(root, record.selection, policy)
+        return
+    selection = Selection(SAFE)
+    tracking.install(root, selection)
+    try:
+        yield Trial(root, selection)
+    finally:
+        tracking.remove(root)
+
+
+def _refuse_training(root: nn.Module) -> None:
+    for name, module in root.named_modules():
+        random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+        if module.training and (random or isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            raise UpcastError(
+                f"{type(root).__name__} is in training mode, where {name} ({type(module).__name__}) gives another "
+                "result each time; two passes can be compared only if they do the same. Call model.eval() first."
+            )

@@ -1,0 +1,265 @@
+"""guard and heal: a patched model whose result is not finite says where it comes from, or cures itself.
+
+The model's forward is wrapped; each call costs one sum over the logits. Only when that is not finite does anything
+else happen: the step is run again, from the state before it, to find or to avoid what went wrong.
+"""
+
+import inspect
+import math
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast import console
+from upcast.errors import UpcastError
+from upcast.policy import Policy, show
+
+_paused: Any = threading.local()  # .depth: blocks of `paused` in this thread
+_APPENDED = ("keys", "values")  # of a cache: replaced by longer ones, or written where the step will write again
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within the block, no model of this thread is watched."""
+    _paused.depth = getattr(_paused, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _paused.depth -= 1
+
+
+class Watch:
+    """The forward of a watched model, around the one that it has."""
+
+    def __init__(self, module: nn.Module, guard: bool, heal: bool) -> None:
+        self.module: Any = module
+        self.guard, self.heal = guard, heal
+        self.before = module.__dict__.get("forward")
+        self.lenient = False  # infinite numbers are meant, as in masked logits: only NaN counts
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or getattr(_paused, "depth", 0) > 0:
+            return self._run(args, kwargs)
+        state = State(args, kwargs)
+        output = self._run(args, kwargs)
+        return output if self._fine(output) else self._mend(output, state, args, kwargs)
+
+    def _run(self, args: Any, kwargs: Any) -> Any:
+        if self.before is not None:
+            return self.before(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs)
+
+    def _fine(self, output: Any) -> bool:
+        value = _answer(output)
+        if value is None:
+            return True
+        if math.isfinite(float(value.detach().sum(dtype=torch.float32))):
+            return True
+        return not bool(value.isnan().any()) if self.lenient else bool(value.isfinite().all())
+
+    def _mend(self, output: Any, state: "State", args: Any, kwargs: Any) -> Any:
+        from upcast.trial import SAFE, trial
+
+        sample = (args, kwargs)
+        with trial(self.module) as run:
+            findings = _findings()
+            state.restore()
+            wide = run.run(SAFE, sample, findings.in_float32)
+            curable = self._fine(wide)
+        if not curable and _bad(wide) == _bad(output) and not _has_nan(output):
+            self.lenient = True  # float32 says the same, so it is meant
+        elif curable and self.heal:
+            return self._heal(findings, state, args, kwargs)
+        elif self.guard:
+            raise self._error(state, sample, "" if curable else findings.first_nonfinite or "its inputs")
+        state.restore()
+        return self._run(args, kwargs)
+
+    def _heal(self, findings: Any, state: "State", args: Any, kwargs: Any) -> Any:
+        """Widen the policy by the smallest set of classes that gives a finite result, and return that result."""
+        from upcast import tracking
+        from upcast.patching import record_of
+
+        selection = record_of(self.module).selection
+        assert selection is not None
+        base = selection.policy
+
+        def attempt(added: frozenset[str]) -> tuple[bool, Any]:
+            tracking.change(self.module, selection, widened(base, added))
+            state.restore()
+            output = self._run(args, kwargs)
+            return self._fine(output), output
+
+        added, output = smallest(findings.ranked(), findings.beyond(), attempt)
+        record_of(self.module).policy = selection.policy
+        console.say(
+            f"{type(self.module).__name__}: a value that is not finite under policy {base}; from this step on "
+            f"{show(added)} runs in float32 too: policy {selection.policy}"
+        )
+        return output
+
+    def _error(self, state: "State", sample: Any, wide: str) -> UpcastError:
+        name = type(self.module).__name__
+        if wide:
+            return UpcastError(
+                f"{name}: the result is not finite, and in float32 it is not either, first in {wide}; no policy cures "
+                "that. Check weights and inputs."
+            )
+        from upcast.patching import record_of
+        from upcast.trial import SAFE, trial
+
+        policy = record_of(self.module).policy
+        findings = _findings()
+        with trial(self.module) as run:
+            for each, observer in ((SAFE, findings.in_float32), (policy, findings.in_float16)):
+                state.restore()
+                run.run(each, sample, observer)
+        state.restore()
+        where = findings.culprit or "an unknown place"
+        return UpcastError(
+            f"{name}: the result is not finite under policy {policy}; first in {where}. "
+            "Patch with heal=True, or with the policy that upcast.search finds."
+        )
+
+
+def smallest(order: list[str], start: set[str], attempt: Any) -> tuple[frozenset[str], Any]:
+    """Return the smallest set of classes for which ``attempt`` gives (True, output), and that output.
+
+    All classes together must be enough. The last attempt made is the one returned.
+    """
+    chosen = frozenset(start)
+    fine, output = attempt(chosen)
+    for each in order:
+        if fine:
+            break
+        if each not in chosen:
+            chosen = chosen | {each}
+            fine, output = attempt(chosen)
+    last = chosen
+    for each in reversed([each for each in order if each in chosen]):
+        last = chosen - {each}
+        fine, smaller = attempt(last)
+        if fine:
+            chosen, output = last, smaller
+    return chosen, output if last == chosen else attempt(chosen)[1]
+
+
+def widened(policy: Policy, added: frozenset[str]) -> Policy:
+    """Return ``policy`` with more classes upcast, everywhere."""
+    overrides = tuple((pattern, classes | added) for pattern, classes in policy.overrides)
+    return Policy(policy.classes | added, overrides, policy.kv_cache, policy.storage)
+
+
+def install(root: nn.Module, guard: bool, heal: bool) -> None:
+    """Have ``root`` watched."""
+    root.__dict__["forward"] = Watch(root, guard, heal)
+
+
+def remove(root: nn.Module) -> None:
+    """Take away what `install` gave."""
+    watch = root.__dict__.get("forward")
+    if isinstance(watch, Watch):
+        del root.__dict__["forward"]
+        if watch.before is not None:
+            root.__dict__["forward"] = watch.before
+
+
+def unwatched(module: nn.Module) -> Any:
+    """Return the forward of an instance as it is without being watched, or None."""
+    forward = module.__dict__.get("forward")
+    return forward.before if isinstance(forward, Watch) else forward
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+class State:
+    """What a step may change in the caches that it is given, and how to put it back.
+
+    Caches of keys and values grow by replacing their tensors, or are written at the positions of the step, which the
+    repeated step writes again: references are enough. Other states (of state-space models) are copied. LitGPT's caches
+    are of the second kind, too, and need nothing.
+    """
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        self._objects: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, Tensor]] = []
+        self._seen: set[int] = set()
+        for value in (*args, *kwargs.values()):
+            if not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+                self._take(value)
+
+    def restore(self) -> None:
+        """Put everything back."""
+        for container, content in self._objects:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+        with torch.no_grad():
+            for tensor, copied in self._tensors:
+                tensor.copy_(copied)
+
+    def _take(self, value: Any, name: str = "") -> None:
+        if isinstance(value, Tensor):
+            if name not in _APPENDED:
+                self._tensors.append((value, value.detach().clone()))
+            return
+        if isinstance(value, (bool, int, float, str, type, type(None))) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, list):
+            self._objects.append((value, list(value)))
+            for each in value:
+                self._take(each, name)
+        elif isinstance(value, (tuple, set)):
+            for each in value:
+                self._take(each, name)
+        else:
+            self._take_fields(value)
+
+    def _take_fields(self, value: Any) -> None:
+        fields = value if isinstance(value, dict) else getattr(value, "__dict__", None)
+        if fields is None or isinstance(value, nn.Module) or not _is_state(value):
+            return
+        self._objects.append((fields, dict(fields)))
+        for key, each in fields.items():
+            self._take(each, str(key))
+
+
+def _is_state(value: Any) -> bool:
+    """Whether an argument can be a cache: a mapping, or an object whose kind says so; not configs and the like."""
+    return isinstance(value, Mapping) or any(word in type(value).__name__ for word in ("Cache", "Layer", "State"))
+
+
+def _answer(output: Any) -> Tensor | None:
+    if isinstance(output, Tensor):
+        return output if output.is_floating_point() else None
+    from upcast.trial import find_answer
+
+    return find_answer(output)
+
+
+def _bad(output: Any) -> int:
+    value = _answer(output)
+    return 0 if value is None else int((~value.isfinite()).sum())
+
+
+def _has_nan(output: Any) -> bool:
+    value = _answer(output)
+    return value is not None and bool(value.isnan().any())
+
+
+def _findings() -> Any:
+    from upcast.diagnose import Findings
+
+    return Findings(math.inf)

@@ -1,0 +1,220 @@
+"""diagnose: the first operation that breaks float16 is named, and nothing is left behind."""
+
+import copy
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upcast
+from tests.conftest import assert_patched
+from tests.planted import IDS, plant
+from tests.test_patching import IDS as NET_IDS
+from tests.test_patching import Net, snapshot
+from tests.test_transformers import FAMILIES, make
+from upcast import UpcastError
+from upcast.half_weight import HalfWeight
+from upcast.policy import CLASSES
+
+FAST = range(12)
+ALL_FAULTS = range(100)
+
+
+def named(seeds: range) -> list[int]:
+    """Return the seeds of the planted faults whose class and module are not the ones named."""
+    wrong = []
+    for seed in seeds:
+        fault = plant(seed)
+        culprit = upcast.diagnose(fault.model, IDS).culprit
+        if culprit is None or (culprit.module, culprit.op_class) != (fault.module, fault.op_class):
+            wrong.append(seed)
+    return wrong
+
+
+def test_planted_faults_are_named() -> None:
+    assert {plant(seed).op_class for seed in FAST} == set(CLASSES)
+    assert named(FAST) == []
+
+
+@pytest.mark.slow
+def test_98_of_100_planted_faults_are_named() -> None:
+    assert len(named(ALL_FAULTS)) <= 2
+
+
+@pytest.mark.parametrize("state", ["float32", "float16", "safe", "sensitive"])
+def test_every_state_of_a_model_gives_the_same_culprit_and_is_left_as_it_was(state: str) -> None:
+    fault = plant(0)
+    model = fault.model.half() if state == "float16" else fault.model
+    if state in ("safe", "sensitive"):
+        upcast.patch(model, policy=state)
+    before, tensors = snapshot(model), dict(model.named_parameters())
+    found = upcast.diagnose(model, IDS)
+    assert found.culprit is not None
+    assert found.culprit.module == fault.module
+    assert not found.finite
+    assert found.passes == 2
+    after = snapshot(model)
+    assert {name: set(d) for name, (_, d) in after.items()} == {name: set(d) for name, (_, d) in before.items()}
+    assert all(p is tensors[name] for name, p in model.named_parameters())
+    if state in ("safe", "sensitive"):
+        assert_patched(model)
+        assert str(upcast.patching.record_of(model).policy) == state
+    else:
+        assert not any(isinstance(p, HalfWeight) for p in model.parameters())
+
+
+class Block(nn.Module):
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(16), nn.Linear(16, 32), nn.Linear(32, 16)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x)))) * self.gain
+
+
+def test_the_suggested_policy_is_enough_and_the_report_says_it_all(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), Block(1.0), Block(1.0), nn.LayerNorm(16))
+    with torch.no_grad():
+        model[1].down.weight.mul_(3e5)
+    x = torch.randn(4, 16)
+    found = upcast.diagnose(model, x)
+    assert found.culprit is not None
+    assert (found.culprit.module, found.culprit.op_class) == ("1.down", "linear")
+    text = str(found)
+    assert f"culprit: 1.down: linear output {found.culprit.largest:,.0f} > 65,504" in text
+    assert "suggested policy: linear+norm+residual" in text
+    with torch.no_grad():
+        want = copy.deepcopy(model)(x)
+        got = upcast.patch(copy.deepcopy(model), policy=found.policy)(x)
+    assert bool(got.isfinite().all())
+    assert float((got - want).norm() / want.norm()) < 2e-2
+    content = json.loads(found.to_json(tmp_path / "d.json"))
+    assert json.loads((tmp_path / "d.json").read_text()) == content
+    assert content["culprit"]["module"] == "1.down"
+    assert {site["op_class"] for site in content["sites"]} >= {"linear", "norm", "residual", "activation"}
+    pytest.importorskip("matplotlib")
+    assert found.plot(tmp_path / "d.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ranges_headroom_and_flushing_are_what_the_numbers_say() -> None:
+    class Sizes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x @ self.weight
+            return (y + torch.cat([y[:, :4], torch.zeros_like(y[:, 4:])], 1)) * 1e-9
+
+    x = torch.tensor([[1024.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]])
+    sites = {(s.op_class, s.function): s for s in upcast.diagnose(Sizes(), x).sites}
+    assert sites["linear", "matmul"].largest == 1024
+    assert sites["linear", "matmul"].headroom == pytest.approx(math.log2(65504 / 1024))
+    assert sites["residual", "add"].largest == 2048
+    assert sites[None, "mul"].flushed == 7 / 8
+
+
+def test_scores_inside_a_fused_attention_are_seen() -> None:
+    model = make(*next(row for row in FAMILIES if row[0] == "LlamaForCausalLM")[:3])
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(1000)
+    sites = upcast.diagnose(model, {"input_ids": IDS}).sites
+    fused = [s for s in sites if s.function == "scaled_dot_product_attention"]
+    assert len(fused) == 2
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight.mul_(2)
+    again = upcast.diagnose(model, {"input_ids": IDS}).sites
+    louder = next(s for s in again if (s.module, s.function) == (fused[0].module, fused[0].function))
+    assert louder.largest == pytest.approx(2 * fused[0].largest, rel=1e-2)
+
+
+def test_what_drifts_is_named_too() -> None:
+    class Cancels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.linear(x) + 1000.0
+            return (y + torch.sin(y).abs()) - (y + 0.01 * y.cos())
+
+    found = upcast.diagnose(Cancels(), torch.randn(4, 64), tolerance=0.05)
+    assert found.finite
+    assert found.culprit is not None
+    assert not found.culprit.overflows
+    assert "differs from float32's by" in str(found.culprit)
+
+
+@pytest.mark.parametrize("row", [pytest.param(row, id=row[0]) for row in FAMILIES])
+def test_inputs_of_every_kind(row: Any) -> None:
+    kind, config, sizes, inputs = row
+    model = make(kind, config, sizes)
+    by_mapping = upcast.diagnose(model, inputs)
+    by_kwargs = upcast.diagnose(model, **inputs)
+    assert by_mapping.finite
+    assert by_mapping.culprit is None
+    assert by_mapping.error < 2e-2
+    assert by_mapping.to_json() == by_kwargs.to_json()
+    assert upcast.diagnose(model, inputs, inputs).passes == 4
+
+
+def test_tuples_and_keyword_arguments_are_samples() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, y: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
+            return self.linear(x) * scale, y
+
+    found = upcast.diagnose(Two(), (torch.ones(1, 4), torch.ones(1, 4)), scale=2.0)
+    assert found.finite
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_bad_inputs_are_refused_and_nothing_is_changed() -> None:
+    model = Net()
+    before = snapshot(model)
+    with pytest.raises(UpcastError, match="no inputs"):
+        upcast.diagnose(model)
+    with pytest.raises(UpcastError, match="an input is on meta; upcast computes on the CPU"):
+        upcast.diagnose(model, torch.ones(1, 2, device="meta"))
+    with pytest.raises(UpcastError, match="an input is a str"):
+        upcast.diagnose(model, "hello")
+    with pytest.raises(UpcastError, match="Net fails in float32 already: "):
+        upcast.diagnose(model, torch.full((1, 2), 1000))
+    assert snapshot(model) == before
+
+
+def test_a_result_that_is_not_finite_in_float32_is_refused_with_its_place() -> None:
+    model = Net()
+    model.down.register_forward_hook(lambda module, args, out: out / 0)
+    with pytest.raises(UpcastError, match="Net is not finite in float32 already, first in "):
+        upcast.diagnose(model, NET_IDS)
+
+
+def test_training_mode_with_dropout_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.1))
+    with pytest.raises(UpcastError, match=r"training mode, where 1 \(Dropout\) .* model.eval\(\)"):
+        upcast.diagnose(model, torch.ones(1, 4))
+    assert upcast.diagnose(model.eval(), torch.ones(1, 4)).finite
+
+
+def test_a_model_without_numbers_to_compare_is_refused() -> None:
+    class Ids(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x).argmax(-1)
+
+    with pytest.raises(UpcastError, match="without a floating-point tensor"):
+        upcast.diagnose(Ids(), torch.ones(1, 4))

@@ -1,0 +1,169 @@
+"""search and ablate: policies that are enough, and no larger than they have to be."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upcast
+from tests.planted import IDS, plant
+from tests.test_patching import Net
+from upcast import UpcastError
+from upcast.diagnose import relative_error
+from upcast.policy import CLASSES, Policy
+from upcast.trial import NONE, SAFE, Trial, answer, samples, trial
+
+FAST = range(12)
+TOLERANCE = 1e-2
+
+
+def enough(run: Trial, policy: Policy) -> bool:
+    (sample,) = samples([IDS], {})
+    want = answer(run.run(SAFE, sample)).float().clone()
+    got = answer(run.run(policy, sample)).float()
+    return bool(got.isfinite().all()) and relative_error(got, want) <= TOLERANCE
+
+
+def weaker(policy: Policy) -> list[Policy]:
+    """Return the policy without each of its members."""
+    classes = policy.overrides[0][1] if policy.overrides else policy.classes
+    return [
+        Policy(policy.classes - {each}, tuple((pattern, inside - {each}) for pattern, inside in policy.overrides))
+        for each in classes
+    ]
+
+
+def scores(seeds: range) -> tuple[int, int, float]:
+    """Return (insufficient, not minimal, mean passes) over planted faults."""
+    insufficient, larger, passes = 0, 0, 0
+    for seed in seeds:
+        fault = plant(seed)
+        found = upcast.search(fault.model, IDS, tolerance=TOLERANCE, verbose=False)
+        passes += found.passes
+        with trial(fault.model) as run:
+            assert not enough(run, NONE)
+            insufficient += not enough(run, found.policy)
+            larger += any(enough(run, policy) for policy in weaker(found.policy))
+    return insufficient, larger, passes / len(seeds)
+
+
+def test_search_is_sufficient_and_minimal_on_planted_faults() -> None:
+    insufficient, larger, passes = scores(FAST)
+    assert (insufficient, larger) == (0, 0)
+    assert passes <= 40
+
+
+@pytest.mark.slow
+def test_search_on_100_planted_faults() -> None:
+    insufficient, larger, passes = scores(range(100))
+    assert insufficient == 0
+    assert larger <= 5
+    assert passes <= 40
+
+
+def test_the_result_is_a_policy_with_evidence_that_patch_takes(tmp_path: Path, capsys: Any) -> None:
+    fault = plant(4)
+    found = upcast.search(fault.model, [IDS, IDS.flip(1)])
+    assert found.samples == 2
+    assert fault.op_class in found.steps[1].policy
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("upcast: search: ") for line in lines) == len(found.steps)
+    assert f"policy {found.policy}: error" in str(found)
+    found.save(tmp_path / "p.json")
+    content = json.loads((tmp_path / "p.json").read_text())
+    assert content["policy"] == str(found.policy)
+    assert len(content["steps"]) == len(found.steps)
+    with pytest.raises(UpcastError, match="measured on a"):
+        upcast.patch(Net(), policy=tmp_path / "p.json")
+    for choice in (found, tmp_path / "p.json"):
+        with upcast.patched(fault.model, policy=choice) as model:
+            assert upcast.patching.record_of(model).policy == found.policy
+            assert bool(model(IDS)[0].isfinite().all())
+
+
+def test_a_model_that_needs_nothing_gets_none() -> None:
+    found = upcast.search(Net(), torch.arange(14).view(2, 7), verbose=False)
+    assert found.policy == NONE
+    assert found.passes == 2
+
+
+def test_a_metric_of_the_user_decides() -> None:
+    calls = []
+
+    def metric(got: Any, want: Any) -> float:
+        calls.append(got)
+        return float((got.float() - want.float()).abs().max())
+
+    net, ids = Net(), torch.arange(14).view(2, 7)
+    strict = upcast.search(net, ids, tolerance=1e-7, metric=metric, verbose=False)
+    assert str(strict.policy) == "linear+norm+residual+activation"  # all that there is in it
+    assert len(calls) == strict.passes - 1
+    loose = upcast.search(net, ids, tolerance=1.0, metric=metric, verbose=False)
+    assert loose.policy == NONE
+
+
+def test_samples_may_be_a_generator() -> None:
+    fault = plant(5)
+    found = upcast.search(fault.model, (IDS for _ in range(1)), verbose=False)
+    assert found.samples == 1
+
+
+def test_an_impossible_tolerance_is_refused() -> None:
+    def never(got: Any, want: Any) -> float:
+        return 1.0
+
+    with pytest.raises(UpcastError, match=r"every class upcast gives an error of 1\.0e\+00"):
+        upcast.search(Net(), torch.arange(14).view(2, 7), metric=never, verbose=False)
+
+
+def test_ablation_has_every_class_alone_and_dropped(tmp_path: Path) -> None:
+    fault = plant(10)
+    assert fault.op_class == "residual"
+    result = upcast.ablate(fault.model, IDS, extra=("norm+residual",))
+    rows = {row.label: row for row in result.rows}
+    assert {f"{name} alone" for name in CLASSES} | {f"all but {name}" for name in CLASSES} < set(rows)
+    for name in CLASSES:
+        assert rows[f"{name} alone"].finite is (name == "residual")
+        assert rows[f"all but {name}"].finite is (name != "residual")
+    assert rows["norm+residual"].finite
+    assert not rows["nothing (none)"].finite
+    assert rows["everything (safe)"].error == 0
+    assert "| all but residual | **no** |  |" in result.to_markdown()
+    assert len(json.loads(result.to_json(tmp_path / "a.json"))["rows"]) == len(rows)
+    pytest.importorskip("matplotlib")
+    assert result.plot(tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_stay_as_they_are() -> None:
+    found = upcast.search(Net(), torch.arange(14).view(2, 7), verbose=False)
+    with pytest.raises(AttributeError):
+        found.error = 0.0  # type: ignore[misc]
+    assert replace(found, error=1.0).error == 1.0
+
+
+class Chain(nn.Module):
+    """Eight blocks, of which the fourth overflows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(8))
+        with torch.no_grad():
+            for block in self.blocks:
+                block.weight.copy_(torch.eye(8))
+            self.blocks[3].weight.mul_(1e4)
+            self.blocks[4].weight.mul_(1e-4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_the_policy_is_confined_to_the_blocks_that_need_it() -> None:
+    found = upcast.search(Chain(), torch.full((1, 8), 10.0) + torch.rand(1, 8), verbose=False)
+    assert str(found.policy) == "none; blocks.3..4=linear"
+    assert upcast.search(Chain(), torch.full((1, 8), 10.0), modules=False, verbose=False).policy.overrides == ()
