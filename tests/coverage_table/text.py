@@ -1,0 +1,72 @@
+"""Every text decoder of Transformers: MODEL_FOR_CAUSAL_LM_MAPPING."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from tests.coverage_table.case import Case, Missing
+from tests.coverage_table.shrink import Whole, tiny
+
+GROUP = "Transformers text decoders"
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "dbrx": {
+        "attn_config": Whole(kv_n_heads=2, clip_qkv=8.0),
+        "ffn_config": Whole(hidden_size=32, ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
+    },
+    "dots1": {"n_shared_experts": 1},
+    "gemma3n_text": {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "glm_moe_dsa": {"num_key_value_heads": 4},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
+    "mamba2": {"head_dim": 16, "n_groups": 1},
+    **dict.fromkeys(["musicgen", "musicgen_melody"], {"num_codebooks": 2}),
+    **dict.fromkeys(["qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next"], LINEAR),
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"num_hidden_layers": 6, "attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
+    "zamba2": {"num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2},
+}
+"""Model type -> what the sizes in `shrink` alone cannot say about its structure."""
+
+CAUSES = {
+    "gemma3n": "its vision tower is a timm model, and timm is no dependency; its text model is gemma3n_text",
+}
+
+FAST = "gpt2 gpt_neox llama qwen3 gemma3_text mixtral deepseek_v3 gpt_oss falcon bloom mamba minimax_m2 t5 phi".split()
+
+
+def cases() -> Iterator[Case | Missing]:
+    """Yield a row for each entry of the mapping."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    for kind, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
+        if kind in CAUSES:
+            yield Missing(GROUP, kind, CAUSES[kind])
+            continue
+        model_class = getattr(transformers, class_name)
+        build = functools.partial(_build, model_class, OVERRIDES.get(kind, {}))
+        full = functools.partial(_full, model_class)
+        generate = {} if model_class.can_generate() else None
+        yield Case(GROUP, f"{kind} ({class_name})", build, generate=generate, full=full, fast=kind in FAST)
+
+
+def _build(model_class: Any, overrides: dict[str, Any]) -> nn.Module:
+    model: nn.Module = model_class(tiny(model_class.config_class, **overrides))
+    return model
+
+
+def _full(model_class: Any) -> nn.Module:
+    model: nn.Module = model_class(model_class.config_class())
+    return model
