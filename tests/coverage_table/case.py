@@ -22,6 +22,20 @@ def noise(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+GENERATION: Inputs = {
+    "max_new_tokens": 6,
+    "min_new_tokens": 6,
+    "do_sample": False,
+    "return_dict_in_generate": True,
+    "output_logits": True,
+}
+
+
+def greedy(**options: Any) -> Callable[[Any, Inputs], list[Tensor]]:
+    """Return what generates with Transformers' ``generate`` and gives the logits of each token."""
+    return lambda model, inputs: list(model.generate(**inputs, **{**GENERATION, **options}).logits)
+
+
 @dataclass(frozen=True)
 class Case:
     """An architecture.
@@ -31,7 +45,7 @@ class Case:
         name: its row.
         build: returns a tiny instance with random weights.
         inputs: what its forward gets.
-        generate: arguments of ``generate`` besides the inputs, or None where the model does not generate.
+        generate: returns the logits of a greedy generation, or None where the model does not generate.
         full: returns the module at its published size, on the meta device; None where there is no default size.
         fast: whether the row is part of ``make test``.
         note: what a reader should know.
@@ -41,7 +55,7 @@ class Case:
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[nn.Module], Inputs] = tokens
-    generate: Inputs | None = None
+    generate: Callable[[Any, Inputs], list[Tensor]] | None = None
     full: Callable[[], nn.Module] | None = None
     fast: bool = False
     note: str = ""
