@@ -33,7 +33,12 @@ GENERATION: Inputs = {
 
 def greedy(**options: Any) -> Callable[[Any, Inputs], list[Tensor]]:
     """Return what generates with Transformers' ``generate`` and gives the logits of each token."""
-    return lambda model, inputs: list(model.generate(**inputs, **{**GENERATION, **options}).logits)
+
+    def generate(model: Any, inputs: Inputs) -> list[Tensor]:
+        prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+        return list(model.generate(**prompt, **{**GENERATION, **options}).logits)
+
+    return generate
 
 
 @dataclass(frozen=True)

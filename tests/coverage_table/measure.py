@@ -77,7 +77,7 @@ def _fill(row: Row, case: Case) -> None:
     watched = watch(model)
     got, got_logits = outputs(model, inputs), generated(model, case, inputs)
     row.forward = relative_error(got, wanted)
-    row.generated = None if wanted_logits is None else relative_error(got_logits or [], wanted_logits)
+    row.generated = relative_error(got_logits, wanted_logits) if wanted_logits else None
     plan = record_of(model).plan
     row.before, row.after = plan.bytes_before, plan.bytes_after
     row.fused = fused_kinds(model)
@@ -116,13 +116,13 @@ def outputs(model: nn.Module, inputs: Inputs) -> list[Tensor]:
         return [tensor.clone() for tensor in floating(model(**inputs))]
 
 
-def generated(model: Any, case: Case, inputs: Inputs) -> list[Tensor] | None:
-    """Return the logits of greedy generation, one tensor per token."""
+def generated(model: Any, case: Case, inputs: Inputs) -> list[Tensor]:
+    """Return the logits of all tokens of a greedy generation, as one tensor; nothing if the model does not generate."""
     if case.generate is None:
-        return None
+        return []
     torch.manual_seed(0)
     with torch.inference_mode():
-        return [tensor.clone() for tensor in case.generate(model, inputs)]
+        return [torch.cat([step.flatten() for step in case.generate(model, inputs)])]
 
 
 def floating(value: Any) -> Iterator[Tensor]:

@@ -43,7 +43,11 @@ def tiny(config_class: Any, **overrides: Any) -> Any:
     """
     accepted = inspect.signature(config_class.__init__).parameters
     default = config_class()
-    sizes = {name: size for name, size in _BY_NAME.items() if name in accepted or name in default.__dict__}
+    sizes = {
+        name: size
+        for name, size in _BY_NAME.items()
+        if (name in accepted or name in default.__dict__) and not isinstance(getattr(default, name, 0), (list, tuple))
+    }
     nested = {}
     for name, part in _parts(default):
         changes = overrides.pop(name, {})

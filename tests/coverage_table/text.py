@@ -16,7 +16,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "dbrx": {
         "attn_config": Whole(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
-        "ffn_config": Whole(hidden_size=32, ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
+        "ffn_config": Whole(hidden_size=32, ffn_hidden_size=32, moe_num_experts=4, moe_top_k=2),
     },
     "dots1": {"n_shared_experts": 1},
     "gemma3n_text": {
