@@ -8,13 +8,13 @@ import os
 import warnings
 from types import ModuleType
 
-TARGETS = ("litgpt.api", "transformers.modeling_utils")
+TARGETS = ("litgpt.api", "transformers.modeling_utils", "diffusers.models.modeling_utils")
 _OFF = ("", "0", "false", "off", "no")
 _started: list[bool] = []
 
 
 def start() -> None:
-    """Arrange for the loaders of LitGPT and Transformers to be patched when these are imported, if UPCAST is on."""
+    """Arrange for the loaders of LitGPT, Transformers and Diffusers to be patched when these are imported, if UPCAST is on."""
     if os.environ.get("UPCAST", "").strip().lower() in _OFF or _started:
         return
     _started.append(True)  # site may read a .pth file twice

@@ -3,15 +3,29 @@
 from importlib.metadata import version
 
 from upcast import compiled as _compiled
+from upcast import composites as _composites
 from upcast import ops as _ops
 from upcast import products as _products
+from upcast import recurrent as _recurrent
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt import load_litgpt
+from upcast.integrations.loading import from_pretrained
 from upcast.patching import patch, patched, report, unpatch
 from upcast.planning import Plan, plan
 
-__all__ = ["HalfWeight", "Plan", "UpcastError", "load_litgpt", "patch", "patched", "plan", "report", "unpatch"]
+__all__ = [
+    "HalfWeight",
+    "Plan",
+    "UpcastError",
+    "from_pretrained",
+    "load_litgpt",
+    "patch",
+    "patched",
+    "plan",
+    "report",
+    "unpatch",
+]
 __version__ = version("upcast")
 
-del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations
+del _compiled, _composites, _ops, _products, _recurrent, version  # imported so that HalfWeight and torch.compile know the operations

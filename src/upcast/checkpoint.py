@@ -70,13 +70,13 @@ def to_float16(state: dict[str, Tensor], keep: Sequence[str] = ()) -> Known:
             key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay tied
             if key not in converted:
                 converted[key] = to_half(tensor)
-                _give_back_pages(tensor)
+                give_back_pages(tensor)
             state[name], rounding = converted[key]
             known[name] = (tensor.dtype, rounding)
     return known
 
 
-def _give_back_pages(tensor: Tensor) -> None:
+def give_back_pages(tensor: Tensor) -> None:
     """Tell the system that the mapped pages of ``tensor`` are no longer needed, or they count as ours to the end."""
     if not hasattr(mmap, "MADV_DONTNEED") or not tensor.is_contiguous():
         return

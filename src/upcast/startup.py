@@ -3,11 +3,12 @@
 from types import ModuleType
 
 from upcast import config
-from upcast.integrations import litgpt, transformers
+from upcast.integrations import diffusers, litgpt, transformers
 
 ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
     "transformers.modeling_utils": transformers.activate,
+    "diffusers.models.modeling_utils": diffusers.activate,
 }
 
 

@@ -161,7 +161,7 @@ def video_inputs(_: nn.Module) -> Inputs:
     """Return noise, two texts and a picture for `hunyuan_transformer`."""
     return {
         "hidden_states": noise(1, 9, 2, 4, 4),
-        "timestep": torch.tensor([7]),
+        "timestep": torch.tensor([7.0]),
         "encoder_hidden_states": noise(1, 5, 32),
         "encoder_attention_mask": torch.ones(1, 5, dtype=torch.bool),
         "encoder_hidden_states_2": noise(1, 4, 32),
