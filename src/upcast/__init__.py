@@ -2,6 +2,7 @@
 
 from importlib.metadata import version
 
+from upcast import attention as _attention
 from upcast import compiled as _compiled
 from upcast import composites as _composites
 from upcast import ops as _ops
@@ -28,4 +29,4 @@ __all__ = [
 ]
 __version__ = version("upcast")
 
-del _compiled, _composites, _ops, _products, _recurrent, version  # imported so that HalfWeight and torch.compile know the operations
+del _attention, _compiled, _composites, _ops, _products, _recurrent, version  # imported so that HalfWeight and torch.compile know the operations

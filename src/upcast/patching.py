@@ -12,7 +12,7 @@ from upcast import console, hooks, kernels
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
-from upcast.integrations import litgpt_fused
+from upcast.integrations import litgpt_fused, transformers_fused
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, settle
 from upcast.rounding import Rounding, to_half
 from upcast.targets import Slot, prepare, slots, unwrap
@@ -170,6 +170,7 @@ def _patch(
             changes[slot.name] = change
         hooks.install(root)
         litgpt_fused.install(root, kv_cache)
+        transformers_fused.install(root, kv_cache)
     except BaseException:
         _clear(root)
         _put_back(undo)
@@ -208,6 +209,7 @@ def _put_back(undo: Undo) -> None:
 def _clear(root: nn.Module) -> None:
     hooks.remove(root)
     litgpt_fused.remove(root)
+    transformers_fused.remove(root)
     root.__dict__.pop(_RECORD, None)
 
 

@@ -64,6 +64,8 @@ def _product(a: Tensor, b: Tensor) -> Any:
     other = b if weight is a else a
     if weight.stored.dim() == 1 or other.dtype == torch.float64:
         return call_widened(torch.matmul, (a, b), {})
+    if weight.stored.dim() > 2 and weight.stored.numel() <= TILE:  # no more than a tile: a cache's rows in use, say
+        return torch.matmul(*(weight.widened() if each is weight else each for each in (a, b)))
     if weight.stored.dim() > 2:
         return _batched(a, b)
     if weight is b:
