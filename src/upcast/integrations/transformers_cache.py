@@ -73,6 +73,15 @@ class _Twin:
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
         raise NotImplementedError
 
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        if isinstance(self.keys, HalfWeight):
+            self.keys, self.values = (_out(held.stored[indices]) for held in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch, as beam search does after each token."""
+        self.batch_select_indices(beam_idx)
+
     def _give_up(self, keys: Tensor, values: Tensor, settings: Any, why: str) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32."""
         self.__class__ = self.original
@@ -113,6 +122,7 @@ class _Growing(_Twin):
             if not kernels.active().kv_append(buffer, new, before):
                 return None
         self.keys, self.values = (_out(buffer[:, :, :after]) for buffer in buffers)
+        self.dtype, self.device, self.is_initialized = torch.float32, keys.device, True
         return (keys, values) if before == 0 else (self.keys, self.values)
 
     def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
@@ -127,8 +137,6 @@ class _Growing(_Twin):
             if before and held is not None:
                 buffer[:, :, :before] = held.stored if isinstance(held, HalfWeight) else held
             made.append(buffer)
-        if not self.is_initialized:  # type: ignore[has-type]
-            self.dtype, self.device, self.is_initialized = torch.float32, keys.device, True
         self._buffers = made[0], made[1]
         return self._buffers
 
