@@ -5,6 +5,7 @@ time per token in interleaved rounds, weight bytes, and the text.
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import statistics
@@ -71,7 +72,7 @@ def decode(model: Any) -> tuple[float, list[int]]:
     handle = model.register_forward_hook(lambda *_: stamps.append(time.perf_counter()))
     text = model.generate(ids, max_new_tokens=NEW_TOKENS, **options)[0].tolist()
     handle.remove()
-    return statistics.median(b - a for a, b in zip(stamps, stamps[1:], strict=False)), text
+    return statistics.median(b - a for a, b in itertools.pairwise(stamps)), text
 
 
 def main() -> None:

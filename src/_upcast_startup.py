@@ -14,7 +14,7 @@ _started: list[bool] = []
 
 
 def start() -> None:
-    """Arrange for the loaders of LitGPT, Transformers and Diffusers to be patched when these are imported, if UPCAST is on."""
+    """Arrange for the loaders of the libraries in TARGETS to be patched when these are imported, if UPCAST is on."""
     if os.environ.get("UPCAST", "").strip().lower() in _OFF or _started:
         return
     _started.append(True)  # site may read a .pth file twice

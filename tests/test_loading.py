@@ -197,7 +197,7 @@ def test_without_upcast_1_the_wrapped_loaders_do_nothing(tmp_path: Path) -> None
 
 
 def test_an_error_of_the_library_is_passed_on(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="no file named|does not appear"):
+    with pytest.raises(OSError, match=r"no file named|does not appear"):
         upcast.from_pretrained(transformers.LlamaForCausalLM, tmp_path)
     assert_patched(upcast.from_pretrained(transformers.LlamaForCausalLM, write(tmp_path)))
 
@@ -280,7 +280,9 @@ def test_diffusers(tmp_path: Path, dtype: torch.dtype, form: str) -> None:
     name, settings, inputs = next(row for row in _table() if row[0] == "FluxTransformer2DModel")
     model_class = getattr(diffusers, name)
     torch.manual_seed(0)
-    model_class(**settings).to(dtype).save_pretrained(tmp_path, **({"max_shard_size": "200KB"} if FORMATS[form] else {}))
+    model_class(**settings).to(dtype).save_pretrained(
+        tmp_path, **({"max_shard_size": "200KB"} if FORMATS[form] else {})
+    )
     want = model_class.from_pretrained(tmp_path, torch_dtype=torch.float32)
     with torch.no_grad():
         for parameter in want.parameters():

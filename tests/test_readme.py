@@ -21,7 +21,7 @@ def test_the_code_in_the_readme_runs() -> None:
 
 def test_every_public_function_is_in_the_readme() -> None:
     text = " ".join(BLOCKS)
-    for name in ("patch", "plan", "unpatch", "patched", "load_litgpt", "report"):
+    for name in ("patch", "plan", "unpatch", "patched", "load_litgpt", "from_pretrained", "report"):
         assert name in upcast.__all__
         assert f"upcast.{name}(" in text
 

@@ -29,4 +29,12 @@ __all__ = [
 ]
 __version__ = version("upcast")
 
-del _attention, _compiled, _composites, _ops, _products, _recurrent, version  # imported so that HalfWeight and torch.compile know the operations
+del (
+    _attention,
+    _compiled,
+    _composites,
+    _ops,
+    _products,
+    _recurrent,
+    version,
+)  # imported so that HalfWeight and torch.compile know the operations

@@ -33,7 +33,8 @@ def _attention(
     wide = [tensor.widened() if isinstance(tensor, HalfWeight) else tensor for tensor in (query, key, value)]
     mask = attn_mask.widened() if isinstance(attn_mask, HalfWeight) else attn_mask
     options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
-    return F.scaled_dot_product_attention(*wide, mask, dropout_p, is_causal, scale=scale, **options)
+    q, k, v = wide
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, **options)
 
 
 def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) -> bool:

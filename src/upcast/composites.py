@@ -96,7 +96,7 @@ def _others(tensor: Tensor, dims: list[int]) -> list[int]:
 
 
 def _as_matrix(tensor: Tensor, dims: list[int], last: bool) -> Tensor:
-    """Return ``tensor`` as a matrix whose columns (rows, if not ``last``) are its ``dims``; float16 if it is stored so."""
+    """Return ``tensor`` as a matrix whose columns (rows, if not ``last``) are its ``dims``; a weight stays float16."""
     plain = tensor.stored if isinstance(tensor, HalfWeight) else tensor
     others, summed = _others(plain, dims), [dim % plain.dim() for dim in dims]
     size = math.prod(plain.shape[dim] for dim in summed)

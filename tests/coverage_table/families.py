@@ -31,22 +31,26 @@ NAMES: dict[str, str] = {
 }
 """Group of the table -> model types, as Transformers' AutoModel knows them."""
 
-STAGES: dict[str, Any] = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32}
+SWIN: dict[str, Any] = {"depths": [1, 1], "num_heads": [2, 4], "embed_dim": 32, "window_size": 2, "patch_size": 4}
+CONVNEXT: dict[str, Any] = {"image_size": 64, "hidden_sizes": [16, 32, 32, 64]}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "audio-spectrogram-transformer": {"max_length": 64, "num_mel_bins": 32},
-    **dict.fromkeys(["convnext", "convnextv2"], {"image_size": 64, "hidden_sizes": [16, 32, 32, 64]}),
+    "convnext": CONVNEXT,
+    "convnextv2": CONVNEXT,
     "efficientnet": {"hidden_dim": 2560},
     "hiera": {"image_size": [64, 64], "embed_dim": 32, "num_heads": [1, 2, 4, 8]},
     "levit": {"image_size": 224, "patch_size": 16, "num_attention_heads": [2, 4, 4], "key_dim": [8, 8, 8]},
     "marian": {"pad_token_id": 0, "decoder_start_token_id": 0, "bad_words_ids": None},
     "mimi": {"num_filters": 8, "hidden_size": 64, "upsample_groups": 64},
     "pvt": {"image_size": 64},
-    **dict.fromkeys(["swin", "swinv2"], {**STAGES, "window_size": 2, "patch_size": 4}),
-    **dict.fromkeys(["t5", "whisper"], {"decoder_start_token_id": 1}),
+    "swin": SWIN,
+    "swinv2": SWIN,
+    "t5": {"decoder_start_token_id": 1},
+    "whisper": {"decoder_start_token_id": 1},
     "yolos": {"image_size": [64, 64]},
 }
 CAUSES: dict[str, str] = {}
-FAST = "bert t5 bart whisper vit resnet wav2vec2 clip".split()
+FAST = ["bert", "t5", "bart", "whisper", "vit", "resnet", "wav2vec2", "clip"]
 
 
 def cases() -> Iterator[Case | Missing]:

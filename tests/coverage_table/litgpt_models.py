@@ -13,9 +13,8 @@ from tests.litgpt_checkpoints import small_config
 
 GROUP = "LitGPT"
 IDS = torch.arange(14).view(2, 7) * 9
-FAST = (
-    "pythia-160m falcon-40b Llama-3.2-1B Gemma-2-2b Gemma-3-1b-it Mixtral-8x7B-v0.1 Qwen3-0.6B OLMo-2-1124-7B"
-).split()
+FAST = ["pythia-160m", "falcon-40b", "Llama-3.2-1B", "Gemma-2-2b", "Gemma-3-1b-it"]
+FAST += ["Mixtral-8x7B-v0.1", "Qwen3-0.6B", "OLMo-2-1124-7B"]
 
 LORA = {f"lora_{part}": True for part in ("query", "key", "value", "projection", "mlp", "head")}
 LATENT = {

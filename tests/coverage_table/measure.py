@@ -18,6 +18,7 @@ FORWARD_ERROR = 1e-5
 CACHED_ERROR = 5e-4  # the cache is float16
 LARGEST_COPY = 4 << 20
 
+
 @dataclass
 class Row:
     """What one architecture did.

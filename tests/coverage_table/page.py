@@ -52,14 +52,16 @@ def write(rows: Sequence[Row | Missing], seconds: float) -> str:
 
 
 def _exceptions(measured: Sequence[Row], absent: Sequence[Missing]) -> str:
-    lines = [f"- {row.case.group}, {row.case.name}: {CAUSES.get(row.case.name, row.wrong)}" for row in measured if row.wrong]
+    lines = [
+        f"- {row.case.group}, {row.case.name}: {CAUSES.get(row.case.name, row.wrong)}" for row in measured if row.wrong
+    ]
     lines += [f"- {row.group}, {row.name}: {row.cause}" for row in absent]
     return "\n## Exceptions\n\n" + "\n".join(lines or ["None."]) + "\n"
 
 
 def _group(group: str, rows: Sequence[Row]) -> str:
-    head = f"\n## {group}\n\n| architecture | forward | generate | MB | fused | copies | |\n|---|---:|---:|---:|---|---|---|\n"
-    return head + "".join(map(_line, rows))
+    cells = "| architecture | forward | generate | MB | fused | copies | |\n|---|---:|---:|---:|---|---|---|\n"
+    return f"\n## {group}\n\n{cells}" + "".join(map(_line, rows))
 
 
 def _line(row: Row) -> str:
@@ -68,7 +70,9 @@ def _line(row: Row) -> str:
     generated = "" if row.generated is None else f"{row.generated:.0e}"
     sizes = f"{row.before / 1e6:.2f} → {row.after / 1e6:.2f}"
     state = "exception" if row.wrong else "green"
-    return f"| {row.case.name}{note} | {row.forward:.0e} | {generated} | {sizes} | {fused} | {_copies(row)} | {state} |\n"
+    return (
+        f"| {row.case.name}{note} | {row.forward:.0e} | {generated} | {sizes} | {fused} | {_copies(row)} | {state} |\n"
+    )
 
 
 def _copies(row: Row) -> str:

@@ -122,7 +122,10 @@ def _got() -> Any:
 
     vision = {"output_channels": 16, "mlp_dim": 64, "window_size": 4, "global_attn_indexes": [1], "image_size": 128}
     return tiny(
-        transformers.GotOcr2Config, vision_config={**vision, "patch_size": 4}, image_token_index=IMAGE, image_token_id=IMAGE
+        transformers.GotOcr2Config,
+        vision_config={**vision, "patch_size": 4},
+        image_token_index=IMAGE,
+        image_token_id=IMAGE,
     )
 
 

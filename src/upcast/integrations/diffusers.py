@@ -28,7 +28,7 @@ def activate(module: ModuleType) -> None:
     """Make ``ModelMixin.from_pretrained`` of ``diffusers.models.modeling_utils`` give patched models."""
     from diffusers.models import model_loading_utils
 
-    model_class: Any = module.ModelMixin  # type: ignore[attr-defined]
+    model_class: Any = module.ModelMixin
     if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, "ModelMixin.from_pretrained", loading.hook(_load))

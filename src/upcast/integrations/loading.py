@@ -25,7 +25,7 @@ from upcast.targets import Slot
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class NotOurs(Exception):  # noqa: N818 - no error: the library's own loader goes on
+class NotOurs(Exception):
     """A call that upcast leaves to the library, and why."""
 
 

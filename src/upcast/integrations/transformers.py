@@ -44,7 +44,7 @@ def install() -> None:
 
 def activate(module: ModuleType) -> None:
     """Make ``PreTrainedModel.from_pretrained`` of ``transformers.modeling_utils`` give patched models."""
-    model_class: Any = module.PreTrainedModel  # type: ignore[attr-defined]
+    model_class: Any = module.PreTrainedModel
     if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, "PreTrainedModel.from_pretrained", loading.hook(_load))
@@ -55,7 +55,7 @@ def activate(module: ModuleType) -> None:
 def _takes_arriving(model_class: Any) -> bool:
     """Whether this version materialises a state dict as Transformers 5 does."""
     loader = getattr(model_class, "_load_pretrained_model", None)
-    return loader is not None and _ARGUMENTS <= set(inspect.signature(loader).parameters)
+    return loader is not None and set(inspect.signature(loader).parameters) >= _ARGUMENTS
 
 
 _ARGUMENTS = {"model", "state_dict", "checkpoint_files", "load_config"}

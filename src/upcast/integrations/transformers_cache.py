@@ -59,6 +59,7 @@ class _Twin:
     original: Any
     keys: Any
     values: Any
+    is_initialized: bool
 
     def update(self, key_states: Tensor, value_states: Tensor, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values in float16 and return all rows."""
@@ -152,7 +153,7 @@ class _Growing(_Twin):
 
 
 class _Sliding(_Twin):
-    """DynamicSlidingWindowLayer: the window is kept in float16; what is returned is its float32 rows and the new ones."""
+    """DynamicSlidingWindowLayer: the window is kept in float16; its rows are returned in float32, with the new ones."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
         if _half(keys) is None or _half(values) is None:
@@ -169,7 +170,7 @@ class _Static(_Twin):
         halves = _half(keys), _half(values)
         if halves[0] is None or halves[1] is None:
             return None
-        if not self.is_initialized:  # type: ignore[has-type]
+        if not self.is_initialized:
             self.lazy_initialization(halves[0], halves[1])  # type: ignore[attr-defined]
             self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
         positions = (settings or {}).get("cache_position")
