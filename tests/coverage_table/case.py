@@ -35,6 +35,8 @@ def greedy(**options: Any) -> Callable[[Any, Inputs], list[Tensor]]:
     """Return what generates with Transformers' ``generate`` and gives the logits of each token."""
 
     def generate(model: Any, inputs: Inputs) -> list[Tensor]:
+        if not model.can_generate():
+            return []
         prompt = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
         return list(model.generate(**prompt, **{**GENERATION, **options}).logits)
 
@@ -50,7 +52,7 @@ class Case:
         name: its row.
         build: returns a tiny instance with random weights.
         inputs: what its forward gets.
-        generate: returns the logits of a greedy generation, or None where the model does not generate.
+        generate: returns the logits of a greedy generation, nothing for a model that cannot; or None.
         full: returns the module at its published size, on the meta device; None where there is no default size.
         fast: whether the row is part of ``make test``.
         note: what a reader should know.

@@ -66,22 +66,25 @@ def cases() -> Iterator[Case | Missing]:
 
 
 def _case(group: str, kind: str, name: str, generate: Any) -> Case | Missing:
-    import transformers
-
     if kind in CAUSES:
         return Missing(group, kind, CAUSES[kind])
-    model_class = getattr(transformers, name)
-    build = functools.partial(_build, model_class, OVERRIDES.get(kind, {}))
-    full = functools.partial(_full, model_class)
+    build = functools.partial(_build, name, OVERRIDES.get(kind, {}))
+    full = functools.partial(_full, name)
     return Case(group, f"{kind} ({name})", build, inputs_of, generate, full, kind in FAST)
 
 
-def _build(model_class: Any, overrides: dict[str, Any]) -> nn.Module:
+def _build(name: str, overrides: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, name)
     model: nn.Module = model_class(tiny(model_class.config_class, **overrides))
     return model
 
 
-def _full(model_class: Any) -> nn.Module:
+def _full(name: str) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, name)
     model: nn.Module = model_class(model_class.config_class())
     return model
 

@@ -123,7 +123,8 @@ def generated(model: Any, case: Case, inputs: Inputs) -> list[Tensor]:
         return []
     torch.manual_seed(0)
     with torch.inference_mode():
-        return [torch.cat([step.flatten() for step in case.generate(model, inputs)])]
+        steps = case.generate(model, inputs)
+    return [torch.cat([step.flatten() for step in steps])] if steps else []
 
 
 def floating(value: Any) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """The models that the story names, each by its own architecture, with pictures where it sees."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,46 +38,49 @@ class SeeingQwen3(nn.Module):
 
 def cases() -> Iterator[Case | Missing]:
     """Yield the rows in the story's order."""
-    import transformers
-
-    def text(name: str, kind: str, note: str = "", **changes: Any) -> Case:
-        model_class = getattr(transformers, kind)
-
-        def full() -> nn.Module:
-            model: nn.Module = model_class(model_class.config_class())
-            return model
-
-        def build() -> nn.Module:
-            model: nn.Module = model_class(tiny(model_class.config_class, **changes))
-            return model
-
-        return Case(GROUP, f"{name} ({kind})", build, generate=greedy(), full=full, fast=True, note=note)
-
-    kinds = transformers
     yield Case(
         GROUP,
         "ERNIE-4.5-VL-28B-A3B (Ernie4_5_VLMoeForConditionalGeneration)",
-        lambda: kinds.Ernie4_5_VLMoeForConditionalGeneration(_ernie()),
+        lambda: _model("Ernie4_5_VLMoeForConditionalGeneration", _ernie()),
         _ernie_inputs,
         greedy(),
-        lambda: kinds.Ernie4_5_VLMoeForConditionalGeneration(kinds.Ernie4_5_VLMoeConfig()),
+        lambda: _model("Ernie4_5_VLMoeForConditionalGeneration"),
         fast=True,
     )
-    yield text("Kimi-K2", "DeepseekV3ForCausalLM", num_key_value_heads=4, num_hidden_layers=3, first_k_dense_replace=1)
-    yield text("MiniMax-M2", "MiniMaxM2ForCausalLM")
+    yield _text("Kimi-K2", "DeepseekV3ForCausalLM", num_key_value_heads=4, num_hidden_layers=3, first_k_dense_replace=1)
+    yield _text("MiniMax-M2", "MiniMaxM2ForCausalLM")
     yield Case(GROUP, "HunyuanVideo-1.5 transformer", hunyuan_transformer, video_inputs, fast=True)
     yield Case(GROUP, "HunyuanVideo-1.5 VAE", hunyuan_vae, video_latents, fast=True)
     yield Case(GROUP, "MiniCPM-V-4.5 (Siglip2 and Qwen3)", SeeingQwen3, _picture, fast=True, note="composed as it is")
-    yield text("Spark-Formalizer-X1-7B", "Qwen2ForCausalLM", "the nearest public architecture of a 7B decoder")
+    yield _text("Spark-Formalizer-X1-7B", "Qwen2ForCausalLM", "the nearest public architecture of a 7B decoder")
     yield Case(
         GROUP,
         "GOT-OCR-2.0-hf (GotOcr2ForConditionalGeneration)",
-        lambda: kinds.GotOcr2ForConditionalGeneration(_got()),
+        lambda: _model("GotOcr2ForConditionalGeneration", _got()),
         _got_inputs,
         greedy(),
-        lambda: kinds.GotOcr2ForConditionalGeneration(kinds.GotOcr2Config()),
+        lambda: _model("GotOcr2ForConditionalGeneration"),
         fast=True,
     )
+
+
+def _text(name: str, kind: str, note: str = "", **changes: Any) -> Case:
+    def build() -> nn.Module:
+        import transformers
+
+        return _model(kind, tiny(getattr(transformers, kind).config_class, **changes))
+
+    full = functools.partial(_model, kind)
+    return Case(GROUP, f"{name} ({kind})", build, generate=greedy(), full=full, fast=True, note=note)
+
+
+def _model(kind: str, config: Any = None) -> nn.Module:
+    """Return an instance of a class of Transformers, at its published size unless a config says otherwise."""
+    import transformers
+
+    model_class = getattr(transformers, kind)
+    model: nn.Module = model_class(config or model_class.config_class())
+    return model
 
 
 def _picture(_: nn.Module) -> Inputs:

@@ -64,26 +64,29 @@ FAST += ["falcon", "bloom", "mamba", "minimax_m2", "phi"]
 
 def cases() -> Iterator[Case | Missing]:
     """Yield a row for each entry of the mapping."""
-    import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     for kind, class_name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if kind in CAUSES:
             yield Missing(GROUP, kind, CAUSES[kind])
             continue
-        model_class = getattr(transformers, class_name)
-        build = functools.partial(_build, model_class, OVERRIDES.get(kind, {}))
-        full = functools.partial(_full, model_class, STRUCTURE.get(kind, {}))
-        can = model_class.can_generate() and kind not in NO_GENERATE
-        generate = greedy(use_cache=kind not in NO_CACHE) if can else None
+        build = functools.partial(_build, class_name, OVERRIDES.get(kind, {}))
+        full = functools.partial(_full, class_name, STRUCTURE.get(kind, {}))
+        generate = None if kind in NO_GENERATE else greedy(use_cache=kind not in NO_CACHE)
         yield Case(GROUP, f"{kind} ({class_name})", build, generate=generate, full=full, fast=kind in FAST)
 
 
-def _build(model_class: Any, overrides: dict[str, Any]) -> nn.Module:
+def _build(name: str, overrides: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, name)
     model: nn.Module = model_class(tiny(model_class.config_class, **overrides))
     return model
 
 
-def _full(model_class: Any, structure: dict[str, Any]) -> nn.Module:
+def _full(name: str, structure: dict[str, Any]) -> nn.Module:
+    import transformers
+
+    model_class = getattr(transformers, name)
     model: nn.Module = model_class(model_class.config_class(**structure))
     return model
