@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcast import kernels
-from upcast.half_weight import HalfWeight
+from upcast.half_weight import HalfWeight, call_widened
 from upcast.ops import handles
 
 
@@ -30,11 +30,9 @@ def _attention(
         rows = rows_in_use(attn_mask, query, key)
         if rows is not None and not (is_causal and query.shape[2] != rows):
             return over_cache(query, key.stored[:, :, :rows], value.stored[:, :, :rows], scale, causal=is_causal)
-    wide = [tensor.widened() if isinstance(tensor, HalfWeight) else tensor for tensor in (query, key, value)]
-    mask = attn_mask.widened() if isinstance(attn_mask, HalfWeight) else attn_mask
-    options: dict[str, Any] = {"enable_gqa": True} if enable_gqa else {}
-    q, k, v = wide
-    return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal, scale=scale, **options)
+    options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
+    args = (query, key, value, attn_mask, dropout_p, is_causal)
+    return call_widened(F.scaled_dot_product_attention, args, options)
 
 
 def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) -> bool:
