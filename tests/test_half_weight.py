@@ -63,6 +63,7 @@ HANDLED: list[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]] = [
     ("grouped conv1d", (7, 1, 3), lambda w: F.conv1d(X, w, groups=7)),
     ("conv_transpose1d", (7, 31, 3), lambda w: F.conv_transpose1d(X, w, torch.ones(31))),
     ("grouped conv_transpose1d", (7, 3, 3), lambda w: F.conv_transpose1d(X, w, torch.ones(21), groups=7)),
+    ("baddbmm by name", (2, 33, 5), lambda w: torch.ones(2, 7, 5).baddbmm(batch1=X, batch2=w, beta=0.5)),
     ("mul", (129, 33), lambda w: w * 2),
     ("add of a row", (129, 33), lambda w: torch.ones(33) + w),
     ("sub from a column", (129, 33), lambda w: torch.ones(129, 1) - w),

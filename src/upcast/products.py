@@ -89,9 +89,10 @@ def _batched(a: Tensor, b: Tensor) -> Tensor:
 
 @handles(*named("addmm baddbmm addmv"))
 def _add_product(
-    addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+    addend: Tensor, *factors: Tensor, beta: float = 1, alpha: float = 1, out: Tensor | None = None, **by_name: Tensor
 ) -> Tensor:
-    """Return beta * addend + alpha * (a @ b)."""
+    """Return beta * addend + alpha * (a @ b); torch calls a and b mat1 and mat2, batch1 and batch2, or mat and vec."""
+    a, b = (*factors, *by_name.values())
     if not isinstance(a, HalfWeight) and not isinstance(b, HalfWeight):
         assert isinstance(addend, HalfWeight)
         result = beta * addend.widened() + alpha * (a @ b)
