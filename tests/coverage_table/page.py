@@ -82,7 +82,11 @@ def _copies(row: Row) -> str:
 
 def names() -> list[str]:
     """Return the first cell of every line of the page's tables, without notes, in order."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") and not line.startswith("| architecture |")]
+    lines = [
+        line
+        for line in PAGE.read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| architecture |")
+    ]
     return [line.split(" | ")[0].removeprefix("| ") for line in lines]
 
 
