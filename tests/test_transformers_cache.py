@@ -83,8 +83,8 @@ def test_generation_equals_float32(kind: str, way: str, attention: str) -> None:
     if cache is not None:
         stored = [layer for layer in layers(cache) if isinstance(layer.keys, upcast.HalfWeight)]
         held = [layer for layer in layers(cache) if layer.keys is not None]
-        assert stored
-        assert len(stored) == len(held) or way == "static"  # a static sliding window stays Transformers' own
+        windows = way == "static" and kind in ("sliding windows", "sinks")  # static windows stay Transformers' own
+        assert windows or (stored and len(stored) == len(held))
 
 
 @pytest.mark.parametrize("kind", KINDS)
