@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 include kernels.mk
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-quick test test-fast test-slow check format clean
+.PHONY: help setup bench bench-quick test test-fast test-slow coverage-table check format clean
 
 help:
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
@@ -17,6 +17,7 @@ help:
 	@echo "make check        lint and types only"
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
+	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
 	@echo "make fuzz         random shapes, strides and values for a minute"
@@ -49,6 +50,9 @@ test-fast: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+coverage-table: setup
+	$(BIN)/python -m tests.coverage_table
 
 format: setup
 	$(BIN)/ruff check --fix .

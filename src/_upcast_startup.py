@@ -19,6 +19,7 @@ TARGETS = (
     "litgpt.generate.sequentially",
     "litgpt.generate.tp",
     "transformers.modeling_utils",
+    "diffusers.models.modeling_utils",
 )
 _OFF = ("", "0", "false", "off", "no")
 _started: list[bool] = []
@@ -26,7 +27,7 @@ _failures: set[str] = set()
 
 
 def start() -> None:
-    """Arrange for the loaders of LitGPT and Transformers to be patched when these are imported, if UPCAST is on."""
+    """Arrange for the loaders of the libraries in TARGETS to be patched when these are imported, if UPCAST is on."""
     if os.environ.get("UPCAST", "").strip().lower() in _OFF or _started:
         return
     _started.append(True)  # site may read a .pth file twice

@@ -4,6 +4,7 @@ import copy
 import inspect
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -308,7 +309,7 @@ def test_recurrent_layers_use_the_new_weights() -> None:
     used = zip(model._flat_weights_names, model._flat_weights, strict=True)
     assert all(weight is getattr(model, name) for name, weight in used)
     assert relative_error(model(x)[0], want) < 1e-6
-    assert fallbacks(model).calls  # said, not hidden
+    assert fallbacks(model).calls == {}
 
 
 def test_plan_is_pure_and_patch_does_what_it_says() -> None:
@@ -367,12 +368,21 @@ def test_unpatch_says_what_rounding_lost(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_the_report_counts_float32_copies() -> None:
-    model = upcast.patch(nn.LSTM(7, 33))
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shares = nn.Parameter(torch.randn(132, 33))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.shares.softmax(-1).t()
+
+    model = upcast.patch(Mixture())
     assert "widened whole: none" in upcast.report(model)
-    model(torch.randn(5, 2, 7))
+    for _ in range(2):
+        model(torch.randn(5, 33))
     text = upcast.report(model)
-    assert "widened whole: lstm: 2 calls, up to 17,424 bytes" in text
-    assert "weight_ih_l0" in text
+    assert "widened whole: softmax: 2 calls, up to 17,424 bytes" in text
+    assert "shares" in text
     with pytest.raises(upcast.UpcastError, match="is not patched"):
         upcast.report(nn.Linear(3, 3))
 
@@ -422,3 +432,44 @@ def test_moving_to_the_cpu_copies_nothing() -> None:
     model.float()
     assert {name: weight.data_ptr() for name, weight in half_weights(model).items()} == before
     assert fallbacks(model).calls == {}
+
+
+RECURRENT = [
+    (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
+    (nn.LSTM, {"proj_size": 5}),
+    (nn.LSTM, {"bias": False}),
+    (nn.GRU, {"num_layers": 2, "bidirectional": True}),
+    (nn.RNN, {"nonlinearity": "relu"}),
+    (nn.RNN, {"bidirectional": True}),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), RECURRENT)
+def test_recurrent_layers_take_packed_sequences(kind: Any, settings: dict[str, Any]) -> None:
+    model = kind(7, 33, batch_first=True, **settings)
+    packed = nn.utils.rnn.pack_padded_sequence(
+        torch.randn(3, 6, 7), torch.tensor([2, 6, 4]), batch_first=True, enforce_sorted=False
+    )
+    want, want_state = rounded(model)(packed)
+    got, state = upcast.patch(model)(packed)
+    assert torch.equal(got.batch_sizes, want.batch_sizes)
+    assert relative_error(got.data, want.data) < 1e-6
+    for one, other in zip(_states(state), _states(want_state), strict=True):
+        assert relative_error(one, other) < 1e-6
+    assert fallbacks(model).calls == {}
+
+
+def _states(state: Any) -> tuple[torch.Tensor, ...]:
+    return state if isinstance(state, tuple) else (state,)
+
+
+def test_in_place_scaling_is_rounded_once_or_refused() -> None:
+    model = upcast.patch(nn.Linear(33, 7))
+    want = (model.weight.widened() / 4).half()
+    with torch.no_grad():
+        model.weight.div_(4)
+        assert torch.equal(model.weight.stored, want)
+        with pytest.raises(upcast.UpcastError, match="writing values beyond 65504"):
+            model.weight.mul_(1e9)
+    assert torch.equal(model.weight.stored, want)
+    assert sum(fallbacks(model).calls.values()) == 1  # the refusal's own

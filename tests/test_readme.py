@@ -24,7 +24,7 @@ def test_the_code_in_the_readme_runs(call: str, tmp_path: Path, monkeypatch: pyt
 def test_every_public_function_is_in_the_readme() -> None:
     text = " ".join(BLOCKS)
     functions = [name for name in upcast.__all__ if name.islower()]
-    assert {"patch", "plan", "unpatch", "diagnose", "search", "ablate", "certify"} < set(functions)
+    assert {"patch", "plan", "unpatch", "from_pretrained", "diagnose", "search", "ablate", "certify"} < set(functions)
     for name in functions:
         assert f"upcast.{name}(" in (README if name == "certify" else text)
 

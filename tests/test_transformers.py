@@ -9,7 +9,7 @@ import torch
 
 import upcast
 from tests.conftest import Run, assert_patched, fallbacks, relative_error, rounded
-from upcast.integrations.transformers import _from_pretrained as load_under_upcast
+from upcast.integrations import loading
 
 transformers = pytest.importorskip("transformers")
 
@@ -169,9 +169,11 @@ def test_loading_information_is_passed_on(checkpoint: Any, python: Run) -> None:
     assert result.stdout.split() == ["HalfWeight", "torch.float32", "True"], result.stderr
 
 
-def test_other_devices_are_left_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_devices_are_left_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UPCAST", "1")
     with torch.device("meta"):
         model = make("LlamaForCausalLM", "LlamaConfig", TEXT)
-    assert load_under_upcast(lambda: model, None, (), {}) is model
+    load = loading.hook(lambda wrapped, args, kwargs: wrapped())
+    assert load(lambda: model, type(model), (), {}) is model
     assert "LlamaForCausalLM runs as it is, unpatched: " in capsys.readouterr().err
     assert type(model.lm_head.weight) is torch.nn.Parameter

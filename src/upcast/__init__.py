@@ -2,15 +2,19 @@
 
 from importlib.metadata import version
 
+from upcast import attention as _attention
 from upcast import compiled as _compiled
+from upcast import composites as _composites
 from upcast import ops as _ops
 from upcast import products as _products
+from upcast import recurrent as _recurrent
 from upcast.ablation import Ablation, ablate
 from upcast.certify import Certificate, certify
 from upcast.diagnose import Diagnosis, diagnose
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt import load_litgpt
+from upcast.integrations.loading import from_pretrained
 from upcast.patching import patch, patched, report, unpatch
 from upcast.planning import Plan, plan
 from upcast.policy import Policy
@@ -28,6 +32,7 @@ __all__ = [
     "ablate",
     "certify",
     "diagnose",
+    "from_pretrained",
     "load_litgpt",
     "patch",
     "patched",
@@ -38,4 +43,12 @@ __all__ = [
 ]
 __version__ = version("upcast")
 
-del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations
+del (
+    _attention,
+    _compiled,
+    _composites,
+    _ops,
+    _products,
+    _recurrent,
+    version,
+)  # imported so that HalfWeight and torch.compile know the operations

@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run",
         help="run a Python program as if UPCAST=1 were set",
-        description="Run a Python program with what LitGPT and Transformers load patched, as UPCAST=1 does, "
+        description="Run a Python program with what LitGPT, Transformers and Diffusers load patched, as UPCAST=1 does, "
         "without relying on upcast's start-up file.",
     )
     run.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")

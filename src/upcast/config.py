@@ -27,7 +27,7 @@ class Variable:
 
 
 VARIABLES = (
-    Variable("UPCAST", ON + OFF, "0", "patch what LitGPT and Transformers load, with no code change"),
+    Variable("UPCAST", ON + OFF, "0", "patch what LitGPT, Transformers and Diffusers load, with no code change"),
     Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32", check=resolve),
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),

@@ -62,7 +62,7 @@ def without_numbers(value: Any) -> Any:
 @handles_each(
     *named("t transpose permute view reshape narrow select unsqueeze squeeze flatten unflatten expand expand_as"),
     *named("view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous clone"),
-    *named("alias diagonal adjoint resolve_conj resolve_neg"),
+    *named("alias diagonal adjoint resolve_conj resolve_neg reshape_as repeat repeat_interleave tile roll flip"),
     *(accessor(name).__get__ for name in ("T", "mT", "H", "mH", "data")),
 )
 def _view(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,9 +93,12 @@ def _getitem(tensor: Tensor, index: Any) -> Any:
 
 @handles_each(*named("cat concat concatenate stack hstack vstack"))
 def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-    if not all(isinstance(tensor, HalfWeight) for tensor in tensors) or kwargs.get("out") is not None:
-        return call_widened(function, (tensors, *args), kwargs)
-    return tensors[0].like(function([tensor.stored for tensor in tensors], *args, **kwargs))
+    stored = [tensor.stored if isinstance(tensor, HalfWeight) else tensor for tensor in tensors]
+    if all(isinstance(tensor, HalfWeight) for tensor in tensors) and kwargs.get("out") is None:
+        return tensors[0].like(function(stored, *args, **kwargs))
+    if any(tensor.dtype == torch.float32 for tensor in stored):  # torch widens what it joins to float32
+        return function(stored, *args, **kwargs)
+    return call_widened(function, (tensors, *args), kwargs)
 
 
 # --- selections: only the chosen rows are widened -------------------------------------------------------------------

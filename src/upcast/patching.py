@@ -14,7 +14,7 @@ from upcast import console, fingerprint, hooks, kernels, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
-from upcast.integrations import litgpt_fused
+from upcast.integrations import litgpt_fused, transformers_fused
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, to_half
@@ -239,6 +239,7 @@ def _run_under(root: nn.Module, policy: Policy) -> Selection | None:
     hooks.install(root, shortcuts=policy.everywhere)
     if policy.everywhere:
         litgpt_fused.install(root, policy.kv_cache)
+        transformers_fused.install(root, policy.kv_cache)
         return None
     selection = Selection(policy)
     litgpt_fused.install_caches(root, policy.kv_cache)
@@ -276,6 +277,7 @@ def _clear(root: nn.Module) -> None:
     tracking.remove(root)
     hooks.remove(root)
     litgpt_fused.remove(root)
+    transformers_fused.remove(root)
     root.__dict__.pop(_RECORD, None)
 
 

@@ -30,6 +30,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if type(weight) is HalfWeight and x.dtype is torch.float32 and type(x) is Tensor:
         if weight.row_major and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the hot path
             return kernels.active().linear(x, weight.stored, bias)
+    elif isinstance(x, HalfWeight) and isinstance(weight, HalfWeight) and x.stored.numel() <= weight.stored.numel():
+        return _linear(x.widened(), weight, bias)  # a learned query, say: no larger than a layer's weight
     elif not _takes_part(x, weight, bias):
         return call_widened(F.linear, (x, weight, bias), {})
     assert isinstance(weight, HalfWeight)
@@ -62,6 +64,8 @@ def _product(a: Tensor, b: Tensor) -> Any:
     other = b if weight is a else a
     if weight.stored.dim() == 1 or other.dtype == torch.float64:
         return call_widened(torch.matmul, (a, b), {})
+    if weight.stored.dim() > 2 and weight.stored.numel() <= TILE:  # no more than a tile: a cache's rows in use, say
+        return torch.matmul(*(weight.widened() if each is weight else each for each in (a, b)))
     if weight.stored.dim() > 2:
         return _batched(a, b)
     if weight is b:
@@ -85,9 +89,10 @@ def _batched(a: Tensor, b: Tensor) -> Tensor:
 
 @handles(*named("addmm baddbmm addmv"))
 def _add_product(
-    addend: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1, out: Tensor | None = None
+    addend: Tensor, *factors: Tensor, beta: float = 1, alpha: float = 1, out: Tensor | None = None, **by_name: Tensor
 ) -> Tensor:
-    """Return beta * addend + alpha * (a @ b)."""
+    """Return beta * addend + alpha * (a @ b); torch calls a and b mat1 and mat2, batch1 and batch2, or mat and vec."""
+    a, b = (*factors, *by_name.values())
     if not isinstance(a, HalfWeight) and not isinstance(b, HalfWeight):
         assert isinstance(addend, HalfWeight)
         result = beta * addend.widened() + alpha * (a @ b)
@@ -153,11 +158,13 @@ def _conv(
         part = None if bias is None else bias[cut]
         return function(x, tile, part, stride, padding, dilation, groups)
 
-    if groups > 1:  # tiles would cut across groups; a grouped weight is small: its inputs are split
-        if weight.stored.numel() > TILE:
-            weight.fallbacks.count(function.__name__, weight.stored.numel())
-        return product(weight.widened(), slice(None))
-    return _in_tiles(weight, 0, -(weight.stored.dim() - 1), product)
+    if groups == 1:
+        return _in_tiles(weight, 0, -(weight.stored.dim() - 1), product)
+
+    def some_groups(x: Tensor, tile: Tensor, bias: Tensor | None, count: int) -> Any:
+        return function(x, tile, bias, stride, padding, dilation, count)
+
+    return _by_groups(x, weight, bias, groups, weight.stored.shape[0] // groups, some_groups)
 
 
 @handles_each(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -172,15 +179,42 @@ def _conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or groups > 1:
+    if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or input.dtype == torch.float64:
         args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
         return call_widened(function, args, {})
+    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+
+    def some_groups(x: Tensor, tile: Tensor, bias: Tensor | None, count: int) -> Any:
+        return function(x, tile, bias, stride, padding, output_padding, count, dilation)
+
+    if groups > 1:
+        return _by_groups(x, weight, bias, groups, weight.stored.shape[1], some_groups)
 
     def product(tile: Tensor, cut: slice) -> Any:
-        part = None if bias is None else bias[cut]
-        return function(input, tile, part, stride, padding, output_padding, groups, dilation)
+        return some_groups(x, tile, None if bias is None else bias[cut], 1)
 
     return _in_tiles(weight, 1, -(weight.stored.dim() - 1), product)
+
+
+def _by_groups(
+    x: Tensor,
+    weight: HalfWeight,
+    bias: Tensor | None,
+    groups: int,
+    outputs: int,
+    product: Callable[[Tensor, Tensor, Tensor | None, int], Any],
+) -> Tensor:
+    """Join ``product(x, tile, bias, groups)`` over some groups at a time; each group has ``outputs`` channels."""
+    channels = -(weight.stored.dim() - 1)
+    rows, inputs = weight.stored.shape[0] // groups, x.shape[channels] // groups
+    step = max(1, TILE * groups // max(weight.stored.numel(), 1))
+    parts = []
+    for start in range(0, groups, step):
+        count = min(step, groups - start)
+        tile = weight.stored.narrow(0, start * rows, count * rows).float()
+        part = None if bias is None else bias.narrow(0, start * outputs, count * outputs)
+        parts.append(product(x.narrow(channels, start * inputs, count * inputs), tile, part, count))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, channels)
 
 
 @handles(torch.einsum)

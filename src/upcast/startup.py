@@ -3,7 +3,7 @@
 from types import ModuleType
 
 from upcast import config
-from upcast.integrations import litgpt, litgpt_scripts, transformers
+from upcast.integrations import diffusers, litgpt, litgpt_scripts, transformers
 
 ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
@@ -16,6 +16,7 @@ ACTIVATIONS = {
     "litgpt.generate.sequentially": litgpt_scripts.activate_unpatched,
     "litgpt.generate.tp": litgpt_scripts.activate_unpatched,
     "transformers.modeling_utils": transformers.activate,
+    "diffusers.models.modeling_utils": diffusers.activate,
 }
 
 

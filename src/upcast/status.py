@@ -12,7 +12,7 @@ import torch
 import _upcast_startup
 from upcast import config, console, kernels
 
-LIBRARIES = ("torch", "wrapt", "litgpt", "transformers")
+LIBRARIES = ("torch", "wrapt", "litgpt", "transformers", "diffusers")
 
 
 def describe() -> str:

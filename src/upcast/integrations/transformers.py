@@ -1,34 +1,114 @@
-"""Transformers: from_pretrained under UPCAST=1."""
+"""Transformers: from_pretrained that gives patched models, under UPCAST=1 and for `upcast.from_pretrained`.
 
-import threading
-from collections.abc import Callable
+From Transformers 5 on, ``_load_pretrained_model`` takes a state dict whose tensors it materialises one by one, with
+``tensor[...]`` and then ``.to(device, dtype)``. Ours are `Arriving`: the tensor that comes out is float16 where it is a
+weight. Older versions load in the checkpoint's dtype, and what came is rounded afterwards.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 import wrapt
+from torch import Tensor
 
-from upcast import config, console, patching
-from upcast.errors import UpcastError
+from upcast.integrations import loading
+from upcast.integrations.loading import Loading, NotOurs
 
-_nesting = threading.local()  # composed models call from_pretrained for their parts
+
+class Arriving:
+    """One tensor of a checkpoint, as Transformers handles it before it materialises it."""
+
+    def __init__(self, name: str, tensor: Tensor, to: Loading, as_weight: bool) -> None:
+        self.name, self.tensor, self.destination, self.as_weight = name, tensor, to, as_weight
+        self.shape, self.dtype = tensor.shape, tensor.dtype
+
+    def __getitem__(self, _: Any) -> "Arriving":
+        return self
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+        """Return the tensor itself: float16 if it is a weight for a float32 model, else of ``dtype``."""
+        if self.as_weight and dtype in (None, torch.float32):
+            return self.destination.arrive(self.name, self.tensor)
+        return self.tensor.to(dtype=dtype)
+
+
+def install() -> None:
+    """Wrap the loaders once; they do nothing unless asked to."""
+    from transformers import modeling_utils
+
+    activate(modeling_utils)
 
 
 def activate(module: ModuleType) -> None:
     """Make ``PreTrainedModel.from_pretrained`` of ``transformers.modeling_utils`` give patched models."""
-    wrapt.wrap_function_wrapper(module, "PreTrainedModel.from_pretrained", _from_pretrained)
+    model_class: Any = module.PreTrainedModel
+    if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
+        return
+    wrapt.wrap_function_wrapper(module, "PreTrainedModel.from_pretrained", loading.hook(_load))
+    if _takes_arriving(model_class):
+        wrapt.wrap_function_wrapper(module, "PreTrainedModel._load_pretrained_model", _load_pretrained_model)
 
 
-def _from_pretrained(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-    if getattr(_nesting, "inside", False):
+def _takes_arriving(model_class: Any) -> bool:
+    """Whether this version materialises a state dict as Transformers 5 does."""
+    loader = getattr(model_class, "_load_pretrained_model", None)
+    return loader is not None and set(inspect.signature(loader).parameters) >= _ARGUMENTS
+
+
+_ARGUMENTS = {"model", "state_dict", "checkpoint_files", "load_config"}
+
+
+def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    from transformers import PreTrainedModel
+
+    loading.check_arguments(kwargs)
+    options = loading.without_dtype(kwargs)
+    if _takes_arriving(PreTrainedModel):
+        return wrapped(*args, **{**options, "dtype": torch.float32})
+    return wrapped(*args, **{**options, "torch_dtype": "auto"})
+
+
+def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    ours = loading.current()
+    if ours is None:
         return wrapped(*args, **kwargs)
-    _nesting.inside = True
-    try:
-        result = wrapped(*args, **kwargs)
-    finally:
-        _nesting.inside = False
-    model = result[0] if isinstance(result, tuple) else result  # (model, info) with output_loading_info=True
-    try:
-        patching.patch(model, policy=config.read().policy)
-    except UpcastError as error:
-        console.say(f"{type(model).__name__} runs as it is, unpatched: {error}")
-    return result
+    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
+    _check(call.arguments["load_config"])
+    tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    call.arguments["state_dict"] = {
+        name: Arriving(name, tensor, ours, name.rpartition(".")[2] not in buffers) for name, tensor in tensors.items()
+    }
+    return wrapped(*call.args, **call.kwargs)
+
+
+def _check(settings: Any) -> None:
+    """Refuse what Transformers has made of the arguments and of the checkpoint's config."""
+    if settings.hf_quantizer is not None:
+        raise NotOurs("a quantized checkpoint")
+    if settings.device_mesh is not None:
+        raise NotOurs("tensor parallelism")
+    places = {str(place).split(":")[0] for place in (settings.device_map or {}).values()}
+    if places - {"cpu"}:
+        raise NotOurs(f"parts of it go to {', '.join(sorted(places - {'cpu'}))}")
+
+
+def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint's files, mapped into memory."""
+    from transformers.modeling_utils import load_state_dict
+
+    tensors: dict[str, Tensor] = {}
+    for file in files or ():
+        tensors |= _mapped(file) if str(file).endswith(".safetensors") else load_state_dict(file, "cpu", weights_only)
+    return tensors
+
+
+def _mapped(file: str) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary

@@ -1,0 +1,64 @@
+"""Scaled dot-product attention over keys and values that are stored in float16.
+
+A float16 KV cache hands its rows out as `HalfWeight`; here they meet the queries. What the native kernel covers reads
+float16 directly. Everything else widens the rows in use, and torch computes.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcast import kernels
+from upcast.half_weight import HalfWeight, call_widened
+from upcast.ops import handles
+
+
+@handles(F.scaled_dot_product_attention)
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    if isinstance(key, HalfWeight) and isinstance(value, HalfWeight) and _covered(query, key, value, dropout_p):
+        rows = rows_in_use(attn_mask, query, key)
+        if rows is not None and not (is_causal and query.shape[2] != rows):
+            return over_cache(query, key.stored[:, :, :rows], value.stored[:, :, :rows], scale, causal=is_causal)
+    options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
+    args = (query, key, value, attn_mask, dropout_p, is_causal)
+    return call_widened(F.scaled_dot_product_attention, args, options)
+
+
+def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) -> bool:
+    """Whether the kernel takes these: (B, H, T, D), one batch, whole groups of heads, and nobody needs a gradient."""
+    if type(query) is not Tensor or query.dtype != torch.float32 or dropout or torch.compiler.is_compiling():
+        return False
+    if (torch.is_grad_enabled() and query.requires_grad) or {query.dim(), key.dim(), value.dim()} != {4}:
+        return False
+    same = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[3] == query.shape[3]
+    return same and key.shape[2] > 0 and query.shape[1] % key.shape[1] == 0 and key.stored.stride(3) == 1
+
+
+def rows_in_use(mask: Tensor | None, query: Tensor, key: Tensor) -> int | None:
+    """Return how many rows every query sees, counted from the first; None if ``mask`` says anything else."""
+    if mask is None:
+        return key.shape[2]
+    if mask.dtype != torch.bool or query.shape[2] != 1 or mask.dim() != 4:
+        return None
+    seen = mask[:, :, -1, :]
+    rows = int(seen[0, 0].sum())
+    return rows if rows and bool(seen[..., :rows].all()) and not bool(seen[..., rows:].any()) else None
+
+
+def over_cache(query: Tensor, keys: Tensor, values: Tensor, scale: float | None, *, causal: bool) -> Any:
+    """Return attention of T queries over S float16 rows (B, Hkv, S, D): all of them, or causal with S = T."""
+    start = keys.shape[2] - query.shape[2]
+    if start < 0:  # fewer rows than queries, and all are seen: the kernel counts positions from the first row
+        return F.scaled_dot_product_attention(query, keys.float(), values.float(), scale=scale, enable_gqa=True)
+    return kernels.active().attention(query, keys, values, start=start, scale=scale, causal=causal)

@@ -1,0 +1,159 @@
+"""Operations that torch builds out of others, and elementwise ones, on a HalfWeight: whole or in tiles.
+
+Attention layers run torch's own code over the handlers of the products inside it. Selections such as bags of
+embeddings widen the rows they use. Elementwise operations and what works per channel take a large weight in tiles.
+"""
+
+import math
+import types
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcast import kernels
+from upcast.half_weight import HalfWeight, call_widened, out_of_range
+from upcast.ops import handles, handles_each, named
+from upcast.products import _in_tiles, _times
+
+# --- torch's own composites -----------------------------------------------------------------------------------------
+
+
+def _past_the_door(function: Any) -> Any:
+    """Return ``function`` of torch.nn.functional without its first question whether an argument overrides it."""
+    no_override = {"has_torch_function": lambda _: False}
+    copy = types.FunctionType(function.__code__, {**function.__globals__, **no_override}, function.__name__)
+    copy.__defaults__, copy.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return copy
+
+
+_attention = _past_the_door(F.multi_head_attention_forward)
+
+
+@handles(F.multi_head_attention_forward)
+def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
+    return _attention(*args, **kwargs)
+
+
+@handles(F.embedding_bag)
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    rest = (norm_type, False, mode, False, per_sample_weights, include_last_offset)
+    if max_norm is not None or not isinstance(weight, HalfWeight):  # max_norm renormalises the weight in place
+        return call_widened(F.embedding_bag, (input, weight, offsets, max_norm, *rest, padding_idx), {})
+    used, places = torch.unique(input, return_inverse=True)
+    padding = None
+    if padding_idx is not None:
+        found = (used == padding_idx % weight.stored.shape[0]).nonzero()
+        padding = int(found[0]) if len(found) else None
+    rows = kernels.embedding(used, weight.stored)
+    return F.embedding_bag(places.view(input.shape), rows, offsets, None, *rest, padding)
+
+
+@handles(torch.bilinear)
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if not isinstance(weight, HalfWeight) or isinstance(input1, HalfWeight) or isinstance(input2, HalfWeight):
+        return call_widened(torch.bilinear, (input1, input2, weight, bias), {})
+
+    def product(tile: Tensor, cut: slice) -> Any:
+        return F.bilinear(input1, input2, tile, None if bias is None else bias[cut])
+
+    return _in_tiles(weight, 0, -1, product)
+
+
+@handles(torch.tensordot)
+def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Any:
+    if out is not None or isinstance(a, HalfWeight) is isinstance(b, HalfWeight) or torch.float64 in (a.dtype, b.dtype):
+        return call_widened(torch.tensordot, (a, b), {"dims": dims, "out": out})
+    count = dims if isinstance(dims, int) else None
+    in_a, in_b = (list(range(-count, 0)), list(range(count))) if count is not None else map(_listed, dims)
+    left, right = _as_matrix(a, in_a, last=True), _as_matrix(b, in_b, last=False)
+    kept = [a.shape[i] for i in _others(a, in_a)] + [b.shape[i] for i in _others(b, in_b)]
+    if isinstance(b, HalfWeight):
+        return _times(left, right.t()).reshape(kept)
+    return _times(right.t(), left).t().reshape(kept)
+
+
+def _listed(dims: Any) -> list[int]:
+    return [dims] if isinstance(dims, int) else [int(dim) for dim in dims]
+
+
+def _others(tensor: Tensor, dims: list[int]) -> list[int]:
+    taken = {dim % tensor.dim() for dim in dims}
+    return [dim for dim in range(tensor.dim()) if dim not in taken]
+
+
+def _as_matrix(tensor: Tensor, dims: list[int], last: bool) -> Tensor:
+    """Return ``tensor`` as a matrix whose columns (rows, if not ``last``) are its ``dims``; a weight stays float16."""
+    plain = tensor.stored if isinstance(tensor, HalfWeight) else tensor
+    others, summed = _others(plain, dims), [dim % plain.dim() for dim in dims]
+    size = math.prod(plain.shape[dim] for dim in summed)
+    ordered = plain.permute(others + summed if last else summed + others)
+    return ordered.reshape(-1, size) if last else ordered.reshape(size, -1)
+
+
+@handles(torch.cdist)
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
+    mode = compute_mode or "use_mm_for_euclid_dist_if_necessary"
+    if not isinstance(x2, HalfWeight) or isinstance(x1, HalfWeight) or x1.dtype == torch.float64:
+        return call_widened(torch.cdist, (x1, x2, p, mode), {})
+    dim = x2.stored.dim() - 2
+    return _in_tiles(x2, dim, -1, lambda tile, _: torch.cdist(x1, tile, p, mode))
+
+
+@handles(F.interpolate)
+def _interpolate(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    assert isinstance(input, HalfWeight)
+    return _in_tiles(input, 1, 1, lambda tile, _: F.interpolate(tile, *args, **kwargs))
+
+
+@handles(F.dropout)
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if not training:
+        return input
+    return call_widened(F.dropout, (input, p, training, inplace), {})
+
+
+# --- elementwise ----------------------------------------------------------------------------------------------------
+
+
+@handles_each(
+    *named("add sub mul div true_divide multiply divide subtract __rsub__ __rmul__ __radd__ __rdiv__ __rtruediv__"),
+)
+def _elementwise(function: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
+    weight = b if isinstance(b, HalfWeight) else a
+    other = a if weight is b else b
+    if isinstance(other, HalfWeight) or not weight.stored.dim() or kwargs.get("out") is not None:
+        return call_widened(function, (a, b, *args), kwargs)
+    dim = max(range(weight.stored.dim()), key=lambda i: weight.stored.shape[i])
+    from_end = dim - weight.stored.dim()
+
+    def part(tile: Tensor, cut: slice) -> Any:
+        there = other
+        if isinstance(other, Tensor) and other.dim() >= -from_end and other.shape[from_end] != 1:
+            there = other.narrow(from_end, cut.start, cut.stop - cut.start)
+        return function(tile, there, *args, **kwargs) if weight is a else function(there, tile, *args, **kwargs)
+
+    return _in_tiles(weight, dim, from_end, part)
+
+
+@handles_each(Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.sub_)
+def _in_place(function: Any, target: Tensor, other: Any, **kwargs: Any) -> Any:
+    if not isinstance(target, HalfWeight) or isinstance(other, Tensor) or kwargs:
+        return call_widened(function, (target, other), kwargs)
+    result = function(target.stored.clone(), other)  # torch computes in float32 and rounds once
+    if out_of_range(result):
+        return call_widened(function, (target, other), kwargs)  # which refuses, and says so
+    return target.overwrite(result)
