@@ -32,6 +32,7 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 129, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("scale", torch.full((1,), 1.5))
+        self.eval()  # in training mode a model of which all requires grad is refused
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)

@@ -1,6 +1,7 @@
 """float16 weights, float32 math, no NaNs: one line, on any PyTorch model, on CPU."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 from upcast import compiled as _compiled
 from upcast import ops as _ops
@@ -11,7 +12,34 @@ from upcast.integrations.litgpt import load_litgpt
 from upcast.patching import patch, patched, report, unpatch
 from upcast.planning import Plan, plan
 
-__all__ = ["HalfWeight", "Plan", "UpcastError", "load_litgpt", "patch", "patched", "plan", "report", "unpatch"]
+if TYPE_CHECKING:
+    from upcast.integrations.fabric import FabricPrecision
+
+__all__ = [
+    "FabricPrecision",
+    "HalfWeight",
+    "Plan",
+    "UpcastError",
+    "load_litgpt",
+    "patch",
+    "patched",
+    "plan",
+    "report",
+    "unpatch",
+]
 __version__ = version("upcast")
 
 del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations
+
+
+def __getattr__(name: str) -> Any:
+    if name == "FabricPrecision":  # needs Lightning, which upcast does not
+        try:
+            from upcast.integrations.fabric import FabricPrecision
+        except ModuleNotFoundError as error:
+            raise UpcastError(
+                f"upcast.FabricPrecision without Lightning ({error}); it is a plugin of lightning.Fabric. "
+                "Run `pip install lightning`."
+            ) from None
+        return FabricPrecision
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -8,14 +8,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, hooks, kernels
+from upcast import console, hooks, kernels, learning
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
 from upcast.integrations import litgpt_fused
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.rounding import Rounding, to_half
-from upcast.targets import Slot, prepare, slots, unwrap
+from upcast.slot import Slot
+from upcast.targets import prepare, slots, unwrap
 
 Model = TypeVar("Model")
 Undo = list[tuple[nn.Module, str, Tensor]]
@@ -33,12 +34,21 @@ class Record:
     required_grad: frozenset[str]
 
 
-def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_cache: str = "float16") -> Model:
+def patch(
+    model: Model,
+    *,
+    policy: str = "safe",
+    keep: Sequence[str] = (),
+    kv_cache: str = "float16",
+    trainable: Sequence[str] = (),
+) -> Model:
     """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
 
     Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
     used as they are, without a copy. Vectors and half-precision buffers become float32. A weight with a value beyond
     65504, or one that is not finite, stays in float32. The weights are frozen: gradients flow through, not into them.
+    Where some weights are frozen and others require grad, as with adapters, those that require grad stay the float32
+    parameters that they are: an optimizer that holds them goes on.
     While it works, up to float32's and float16's bytes exist side by side; `upcast.load_litgpt` avoids that.
 
     Args:
@@ -47,15 +57,19 @@ def patch(model: Model, *, policy: str = "safe", keep: Sequence[str] = (), kv_ca
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
         kv_cache: what a LitGPT model's ``set_kv_cache`` makes unless it is given a dtype: ``"float16"`` (half the
             bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``.
+        trainable: patterns of what learns, of the parameters that require grad; the others are frozen. Without it, all
+            that require grad learn, unless the model is in eval mode and most of it does: that is inference.
 
     Raises:
-        UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy,
-            pattern or kv_cache. Nothing has been changed then, nor when the patch is interrupted.
+        UpcastError: not a module, on another device, patched already, in use by an optimizer, to be trained as a
+            whole, nothing to train under ``trainable``, an unknown policy, pattern or kv_cache. Nothing has been changed
+            then, nor when the patch is interrupted.
     """
     policies.check(policy)
     kernels.active()  # an impossible choice is refused before anything changes
     litgpt_fused.check(kv_cache)
-    root, found = prepare(model, keep)
+    root, found = prepare(model, keep, trainable)
+    learning.check(root, found, trainable)
     record, _ = _patch(root, found, keep, {}, kv_cache)
     console.say(_summary(record.plan), record.plan)
     return model
@@ -98,6 +112,7 @@ def patched(
     kernels.active()
     litgpt_fused.check(kv_cache)
     root, found = prepare(model, keep)
+    learning.check(root, found)
     record, undo = _patch(root, found, keep, {}, kv_cache)
     console.say(_summary(record.plan), record.plan)
     try:
@@ -175,7 +190,7 @@ def _patch(
         _put_back(undo)
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
-    plan = Plan(type(root).__name__, tuple(changes.values()), remarks(root))
+    plan = Plan(type(root).__name__, tuple(changes.values()), remarks(root) + learning.remarks(root, found))
     record = Record(plan, fallbacks, required_grad)
     root.__dict__[_RECORD] = record
     return record, undo
