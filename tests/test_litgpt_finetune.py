@@ -20,7 +20,7 @@ TRAINING = ["--data", "JSON", "--data.json_path", "data.json", "--data.val_split
 TRAINING += ["--train.epochs", "2", "--train.global_batch_size", "4", "--train.micro_batch_size", "2"]
 TRAINING += ["--train.save_interval", "2", "--train.lr_warmup_steps", "1", "--train.max_seq_length", "96"]
 TRAINING += ["--eval.interval", "2", "--eval.max_new_tokens", "4", "--eval.max_iters", "2"]
-TRAINING += ["--optimizer.class_path", "torch.optim.AdamW", "--optimizer.init_args.lr", "0.01"]
+TRAINING += ["--optimizer", '{"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}}']
 
 LORA = ["--lora_key", "true", "--lora_projection", "true", "--lora_mlp", "true", "--lora_head", "true"]
 # command -> (its own arguments, the file that it writes)
@@ -97,7 +97,7 @@ def runs(folder: Path) -> tuple[dict[str, Any], str]:
 
 def curve(folder: Path, *path: str) -> torch.Tensor:
     (file,) = folder.joinpath(*path).rglob("metrics.csv")
-    rows = list(csv.DictReader(file.open()))
+    rows = list(csv.DictReader(file.read_text().splitlines()))
     return torch.tensor([float(row[key]) for row in rows for key in ("loss", "val_loss") if row.get(key)])
 
 
@@ -158,7 +158,7 @@ def test_resume_takes_the_adapter_s_numbers(folder: Path, runs: object) -> None:
     again = {name: [*commands("patched")[name], "--resume", "true"] for name in COMMANDS if "adapter" in name}
     name = "finetune_adapter_v2"
     before = weights(folder / "patched" / name / "final" / COMMANDS[name][1])
-    found, said, _ = run(folder, {name: [*again[name], "--train.max_steps", "1"]}, "patched", UPCAST="1")
+    found, said, _ = run(folder, {name: [*again[name], "--train.max_steps", "2"]}, "patched", UPCAST="1")
     assert "Resuming training from" in said
     assert found[name][0]["half"] > 0
     after = weights(folder / "patched" / name / "final" / COMMANDS[name][1])
@@ -167,7 +167,18 @@ def test_resume_takes_the_adapter_s_numbers(folder: Path, runs: object) -> None:
 
 
 def test_another_precision_runs_unpatched_and_says_so(folder: Path) -> None:
-    arguments = [*commands("bf16")["finetune_lora"], "--train.max_steps", "1"]
-    for precision in ("bf16-true", "bf16-mixed"):
-        _, _, errors = run(folder, {"lora": [*arguments, "--precision", precision]}, "patched", UPCAST="1")
-        assert errors.count("is loaded as it is, unpatched") == 1
+    arguments = [*commands("bf16")["finetune_lora"], "--train.max_steps", "2", "--precision"]
+    both = {precision: [*arguments, precision] for precision in ("bf16-true", "bf16-mixed")}
+    found, _, errors = run(folder, both, "patched", UPCAST="1")
+    assert found == {"bf16-true": [], "bf16-mixed": []}
+    assert errors.count("is loaded as it is, unpatched") == 2
+
+
+def test_clipping_is_refused_by_litgpt_itself(folder: Path) -> None:
+    """LitGPT's finetuning has no --train.max_norm; clipping on a patched model is in test_learning.py."""
+    from litgpt.args import EvalArgs, TrainArgs
+    from litgpt.finetune import adapter, adapter_v2, lora
+
+    for module in (lora, adapter, adapter_v2):
+        with pytest.raises(ValueError, match="doesn't support the 'max_norm' argument"):
+            module.validate_args(TrainArgs(epochs=1, max_norm=1.0), EvalArgs(max_new_tokens=4))

@@ -62,8 +62,8 @@ def patch(
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, to be trained as a
-            whole, nothing to train under ``trainable``, an unknown policy, pattern or kv_cache. Nothing has been changed
-            then, nor when the patch is interrupted.
+            whole, nothing to train under ``trainable``, an unknown policy, pattern or kv_cache. Nothing has been
+            changed then, nor when the patch is interrupted.
     """
     policies.check(policy)
     kernels.active()  # an impossible choice is refused before anything changes
@@ -190,7 +190,7 @@ def _patch(
         _put_back(undo)
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
-    plan = Plan(type(root).__name__, tuple(changes.values()), remarks(root) + learning.remarks(root, found))
+    plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
     record = Record(plan, fallbacks, required_grad)
     root.__dict__[_RECORD] = record
     return record, undo

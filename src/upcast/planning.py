@@ -229,7 +229,7 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
         if twin is not None:
             rounding = changes[twin.name].rounding
         changes[slot.name] = change_of(slot, action, reason, rounding)
-    return Plan(type(root).__name__, tuple(changes.values()), remarks(root) + learning.remarks(root, found))
+    return Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
 
 
 def remarks(root: nn.Module) -> tuple[str, ...]:

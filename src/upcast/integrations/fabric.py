@@ -9,7 +9,7 @@ from upcast import patching
 from upcast.half_weight import HalfWeight
 
 
-class FabricPrecision(Precision):
+class FabricPrecision(Precision):  # type: ignore[misc]
     """Patches every module that Fabric sets up: frozen weights in float16, math and what learns in float32.
 
     ``fabric.setup(model, optimizer)`` takes an optimizer of what learns alone, since frozen weights are replaced:
