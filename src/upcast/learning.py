@@ -37,7 +37,7 @@ def mark(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str]) -> No
 def check(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str] = ()) -> None:
     """Raise UpcastError if all weights of the model are to be trained: then nothing is left for float16."""
     weights = [slot for slot in found if slot.is_weight]
-    whole = all(slot.learns for slot in weights) if trainable else root.training and _share(weights) == 1
+    whole = all(slot.learns for slot in weights) if trainable else _trains(root) and _share(weights) == 1
     if weights and whole:
         raise UpcastError(
             f"all weights of {type(root).__name__} require grad and it is to be trained; small steps are lost in "
@@ -55,7 +55,7 @@ def remarks(root: nn.Module, found: Sequence[Slot]) -> tuple[str, ...]:
         total = sum(slot.tensor.numel() for slot in found if slot.is_parameter)
         return (f"training: {learning:,} of {total:,} parameters learn, in float32",)
     share = _share(weights)
-    if share > 0.5 and not root.training:
+    if share > 0.5 and not _trains(root):
         return (_INFERENCE.format(share="all" if share == 1 else f"{share:.0%}"),)
     return ()
 
@@ -63,10 +63,15 @@ def remarks(root: nn.Module, found: Sequence[Slot]) -> tuple[str, ...]:
 def _for_inference(root: nn.Module, found: Sequence[Slot]) -> bool:
     """All weights require grad; or most, in eval mode: some models freeze a table of positions and nothing else."""
     share = _share([slot for slot in found if slot.is_weight])
-    return share == 1 or (share > 0.5 and not root.training)
+    return share == 1 or (share > 0.5 and not _trains(root))
 
 
 def _share(weights: Sequence[Slot]) -> float:
     """Return which part of the numbers in the weights requires grad."""
     total = sum(slot.tensor.numel() for slot in weights)
     return sum(slot.tensor.numel() for slot in weights if slot.tensor.requires_grad) / total if total else 0.0
+
+
+def _trains(root: nn.Module) -> bool:
+    """Whether the model is in training mode; LitGPT's LLM says so by default, but is there to generate."""
+    return root.training and type(root).__name__ != "LLM"
