@@ -1,7 +1,8 @@
 """float16 weights, float32 math, no NaNs: one line, on any PyTorch model, on CPU."""
 
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from upcast import compiled as _compiled
 from upcast import ops as _ops
@@ -12,7 +13,7 @@ from upcast.integrations.litgpt import load_litgpt
 from upcast.patching import patch, patched, report, unpatch
 from upcast.planning import Plan, plan
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from upcast.integrations.fabric import FabricPrecision
 
 __all__ = [
@@ -32,7 +33,7 @@ __version__ = version("upcast")
 del _compiled, _ops, _products, version  # imported so that HalfWeight and torch.compile know the operations
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _Any:
     if name == "FabricPrecision":  # needs Lightning, which upcast does not
         try:
             from upcast.integrations.fabric import FabricPrecision
