@@ -11,6 +11,10 @@ from types import ModuleType
 TARGETS = (
     "litgpt.api",
     "litgpt.chat.base",
+    "litgpt.finetune.adapter",
+    "litgpt.finetune.adapter_v2",
+    "litgpt.finetune.lora",
+    "litgpt.finetune.lora_legacy",
     "litgpt.generate.base",
     "litgpt.generate.full",
     "litgpt.generate.speculative_decoding",

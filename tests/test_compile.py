@@ -27,7 +27,7 @@ def test_a_patched_model_compiles_into_one_graph(kind: str) -> None:
 
 
 def test_the_compiled_graph_calls_the_kernels() -> None:
-    model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.GELU(), torch.nn.Linear(129, 7)))
+    model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.GELU(), torch.nn.Linear(129, 7)).eval())
     graphs: list[Any] = []
 
     def keep(graph: Any, inputs: Any) -> Any:
@@ -45,14 +45,14 @@ def test_the_compiled_graph_calls_the_kernels() -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 def test_inductor() -> None:
-    model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.GELU(), torch.nn.Linear(129, 7)))
+    model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.GELU(), torch.nn.Linear(129, 7)).eval())
     x = torch.randn(5, 33)
     with torch.no_grad():
         assert relative_error(torch.compile(model, fullgraph=True)(x), model(x)) < 1e-6
 
 
 def test_compiled_gradients() -> None:
-    model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.Tanh(), torch.nn.Linear(129, 7)))
+    model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.Tanh(), torch.nn.Linear(129, 7)).eval())
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     grads = []
     for run in (model, compiled):

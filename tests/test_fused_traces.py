@@ -203,7 +203,7 @@ def test_copies_run_their_own_weights(copier: Any) -> None:
 
 
 def test_other_models_are_left_alone() -> None:
-    model = upcast.patch(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    model = upcast.patch(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)).eval())
     assert not fused_of(model)
 
 
@@ -228,8 +228,8 @@ def test_the_plan_and_the_report_say_what_stays_unfused(
     from litgpt import GPT
 
     monkeypatch.setenv("UPCAST_VERBOSE", "2")
-    model = GPT(small_config(name))
-    inside = torch.nn.ModuleDict({"language": GPT(small_config(name))})
+    model = GPT(small_config(name)).eval()
+    inside = torch.nn.ModuleDict({"language": GPT(small_config(name))}).eval()
     assert str(upcast.plan(inside)).count("not fused") == bool(remark)
     assert remark.format("language.") in str(upcast.plan(inside))
     assert remark.format("") in str(upcast.plan(model)).splitlines()[-1]

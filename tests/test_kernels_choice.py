@@ -26,7 +26,7 @@ for module in (native, portable):
         calls.append(_name.rpartition(".")[2])
         return _linear(*args)
     module.linear = record
-upcast.patch(torch.nn.Linear(33, 31))(torch.ones(2, 33))
+upcast.patch(torch.nn.Linear(33, 31).eval())(torch.ones(2, 33))
 print(calls)
 """
 
@@ -65,7 +65,7 @@ def test_native_where_it_cannot_load_is_an_error(monkeypatch: pytest.MonkeyPatch
 
 def test_a_failed_choice_of_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UPCAST_KERNELS", "fast")
-    model = torch.nn.Linear(3, 3)
+    model = torch.nn.Linear(3, 3).eval()
     with pytest.raises(upcast.UpcastError, match="UPCAST_KERNELS='fast'"):
         upcast.patch(model)
     assert type(model.weight) is torch.nn.Parameter

@@ -33,6 +33,7 @@ class Net(nn.Module):
         self.head = nn.Linear(32, 129, bias=False)
         self.head.weight = self.embed.weight
         self.register_buffer("scale", torch.full((1,), 1.5))
+        self.eval()  # in training mode a model of which all requires grad is refused
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embed(ids)
@@ -124,7 +125,7 @@ def test_nothing_changes_a_parameter_during_forward() -> None:
 
 
 def test_linear_layers_take_the_short_way_and_still_have_the_long_one() -> None:
-    layer = upcast.patch(nn.Linear(33, 31))
+    layer = upcast.patch(nn.Linear(33, 31).eval())
     x, seen = torch.randn(2, 33), []
     layer.register_forward_hook(lambda module, args, out: seen.append(out))
     with torch.no_grad():
@@ -142,7 +143,7 @@ def test_linear_layers_take_the_short_way_and_still_have_the_long_one() -> None:
 
 
 def test_another_forward_of_an_instance_is_left_alone() -> None:
-    layer = nn.Linear(33, 31)
+    layer = nn.Linear(33, 31).eval()
     layer.forward = lambda x: x
     assert torch.equal(upcast.unpatch(upcast.patch(layer))(torch.ones(3)), torch.ones(3))
     assert "forward" in layer.__dict__
@@ -235,7 +236,7 @@ def test_tied_weights_stay_tied() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_equal_twins_share_one_storage_until_one_changes(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31), nn.Linear(33, 31)).to(dtype)
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31), nn.Linear(33, 31)).to(dtype).eval()
     with torch.no_grad():
         model[1].weight.copy_(model[0].weight)
     other = model[1].weight.detach().clone()
@@ -248,7 +249,7 @@ def test_equal_twins_share_one_storage_until_one_changes(dtype: torch.dtype) -> 
 
 
 def test_unpatched_twins_are_separate_again() -> None:
-    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31)).half()
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31)).half().eval()
     with torch.no_grad():
         model[1].weight.copy_(model[0].weight)
     upcast.unpatch(upcast.patch(model))
@@ -272,7 +273,7 @@ def test_a_weight_that_float16_cannot_hold_stays_in_float32(value: float) -> Non
 
 
 def test_65504_and_subnormals_are_stored() -> None:
-    model = nn.Linear(3, 1)
+    model = nn.Linear(3, 1).eval()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[65504.0, -65504.0, 2.0**-24]]))
     upcast.patch(model)
@@ -302,7 +303,7 @@ def test_patterns_choose_what_stays_in_float32(keep: list[str], left: list[str])
 
 
 def test_recurrent_layers_use_the_new_weights() -> None:
-    model = nn.LSTM(7, 33)
+    model = nn.LSTM(7, 33).eval()
     x = torch.randn(5, 2, 7)
     want = rounded(model)(x)[0]
     upcast.patch(model)
@@ -342,9 +343,10 @@ def test_plan_of_a_float16_model_is_lossless() -> None:
 def test_plan_prints_a_row_per_tensor_and_the_total() -> None:
     plan = upcast.plan(Net())
     lines = str(plan).splitlines()
-    assert len(lines) == 2 + len(plan.changes) + 1
+    assert len(lines) == 2 + len(plan.changes) + 2
     assert lines[0].split()[:4] == ["tensor", "shape", "dtype", "action"]
-    assert lines[-1].startswith("Net: ")
+    assert lines[-2].startswith("Net: ")
+    assert lines[-1].startswith("inference: the model is in eval mode")
 
 
 def test_patch_says_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,7 +428,7 @@ def test_training_through_a_frozen_model() -> None:
 
 
 def test_moving_to_the_cpu_copies_nothing() -> None:
-    model = upcast.patch(nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8)))
+    model = upcast.patch(nn.Sequential(nn.Embedding(50, 8), nn.Linear(8, 8)).eval())
     before = {name: weight.data_ptr() for name, weight in half_weights(model).items()}
     assert model.to("cpu") is model
     model.float()

@@ -35,7 +35,11 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     ("not a module", lambda: {"weight": 1}, r"a dict; upcast patches a torch\.nn\.Module.*Pass the module itself"),
     ("none", lambda: None, r"a NoneType; upcast patches a torch\.nn\.Module"),
     ("on the meta device", _partly_meta, r"down\.weight of Net is on the meta device.*Load the weights first"),
-    ("not yet initialised", lambda: nn.LazyLinear(3), r"weight of LazyLinear has no shape yet; run one forward pass"),
+    (
+        "not yet initialised",
+        lambda: nn.LazyLinear(3).eval(),
+        r"weight of LazyLinear has no shape yet; run one forward pass",
+    ),
     ("patched already", lambda: upcast.patch(Net()), r"Net is patched already.*upcast\.unpatch\(model\) first"),
     ("a part is patched", _with_patched_part, r"Net is patched already \(up\.weight"),
     ("held by an optimizer", _in_an_optimizer, r"requires grad and a SGD optimizer holds it.*Delete the optimizer"),

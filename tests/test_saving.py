@@ -106,7 +106,7 @@ def test_whole_models_can_be_copied(model: Net, way: str) -> None:
 
 def test_safetensors(tmp_path: Path) -> None:
     safetensors = pytest.importorskip("safetensors.torch")
-    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31))
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31)).eval()
     with torch.no_grad():
         model[1].weight.copy_(model[0].weight)
     upcast.patch(model)
@@ -118,7 +118,7 @@ def test_safetensors(tmp_path: Path) -> None:
 
 
 def test_a_loaded_checkpoint_may_tell_twins_apart() -> None:
-    model = nn.Sequential(nn.Linear(33, 31, bias=False), nn.Linear(33, 31, bias=False))
+    model = nn.Sequential(nn.Linear(33, 31, bias=False), nn.Linear(33, 31, bias=False)).eval()
     with torch.no_grad():
         model[1].weight.copy_(model[0].weight)
     upcast.patch(model)
@@ -144,7 +144,7 @@ def test_conversions_that_change_nothing(model: Net) -> None:
 
 
 def test_twins_survive_conversions() -> None:
-    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31))
+    model = nn.Sequential(nn.Linear(33, 31), nn.Linear(33, 31)).eval()
     with torch.no_grad():
         model[1].weight.copy_(model[0].weight)
     upcast.patch(model).to("cpu")

@@ -1,6 +1,8 @@
 """float16 weights, float32 math, no NaNs: one line, on any PyTorch model, on CPU."""
 
 from importlib.metadata import version
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from upcast import attention as _attention
 from upcast import compiled as _compiled
@@ -20,10 +22,14 @@ from upcast.planning import Plan, plan
 from upcast.policy import Policy
 from upcast.search import Found, search
 
+if _TYPE_CHECKING:
+    from upcast.integrations.fabric import FabricPrecision
+
 __all__ = [
     "Ablation",
     "Certificate",
     "Diagnosis",
+    "FabricPrecision",
     "Found",
     "HalfWeight",
     "Plan",
@@ -52,3 +58,16 @@ del (
     _recurrent,
     version,
 )  # imported so that HalfWeight and torch.compile know the operations
+
+
+def __getattr__(name: str) -> _Any:
+    if name == "FabricPrecision":  # needs Lightning, which upcast does not
+        try:
+            from upcast.integrations.fabric import FabricPrecision
+        except ModuleNotFoundError as error:
+            raise UpcastError(
+                f"upcast.FabricPrecision without Lightning ({error}); it is a plugin of lightning.Fabric. "
+                "Run `pip install lightning`."
+            ) from None
+        return FabricPrecision
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

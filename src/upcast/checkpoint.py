@@ -12,7 +12,7 @@ from torch import Tensor
 from upcast.errors import UpcastError
 from upcast.planning import CONVERT, decide
 from upcast.rounding import Rounding, survey, to_half
-from upcast.targets import Slot
+from upcast.slot import Slot
 
 Known = dict[str, tuple[torch.dtype, Rounding]]
 

@@ -25,7 +25,7 @@ from upcast import checkpoint, console, torch_file
 from upcast.errors import UpcastError
 from upcast.planning import CONVERT, IN_FLOAT16, WIDEN, Change, Plan, change_of, settle
 from upcast.rounding import Rounding, to_half
-from upcast.targets import Slot
+from upcast.slot import Slot
 
 WEIGHTS, CONFIG, MANIFEST, JOURNAL = "lit_model.pth", "model_config.yaml", "upcast.json", "upcast.journal"
 NOT_COPIED = (

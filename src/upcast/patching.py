@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, tracking, watch
+from upcast import console, fingerprint, hooks, kernels, learning, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
@@ -18,7 +18,8 @@ from upcast.integrations import litgpt_fused, transformers_fused
 from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, to_half
-from upcast.targets import Slot, prepare, slots, unwrap
+from upcast.slot import Slot
+from upcast.targets import prepare, slots, unwrap
 from upcast.tracking import Selection
 
 Model = TypeVar("Model")
@@ -48,12 +49,15 @@ def patch(
     kv_cache: str | None = None,
     guard: bool = False,
     heal: bool = False,
+    trainable: Sequence[str] = (),
 ) -> Model:
     """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
 
     Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
     used as they are, without a copy. Vectors and half-precision buffers become float32. A weight with a value beyond
     65504, or one that is not finite, stays in float32. The weights are frozen: gradients flow through, not into them.
+    Where some weights are frozen and others require grad, as with adapters, those that require grad stay the float32
+    parameters that they are: an optimizer that holds them goes on.
     While it works, up to float32's and float16's bytes exist side by side; `upcast.load_litgpt` avoids that.
 
     Args:
@@ -66,13 +70,15 @@ def patch(
         guard: raise an UpcastError that names the first module and operation when the result is not finite.
         heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
             cures it, run the step again, say so, and go on with that set.
+        trainable: patterns of what learns, of the parameters that require grad; the others are frozen. Without it, all
+            that require grad learn, unless most of the model does: that is taken for inference, and the plan says so.
 
     Raises:
-        UpcastError: not a module, on another device, patched already, in use by an optimizer, an unknown policy,
-            pattern or kv_cache, a saved policy for another architecture. Nothing has been changed then, nor when the
-            patch is interrupted.
+        UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
+            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
+            Nothing has been changed then, nor when the patch is interrupted.
     """
-    prepared = _prepared(model, policy, keep, kv_cache)
+    prepared = _prepared(model, policy, keep, kv_cache, trainable)
     record, _ = _patch(*prepared, {})
     _watch(prepared[0], record, guard, heal)
     console.say(_summary(record), record.plan)
@@ -171,14 +177,15 @@ def adopt(
 
 
 def _prepared(
-    model: object, policy: Choice, keep: Sequence[str], kv_cache: str | None
+    model: object, policy: Choice, keep: Sequence[str], kv_cache: str | None, trainable: Sequence[str] = ()
 ) -> tuple[nn.Module, list[Slot], list[str], Policy]:
     """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
     kernels.active()  # an impossible choice is refused before anything changes
     if kv_cache is not None:
         litgpt_fused.check(kv_cache)
     policies.resolve(policy)
-    root, found = prepare(model, keep)
+    root, found = prepare(model, keep, trainable)
+    learning.check(root, found, trainable)
     chosen = policies.resolve(policy, check=functools.partial(fingerprint.check, root))
     tracking.check(root, chosen)
     if kv_cache is not None:
@@ -222,7 +229,7 @@ def _patch(
         _put_back(undo)
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
-    plan = Plan(type(root).__name__, tuple(changes.values()), remarks(root))
+    plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
     record = Record(plan, fallbacks, required_grad, policy, selection)
     root.__dict__[_RECORD] = record
     return record, undo

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from upcast import console
+from upcast import console, learning
 from upcast.rounding import Rounding, measure, survey
-from upcast.targets import Slot, matches, prepare
+from upcast.slot import Slot, matches
+from upcast.targets import prepare
 
 CONVERT = "convert"  # rounded to float16
 WRAP = "wrap"  # float16 already: used as it is, without a copy
@@ -112,6 +113,8 @@ def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, s
     unsupported = _unsupported(tensor)
     if unsupported:
         return KEEP, unsupported
+    if slot.learns:
+        return (KEEP if tensor.dtype == torch.float32 else WIDEN), "it learns"
     pattern = next((p for p in keep if matches(slot.name, p)), None)
     if pattern is None and tensor.dim() >= 2:
         return (WRAP, "float16 already") if tensor.dtype == torch.float16 else (CONVERT, "a weight")
@@ -207,24 +210,26 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.detach().view(integer), b.detach().view(integer))
 
 
-def plan(model: object, *, keep: Sequence[str] = ()) -> Plan:
+def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> Plan:
     """Return what `upcast.patch` would do to each tensor of ``model``; changes nothing.
 
     Args:
         model: any module on the CPU, or what else `upcast.patch` accepts.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+        trainable: as for `upcast.patch`.
 
     Raises:
         UpcastError: as `upcast.patch` would.
     """
-    root, found = prepare(model, keep)
+    root, found = prepare(model, keep, trainable)
+    learning.check(root, found, trainable)
     changes: dict[str, Change] = {}
     for slot, action, reason, numbers, twin in settle(found, keep):
         rounding = measure(slot.tensor) if action == CONVERT else numbers
         if twin is not None:
             rounding = changes[twin.name].rounding
         changes[slot.name] = change_of(slot, action, reason, rounding)
-    return Plan(type(root).__name__, tuple(changes.values()), remarks(root))
+    return Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
 
 
 def remarks(root: nn.Module) -> tuple[str, ...]:

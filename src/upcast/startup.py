@@ -3,11 +3,15 @@
 from types import ModuleType
 
 from upcast import config
-from upcast.integrations import diffusers, litgpt, litgpt_scripts, transformers
+from upcast.integrations import diffusers, litgpt, litgpt_finetune, litgpt_scripts, transformers
 
 ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
     "litgpt.chat.base": litgpt_scripts.activate,
+    "litgpt.finetune.adapter": litgpt_finetune.activate,
+    "litgpt.finetune.adapter_v2": litgpt_finetune.activate,
+    "litgpt.finetune.lora": litgpt_finetune.activate,
+    "litgpt.finetune.lora_legacy": litgpt_finetune.activate,
     "litgpt.generate.base": litgpt_scripts.activate,
     "litgpt.generate.full": litgpt_scripts.activate,
     "litgpt.generate.speculative_decoding": litgpt_scripts.activate,

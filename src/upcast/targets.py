@@ -1,25 +1,16 @@
 """What can be patched: the module inside what users hand over, its tensors, and every reason to refuse it."""
 
-import fnmatch
 import gc
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from upcast import learning
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
-
-
-@dataclass
-class Slot:
-    """One tensor of a model and every place that holds it (several when tied)."""
-
-    name: str
-    tensor: Tensor
-    is_parameter: bool
-    places: list[tuple[nn.Module, str]]
+from upcast.slot import Slot, matches
 
 
 def slots(model: nn.Module) -> list[Slot]:
@@ -35,22 +26,28 @@ def slots(model: nn.Module) -> list[Slot]:
     return list(found.values())
 
 
-def prepare(model: object, keep: Sequence[str]) -> tuple[nn.Module, list[Slot]]:
+def prepare(model: object, keep: Sequence[str], trainable: Sequence[str] = ()) -> tuple[nn.Module, list[Slot]]:
     """Return the module to patch and its tensors, after every check that can refuse it. Changes nothing."""
     root = unwrap(model)
     found = slots(root)
     name = type(root).__name__
     for slot in found:
         _check_tensor(slot, name)
+    _check_patterns("keep", keep, found, name)
+    _check_patterns("trainable", trainable, found, name)
+    learning.mark(root, found, trainable)
+    _check_optimizers(found, keep)
+    return root, found
+
+
+def _check_patterns(kind: str, patterns: Sequence[str], found: Sequence[Slot], model: str) -> None:
     names = [slot.name for slot in found if slot.is_parameter]
-    for pattern in keep:
+    for pattern in patterns:
         if not any(matches(each, pattern) for each in names):
             raise UpcastError(
-                f"keep pattern {pattern!r} matches no parameter of {name}; a pattern names a parameter or a module, "
+                f"{kind} pattern {pattern!r} matches no parameter of {model}; a pattern names a parameter or a module, "
                 f"such as {names[-1] if names else 'lm_head'!r}. See print(upcast.plan(model)) for the names."
             )
-    _check_optimizers(found)
-    return root, found
 
 
 def unwrap(model: object) -> nn.Module:
@@ -91,24 +88,32 @@ def _check_tensor(slot: Slot, model: str) -> None:
         )
 
 
-def _check_optimizers(found: Sequence[Slot]) -> None:
-    """Refuse a parameter that an optimizer holds: replaced, it would silently stop learning."""
-    trainable = {id(slot.tensor): slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad}
-    if not trainable:
-        return
-    for candidate in gc.get_objects():
+def _check_optimizers(found: Sequence[Slot], keep: Sequence[str]) -> None:
+    """Refuse an optimizer that holds a parameter to be replaced: it would go on with one that no model has."""
+    replaced = {id(slot.tensor): slot for slot in found if slot.is_parameter and not _stays(slot, keep)}
+    for candidate in gc.get_objects() if replaced else ():
         if issubclass(type(candidate), torch.optim.Optimizer):
             for group in candidate.param_groups:
                 for tensor in group["params"]:
-                    if id(tensor) in trainable:
-                        raise UpcastError(
-                            f"{trainable[id(tensor)]} requires grad and a {type(candidate).__name__} optimizer holds "
-                            "it; a weight stored in float16 is frozen. Delete the optimizer, or patch the model "
-                            "before creating one for the parameters that still require grad."
-                        )
+                    if id(tensor) in replaced:
+                        _refuse_optimizer(replaced[id(tensor)], type(candidate).__name__)
 
 
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names this tensor or a module that holds it: 'lm_head', '*.norm*', 'h.0.mlp.fc.weight'."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
+def _stays(slot: Slot, keep: Sequence[str]) -> bool:
+    """Whether the parameter is the same object afterwards."""
+    if slot.tensor.dtype != torch.float32:
+        return not slot.tensor.is_floating_point()
+    return not slot.is_weight or slot.learns or any(matches(slot.name, pattern) for pattern in keep)
+
+
+def _refuse_optimizer(slot: Slot, optimizer: str) -> NoReturn:
+    if not slot.tensor.requires_grad:
+        raise UpcastError(
+            f"a {optimizer} optimizer holds {slot.name}, which is frozen: it would keep the weight's old numbers in "
+            "memory beside float16's. Build it from [p for p in model.parameters() if p.requires_grad]."
+        )
+    becomes = "float32, as a new parameter" if slot.learns else "float16 and is frozen"
+    raise UpcastError(
+        f"{slot.name} requires grad and a {optimizer} optimizer holds it; patching stores it in {becomes}. Delete the "
+        "optimizer, or patch the model before creating one for the parameters that still require grad."
+    )

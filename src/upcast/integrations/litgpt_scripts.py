@@ -2,7 +2,7 @@
 
 The scripts build a model, load it with ``load_checkpoint`` (the adapters with ``lazy_load`` and ``load_state_dict``),
 and hand it to Fabric. Each script's own name for these is wrapped, not LitGPT's: finetuning loads with the same
-functions and stays as it is.
+functions and has wrappers of its own (`upcast.integrations.litgpt_finetune`).
 """
 
 import functools
@@ -29,7 +29,7 @@ def activate(module: ModuleType) -> None:
 
 def activate_adapter(module: ModuleType) -> None:
     """Make the GPT that ``module`` builds patch itself when it takes its weights, in float32 unless asked otherwise."""
-    wrapt.wrap_function_wrapper(module, "get_default_supported_precision", _default_precision)
+    wrapt.wrap_function_wrapper(module, "get_default_supported_precision", default_precision)
     wrapt.wrap_function_wrapper(module, "lazy_load", _lazy_load)
     wrapt.wrap_function_wrapper(module, "GPT", _build)
 
@@ -47,7 +47,7 @@ def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any
     fabric, path = call["fabric"], Path(call["checkpoint_path"])
     model = unwrap(call["model"])
     try:
-        reason = _not_ours(fabric)
+        reason = not_ours(fabric)
         weights = {} if reason else litgpt.read_for(model, path)
     except UpcastError as error:  # then it is for LitGPT to load it, or to say what is wrong
         reason = str(error)
@@ -59,7 +59,7 @@ def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any
     return None
 
 
-def _not_ours(fabric: Any) -> str:
+def not_ours(fabric: Any) -> str:
     """Return why what this Fabric loads is not for upcast, or an empty string."""
     from lightning.fabric.plugins.precision import HalfPrecision, MixedPrecision, Precision
     from lightning.fabric.strategies import SingleDeviceStrategy
@@ -93,7 +93,7 @@ def _compute_in_float32(fabric: Any) -> None:
 # --- adapters ---------------------------------------------------------------------------------------------------------
 
 
-def _default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: Any) -> str:
+def default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: Any) -> str:
     return wrapped(*args, **kwargs) if litgpt.accelerator("auto") != "cpu" else "32-true"
 
 

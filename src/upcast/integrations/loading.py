@@ -21,7 +21,7 @@ from upcast.half_weight import HalfWeight
 from upcast.integrations import litgpt_fused
 from upcast.planning import CONVERT, decide
 from upcast.rounding import Rounding, survey, to_half
-from upcast.targets import Slot
+from upcast.slot import Slot
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

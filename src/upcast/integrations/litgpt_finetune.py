@@ -1,0 +1,92 @@
+"""LitGPT's finetuning under UPCAST=1: the frozen base goes to float16, adapters stay the parameters that they are.
+
+The scripts build a model, mark what learns, make an optimizer, and only then load the checkpoint. The load is where
+the base is patched: what learns takes its numbers in place, since the optimizer holds it already.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import wrapt
+from torch import Tensor, nn
+
+from upcast import checkpoint, config, console, patching
+from upcast.errors import UpcastError
+from upcast.integrations import litgpt, litgpt_scripts
+from upcast.targets import unwrap
+
+
+def activate(module: ModuleType) -> None:
+    """Make ``module`` load its checkpoint into float16 and compute in float32, unless asked for another precision."""
+    wrapt.wrap_function_wrapper(module, "get_default_supported_precision", litgpt_scripts.default_precision)
+    wrapt.wrap_function_wrapper(module, "instantiate_torch_optimizer", _optimizer)
+    wrapt.wrap_function_wrapper(module, "load_checkpoint", _load_checkpoint)
+    if hasattr(module, "load_checkpoint_update"):
+        wrapt.wrap_function_wrapper(module, "load_checkpoint_update", _load_checkpoint)
+
+
+def _optimizer(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+    """Make the optimizer from what learns: LitGPT hands over the base as well, which it would keep in memory."""
+    call = litgpt.arguments(wrapped, args, kwargs)
+    learning = [parameter for parameter in call["model_parameters"] if parameter.requires_grad]
+    return wrapped(call["optimizer"], learning, **call["kwargs"])
+
+
+def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+    call = litgpt.arguments(wrapped, args, kwargs)
+    model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
+    try:
+        reason = litgpt_scripts.not_ours(call["fabric"]) or _not_float32(model)
+        weights = {} if reason else _read(model, path, call.get("adapter_path"))
+    except UpcastError as error:  # then it is for LitGPT to load it, or to say what is wrong
+        reason = str(error)
+    if reason:
+        console.say(f"{path} is loaded as it is, unpatched: {reason}")
+        return wrapped(*args, **kwargs)
+    _fill(model, weights)
+    return None
+
+
+def _not_float32(model: nn.Module) -> str:
+    """Return why the adapters are not for upcast, or an empty string."""
+    found = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad}
+    other = sorted(found - {"float32"})
+    return f"the adapters are {', '.join(other)}; they learn in float32 (--precision 32-true)" if other else ""
+
+
+def _read(model: nn.Module, path: Path, adapter: Path | None) -> dict[str, Tensor]:
+    """Return the mapped weights under the model's names; refuse those of another config."""
+    weights = checkpoint.read(path)
+    if adapter is not None:
+        weights.update(checkpoint.read(Path(adapter)))
+    expected = model.state_dict()
+    weights = {_name(name, expected): tensor for name, tensor in weights.items()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    wrong = sorted(name for name in weights if name not in expected or weights[name].shape != expected[name].shape)
+    wrong += sorted(frozen - weights.keys())
+    if wrong:
+        raise UpcastError(
+            f"{path} and model_config.yaml do not belong together ({', '.join(wrong[:3])}); every frozen weight comes "
+            "from the checkpoint, in its shape. Download or convert the checkpoint again."
+        )
+    return weights
+
+
+def _name(name: str, expected: Mapping[str, Tensor]) -> str:
+    """Return what an adapter model calls the checkpoint's ``name``: its linear layers are one level deeper."""
+    parent, _, last = name.rpartition(".")
+    deeper = f"{parent}.linear.{last}"
+    return deeper if name not in expected and deeper in expected else name
+
+
+def _fill(model: Any, weights: dict[str, Tensor]) -> None:
+    learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with torch.no_grad():
+        for name in learning.keys() & weights.keys():
+            learning[name].copy_(weights.pop(name))
+    known = checkpoint.to_float16(weights)
+    model.load_state_dict(weights, strict=False, assign=True)
+    patching.adopt(model, known, config.read().kv_cache)

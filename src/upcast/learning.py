@@ -1,0 +1,75 @@
+"""Which parameters learn: those stay the float32 parameters that they are, with their optimizer's state.
+
+What requires grad learns, and what is frozen goes to float16. Every fresh module says that all of it requires grad,
+and that it is in training mode, so neither says anything: such a model is for inference, and the plan says so.
+"""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from upcast.errors import UpcastError
+from upcast.slot import Slot, matches
+
+_INFERENCE = (
+    "inference: {share} of the weights require grad, as in every fresh model, so none is taken to learn; "
+    "trainable=[...] names those that do"
+)
+
+
+def mark(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str]) -> None:
+    """Set ``learns`` of the slots. With patterns, what matches and requires grad learns; else `_for_inference` decides.
+
+    Raises:
+        UpcastError: patterns that name no parameter that requires grad.
+    """
+    inference = not trainable and _for_inference(root, found)
+    for slot in found:
+        wanted = not trainable or any(matches(slot.name, pattern) for pattern in trainable)
+        slot.learns = slot.is_parameter and slot.tensor.requires_grad and wanted and not inference
+    if trainable and not any(slot.learns for slot in found):
+        raise UpcastError(
+            f"trainable={list(trainable)!r} leaves nothing to train in {type(root).__name__}: none of these parameters "
+            "requires grad. Call requires_grad_(True) on them first, or leave trainable= out for inference."
+        )
+
+
+def check(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str] = ()) -> None:
+    """Raise UpcastError if all weights of the model are to be trained: then nothing is left for float16."""
+    weights = [slot for slot in found if slot.is_weight]
+    if trainable and weights and all(slot.learns for slot in weights):
+        raise UpcastError(
+            f"trainable={list(trainable)!r} names all weights of {type(root).__name__}; small steps are lost in "
+            "float16, so weights that learn stay in float32 and nothing would be stored in float16. Train it in "
+            "float32; or freeze the base (requires_grad_(False)) and train adapters."
+        )
+
+
+def remarks(root: nn.Module, found: Sequence[Slot]) -> tuple[str, ...]:
+    """Return a line for the foot of the plan: how much learns, or why nothing does though it requires grad."""
+    weights = [slot for slot in found if slot.is_weight]
+    learning = sum(slot.tensor.numel() for slot in found if slot.learns)
+    if learning:
+        total = sum(slot.tensor.numel() for slot in found if slot.is_parameter)
+        return (f"training: {learning:,} of {total:,} parameters learn, in float32",)
+    share = _share(weights)
+    if _for_inference(root, found):
+        return (_INFERENCE.format(share="all" if share == 1 else f"{share:.0%}"),)
+    return ()
+
+
+def _for_inference(root: nn.Module, found: Sequence[Slot]) -> bool:
+    """All weights require grad; or most, in eval mode: some models freeze a table of positions and nothing else."""
+    share = _share([slot for slot in found if slot.is_weight])
+    return share == 1 or (share > 0.5 and not _trains(root))
+
+
+def _share(weights: Sequence[Slot]) -> float:
+    """Return which part of the numbers in the weights requires grad."""
+    total = sum(slot.tensor.numel() for slot in weights)
+    return sum(slot.tensor.numel() for slot in weights if slot.tensor.requires_grad) / total if total else 0.0
+
+
+def _trains(root: nn.Module) -> bool:
+    """Whether the model is in training mode; LitGPT's LLM says so by default, but is there to generate."""
+    return root.training and type(root).__name__ != "LLM"

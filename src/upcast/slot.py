@@ -1,0 +1,28 @@
+"""One tensor of a model: what it is called, where it is held, and whether it learns."""
+
+import fnmatch
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Slot:
+    """One tensor of a model and every place that holds it (several when tied)."""
+
+    name: str
+    tensor: Tensor
+    is_parameter: bool
+    places: list[tuple[nn.Module, str]]
+    learns: bool = False  # it gets gradients, and stays the float32 parameter that it is
+
+    @property
+    def is_weight(self) -> bool:
+        """Whether this is a parameter of the kind that float16 is for."""
+        return self.is_parameter and self.tensor.is_floating_point() and self.tensor.dim() >= 2
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a pattern names this tensor or a module that holds it: 'lm_head', '*.norm*', 'h.0.mlp.fc.weight'."""
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))
