@@ -15,7 +15,9 @@ from upcast.errors import UpcastError
 from upcast.integrations import litgpt_fused
 
 
-def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any:
+def load_litgpt(
+    checkpoint_dir: str | Path, *, kv_cache: str = "float16", mesh: Any = None, wire: str = "float32"
+) -> Any:
     """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
 
     The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
@@ -25,18 +27,29 @@ def load_litgpt(checkpoint_dir: str | Path, *, kv_cache: str = "float16") -> Any
     Args:
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
         kv_cache: as for `upcast.patch`.
+        mesh: a one-dimensional DeviceMesh on the CPU, such as `upcast.distributed.join` returns: the model is divided
+            between its ranks, each of which takes only its part from the file. Every rank must call this, and then
+            the model, alike; every rank gets the same logits. For inference only.
+        wire: the dtype in which partial sums travel between ranks, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
 
     Raises:
         UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown kv_cache.
+            With mesh also, then and later: the ranks differ in checkpoint, options or version; the model cannot be
+            divided between so many; a rank is lost.
     """
     litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     model = _build(_read_config(folder))
-    fill(model, read_for(model, folder / "lit_model.pth"), kv_cache)
-    return model.eval()
+    weights = read_for(model, folder / "lit_model.pth")
+    if mesh is None:
+        fill(model, weights, kv_cache)
+        return model.eval()
+    from upcast.integrations import litgpt_parallel
+
+    return litgpt_parallel.load(model, folder, weights, mesh, kv_cache, wire).eval()
 
 
 def read_for(model: torch.nn.Module, path: Path) -> dict[str, Tensor]:
