@@ -41,18 +41,24 @@ MODELS = {
 }
 
 
-def run_ranks(ranks: int, arguments: Sequence[object], timeout: float = 240, **extra: str) -> list[Any]:
-    """Start one process per rank, and wait for all; one thread each."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks), **extra}
-    command = [sys.executable, *map(str, arguments)]
-    started = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank)}, stdout=-1, stderr=subprocess.PIPE, text=True)
-        for rank in range(ranks)
-    ]
+        return int(probe.getsockname()[1])
+
+
+def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """The variables that torchrun would set; one thread for each rank."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST_K")}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    return {**clean, **place, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def run_ranks(ranks: int, arguments: Sequence[object], timeout: float = 240) -> list[Any]:
+    """Start one process per rank, wait for all, and return each one's output, errors and exit code."""
+    port, command = free_port(), [sys.executable, *map(str, arguments)]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, env=rank_environment(rank, ranks, port), **pipes) for rank in range(ranks)]
     try:
         return [(*process.communicate(timeout=timeout), process.returncode) for process in started]
     finally:
@@ -153,5 +159,25 @@ def test_heads_stay_with_their_group(heads: int, groups: int, ranks: int) -> Non
 
 
 def test_too_many_ranks() -> None:
-    with pytest.raises(UpcastError, match="10 ranks for 9 attention heads; .* Start at most 9 processes"):
+    with pytest.raises(UpcastError, match=r"10 ranks for 9 attention heads; .* Start at most 9 processes"):
         divide_heads(9, 3, 10)
+
+
+def test_generate_with_torchrun_and_alone(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "model", small_config("pythia-14m"))
+    asked = ["upcast", "generate", str(folder), "--prompt", "hello", "--max-new-tokens", "12", "--kv-cache", "float32"]
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
+    outputs = []
+    for launcher in (["-m"], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m"]):
+        result = subprocess.run(
+            [sys.executable, *launcher, *asked],
+            env={**clean, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout)
+    assert outputs[0] == outputs[1] != ""
+    assert "rank 0 of 2 spent" in result.stderr

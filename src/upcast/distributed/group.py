@@ -17,8 +17,12 @@ _LOST = "upcast/lost"  # + /rank: written to the store by a rank that stops, wit
 _POLL = 0.05  # seconds
 
 
+class RankError(UpcastError):
+    """Ranks cannot go on together: one is lost, has failed, or differs from the others."""
+
+
 class Group:
-    """Collectives of one process group; each failure becomes an UpcastError that names the rank and the reason.
+    """Collectives of one process group; each failure becomes a RankError that names the rank and the reason.
 
     Args:
         process_group: of gloo, on the CPU.
@@ -66,24 +70,30 @@ class Group:
         """Compare what each rank is about to do.
 
         Raises:
-            UpcastError: on every rank, the first rank whose record differs from rank 0's, and in what.
+            RankError: on every rank, the first rank whose record differs from rank 0's, and in what.
         """
         every: list[Any] = [None] * self.size
         self._run("handshake", lambda: dist.all_gather_object(every, record, group=self.process_group))
         for rank, other in enumerate(every):
             for key in sorted(every[0].keys() | other.keys()):
                 if other.get(key) != every[0].get(key):
-                    raise UpcastError(
+                    raise RankError(
                         f"rank {rank} has {key} {other.get(key)!r}, rank 0 has {every[0].get(key)!r}; all ranks must "
                         "have the same. Give every process the same files, options and version."
                     )
 
-    def fail(self, reason: object) -> None:
-        """Tell the other ranks why this one stops."""
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one stops for a reason of its own; nothing for a RankError."""
+        if self.size == 1 or isinstance(error, RankError):
+            return
         try:
-            _store().set(f"{_LOST}/{self.rank}", json.dumps({"reason": str(reason)}))
+            store = _store()
+            store.set(f"{_LOST}/{self.rank}", json.dumps({"reason": str(error) or type(error).__name__}))
+            dist.destroy_process_group()  # wakes the others
         except Exception:  # there may be nobody left to tell
             return
+        if self.rank == 0:
+            time.sleep(self.grace)  # it may be the store's home: the others have to read the reason
 
     def _gathered(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.size, *x.shape))
@@ -96,7 +106,7 @@ class Group:
         try:
             collective()
         except (RuntimeError, ValueError) as error:
-            raise UpcastError(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
+            raise RankError(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
         self.calls += 1
         self.seconds += time.perf_counter() - start
 

@@ -4,6 +4,7 @@ Where a part may go to any rank, the parts move on by one rank from layer to lay
 layer evens out over the layers.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def even(total: int, parts: int, what: str) -> list[Range]:
             f"{parts} ranks for {total} {what}; every rank needs at least one. Start at most {total} processes."
         )
     edges = [total * part // parts for part in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def turned(parts: Sequence[object], rank: int, turn: int) -> int:

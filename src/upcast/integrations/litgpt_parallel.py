@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from upcast import checkpoint, patching
+from upcast import checkpoint, config, patching
 from upcast.distributed.group import Group
 from upcast.distributed.shares import Cut, divide_heads, even, turned
 from upcast.errors import UpcastError
@@ -30,17 +30,14 @@ Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: n
 def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh, kv_cache: str, wire: str) -> Any:
     """Make ``model`` (built without memory) this rank's part of it, with its part of the mapped ``weights``."""
     group = Group(_group_of(mesh), wire)
-    try:
-        group.agree(_record(folder, weights, kv_cache, wire))
-        cuts = divide(model, group)
-        local, known = take(weights, cuts)
-        model.load_state_dict(local, assign=True)
-        model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-        patching.adopt(model, known, kv_cache)
-    except Exception as error:
-        group.fail(error)
-        raise
+    group.agree(_record(folder, weights, kv_cache, wire))
+    local, known = take(weights, divide(model, group))
+    model.load_state_dict(local, assign=True)
+    model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
+    patching.adopt(model, known, kv_cache)
     model.requires_grad_(False)  # sums over ranks have no gradient
+    group.sum(torch.zeros(1))  # all have loaded: waiting for each other is over
+    group.calls, group.seconds = 0, 0.0
     model.__dict__["parallel_group"] = group
     return model
 
@@ -77,6 +74,7 @@ def _record(folder: Path, weights: dict[str, Tensor], kv_cache: str, wire: str) 
         "torch version": torch.__version__,
         "model_config.yaml": f"{zlib.crc32((folder / 'model_config.yaml').read_bytes()):08x}",
         "checkpoint": _fingerprint(weights),
+        "policy": config.read().policy,
         "kv_cache": kv_cache,
         "wire": wire,
     }
@@ -120,27 +118,27 @@ def divide(gpt: Any, group: Group) -> Cuts:
     return cuts
 
 
-def _check(config: Any) -> None:
-    reason = "latent attention" if config.latent_attention else ""
-    if config.norm_qk and config.norm_qk_type == "olmo2":
+def _check(settings: Any) -> None:
+    reason = "latent attention" if settings.latent_attention else ""
+    if settings.norm_qk and settings.norm_qk_type == "olmo2":
         reason = "a norm over all heads"
     if reason:
         raise UpcastError(
-            f"{config.name} has {reason}, which upcast cannot divide between ranks yet. Load it without mesh."
+            f"{settings.name} has {reason}, which upcast cannot divide between ranks yet. Load it without mesh."
         )
 
 
 def _divide_attention(attn: Any, name: str, turn: int, group: Group, cuts: Cuts) -> None:
     """LitGPT's fused qkv holds all queries, then all keys, then all values: three ranges for each rank."""
-    config = attn.config
-    parts = divide_heads(config.n_head, config.n_query_groups, group.size)
+    whole = attn.config
+    parts = divide_heads(whole.n_head, whole.n_query_groups, group.size)
     part = parts[turned(parts, group.rank, turn)]
-    (first, end), size = part.heads, config.head_size
-    keys, values = config.n_head, config.n_head + config.n_query_groups
+    (first, end), size = part.heads, whole.head_size
+    keys, values = whole.n_head, whole.n_head + whole.n_query_groups
     ranges = [part.heads, *((at + part.groups[0], at + part.groups[1]) for at in (keys, values))]
     _cut_rows(attn.qkv, f"{name}.qkv", tuple((a * size, b * size) for a, b in ranges), cuts)
     _cut_columns(attn.proj, f"{name}.proj", (first * size, end * size), group, cuts)
-    attn.config = copy.copy(config)
+    attn.config = copy.copy(whole)
     attn.config.n_head, attn.config.n_query_groups = end - first, part.groups[1] - part.groups[0]
 
 
@@ -205,7 +203,7 @@ def _cut_columns(linear: nn.Linear, name: str, part: tuple[int, int], group: Gro
         linear.bias = None
 
 
-# --- what runs ---------------------------------------------------------------------------------------------------------
+# --- what runs --------------------------------------------------------------------------------------------------------
 
 
 class Sum:
