@@ -5,6 +5,7 @@ python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
 python benchmarks/run.py --peers                llama.cpp as well (pip install llama-cpp-python compiles it)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
+python benchmarks/run.py --suite distributed    one and two ranks, and two hosts in network namespaces
 """
 
 import argparse
@@ -22,7 +23,18 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import chart, llamacpp, machine, record, report, serve_suite, smollm2, stress, subject
+from benchmarks import (
+    chart,
+    distributed_suite,
+    llamacpp,
+    machine,
+    record,
+    report,
+    serve_suite,
+    smollm2,
+    stress,
+    subject,
+)
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.variants import BASELINE, PEERS, VARIANTS
 
@@ -36,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = chosen_effort(options)
     if options.suite == "serve":
         return serve(parser, options, effort)
+    if options.suite == "distributed":
+        return distribute(parser, options, effort)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:
@@ -66,7 +80,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="a LitGPT config name; random weights unless %(default)s (the default)",
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
-    parser.add_argument("--suite", choices=("model", "serve"), default="model", help="default %(default)s")
+    parser.add_argument(
+        "--suite", choices=("model", "serve", "distributed"), default="model", help="default %(default)s"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
     parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
     parser.add_argument("--peers", action="store_true", help="measure llama.cpp too, on the same weights in F16")
@@ -157,6 +173,28 @@ def serve(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: 
     path = options.output / f"{measured.title}-serve.json"
     path.write_text(json.dumps(serve_suite.record(measured, load, results), indent=1, allow_nan=False) + "\n")
     print(path)
+    return 0
+
+
+def distribute(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: Effort) -> int:
+    """Run the distributed suite; return 0, or 1 if a rank failed."""
+    tokens = 32 if options.quick else 128
+    with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
+        try:
+            measured = subject.resolve(options.model, options.checkpoint, Path(scratch), effort.window, effort.windows)
+        except (subject.SubjectError, smollm2.PreparationError) as error:
+            parser.error(str(error))
+        try:
+            runs, left_out = distributed_suite.run(measured.checkpoint, tokens)
+        except distributed_suite.DistributedError as error:
+            print(f"distributed: {error}", file=sys.stderr)
+            return 1
+    distributed_suite.show(runs, left_out)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{measured.title}-distributed.json"
+    content = distributed_suite.record(measured.title, tokens, runs, left_out)
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"{path}\n{distributed_suite.draw(content, path.with_suffix('.png'))}")
     return 0
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from upcast import config
@@ -31,7 +32,7 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
         return init_device_mesh("cpu", (dist.get_world_size(),))
     span = datetime.timedelta(seconds=timeout)
     if place.ranks == 1:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=span)
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=span)
         return init_device_mesh("cpu", (1,))
     store = _connect(place, span)
     _wait_for_all(store, place, timeout)
@@ -54,14 +55,14 @@ def leave() -> None:
 def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
     host = place.rank == 0 and not place.served
     try:
-        store = dist.TCPStore(place.address, place.port, place.ranks, host, span, wait_for_workers=False)
+        store = TCPStore(place.address, place.port, place.ranks, host, span, wait_for_workers=False)
     except (RuntimeError, ValueError) as error:
         what = "cannot open the store" if host else "cannot reach the store of rank 0"
         raise UpcastError(
             f"rank {place.rank} {what} at {place.address}:{place.port} within {span.total_seconds():g} s "
             f"({str(error).splitlines()[0]}); rank 0 must run there. Check MASTER_ADDR, MASTER_PORT and the firewall."
         ) from None
-    return dist.PrefixStore(f"upcast/{place.attempt}", store)
+    return PrefixStore(f"upcast/{place.attempt}", store)
 
 
 def _wait_for_all(store: Any, place: config.Rank, timeout: float) -> None:

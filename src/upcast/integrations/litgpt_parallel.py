@@ -200,7 +200,7 @@ def _cut_columns(linear: nn.Linear, name: str, part: tuple[int, int], group: Gro
     linear.in_features = linear.weight.shape[1]
     if linear.bias is not None and group.rank:
         cuts[f"{name}.bias"] = None
-        linear.bias = None
+        linear.register_parameter("bias", None)
 
 
 # --- what runs --------------------------------------------------------------------------------------------------------
