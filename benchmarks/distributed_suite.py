@@ -35,7 +35,7 @@ class DistributedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One measured setting: seconds per token (median), in collectives per token, and weight bytes of each rank."""
+    """One measured setting: medians of seconds per token and of those in collectives; weight bytes of each rank."""
 
     name: str
     ranks: int
@@ -95,7 +95,7 @@ def _measure(name: str, ranks: int, checkpoint: Path, tokens: int, link: Link | 
             results.append(json.loads(out.strip().splitlines()[-1]))
     first = results[0]
     weights = tuple(each["weight_bytes"] for each in results)
-    per_token = first["collective_seconds"] / tokens
+    per_token = statistics.median(first["collective_samples"])
     return Run(name, ranks, statistics.median(first["samples"]), per_token, first["calls"] / tokens, weights)
 
 

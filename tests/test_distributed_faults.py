@@ -21,7 +21,7 @@ FAULTS = {
     "absent-first": r"upcast: rank \d cannot reach the store of rank 0 at 127.0.0.1:\d+ within 4 s",
     "differs": r"upcast: rank \d: rank 1 has kv_cache 'float32', rank 0 has 'float16'",
 }
-SLOW = ("stopped", "raises", "absent-first", "differs")
+SLOW = ("absent", "stopped", "raises", "absent-first", "differs")
 # Seconds; longer where a rank that is merely slow to start on a busy machine would be taken for the fault under test.
 TIMEOUTS, ENOUGH = {"absent": 25, "stopped": 25, "absent-first": 4}, 150
 RANKS = 3
