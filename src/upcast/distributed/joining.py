@@ -14,6 +14,7 @@ from upcast import config
 from upcast.errors import UpcastError
 
 _JOINED = "upcast/joined"
+_MISSING = "upcast/missing"
 _POLL = 0.05  # seconds
 
 
@@ -72,12 +73,16 @@ def _wait_for_all(store: Any, place: config.Rank, timeout: float) -> None:
     while waiting:
         try:
             waiting -= {rank for rank in waiting if store.check([f"{_JOINED}/{rank}"])}
+            missing = store.get(_MISSING).decode() if store.check([_MISSING]) else ""
         except RuntimeError:
             raise UpcastError(
                 f"rank 0 is gone before all {place.ranks} ranks had joined; it holds their store. Start all again."
             ) from None
-        if waiting and time.monotonic() > end:
+        if waiting and not missing and time.monotonic() > end:
             missing = ", ".join(map(str, sorted(waiting)))
+            store.set(_MISSING, missing)  # the first to give up says so to all
+            time.sleep(20 * _POLL)  # rank 0 may be the store's home: the others have to read it
+        if missing:
             raise UpcastError(
                 f"rank {missing} of {place.ranks} did not join within {timeout:g} s; every rank must be started. "
                 "Start the missing processes, or wait longer with --timeout."
