@@ -1,6 +1,7 @@
 """The ranks that share a model: sums and gathers between them, and what is said when one of them is lost."""
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +115,7 @@ class Group:
         """Find out who is missing: every survivor says in the store that it lives, and waits for the others."""
         silent = "did not answer in time" if "imed out" in str(error) else "is gone: its connection was closed"
         try:
-            missing, blamed = self._roll_call()
+            missing, blamed = self._bounded_roll_call()
         except Exception:  # the store is on rank 0, or with torchrun where torchrun started first
             return f"rank 0 is gone: neither it nor its store can be reached. {_STOP}"
         if blamed:
@@ -122,6 +123,14 @@ class Group:
         if missing:
             return f"rank {', '.join(map(str, missing))} {silent}. {_STOP}"
         return f"the ranks cannot reach each other, though all {self.size} live ({error}). {_STOP}"
+
+    def _bounded_roll_call(self) -> tuple[list[int], list[tuple[int, str]]]:
+        """Call the roll from a thread: where the network is cut, the store blocks for as long as TCP tries again."""
+        found: list[tuple[list[int], list[tuple[int, str]]]] = []
+        caller = threading.Thread(target=lambda: found.append(self._roll_call()), daemon=True)
+        caller.start()
+        caller.join(2 * self.grace)
+        return found[0]  # IndexError: no answer, or an error
 
     def _roll_call(self) -> tuple[list[int], list[tuple[int, str]]]:
         store = _store()
