@@ -16,7 +16,7 @@ from tests.test_distributed import ROOT
 
 pytest.importorskip("litgpt")
 
-RANKS, PORT, TIMEOUT = 2, "29511", 5
+RANKS, PORT, TIMEOUT = 2, "29511", 2
 
 
 def start(rank: int, places: tuple[Host, ...], *arguments: str) -> "subprocess.Popen[str]":
