@@ -6,6 +6,7 @@ python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random
 python benchmarks/run.py --peers                llama.cpp as well (pip install llama-cpp-python compiles it)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
 python benchmarks/run.py --suite ablation       which op classes need float32
+python benchmarks/run.py --suite distributed    one and two ranks, and two hosts in network namespaces
 """
 
 import argparse
@@ -23,11 +24,23 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import ablation, chart, llamacpp, machine, record, report, serve_suite, smollm2, stress, subject
+from benchmarks import (
+    ablation,
+    chart,
+    distributed_suite,
+    llamacpp,
+    machine,
+    record,
+    report,
+    serve_suite,
+    smollm2,
+    stress,
+    subject,
+)
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.variants import BASELINE, PEERS, VARIANTS
 
-SUITES = ("variants", "serve", "ablation")
+SUITES = ("variants", "serve", "ablation", "distributed")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -38,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = chosen_effort(options)
     if options.suite == "serve":
         return serve(parser, options, effort)
+    if options.suite == "distributed":
+        return distribute(parser, options, effort)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:
@@ -161,6 +176,28 @@ def serve(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: 
     path = options.output / f"{measured.title}-serve.json"
     path.write_text(json.dumps(serve_suite.record(measured, load, results), indent=1, allow_nan=False) + "\n")
     print(path)
+    return 0
+
+
+def distribute(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: Effort) -> int:
+    """Run the distributed suite; return 0, or 1 if a rank failed."""
+    tokens = 32 if options.quick else 128
+    with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
+        try:
+            measured = subject.resolve(options.model, options.checkpoint, Path(scratch), effort.window, effort.windows)
+        except (subject.SubjectError, smollm2.PreparationError) as error:
+            parser.error(str(error))
+        try:
+            runs, left_out = distributed_suite.run(measured.checkpoint, tokens)
+        except distributed_suite.DistributedError as error:
+            print(f"distributed: {error}", file=sys.stderr)
+            return 1
+    distributed_suite.show(runs, left_out)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / f"{measured.title}-distributed.json"
+    content = distributed_suite.record(measured.title, tokens, runs, left_out)
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    print(f"{path}\n{distributed_suite.draw(content, path.with_suffix('.png'))}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m upcast run | convert | diagnose | certify | status``."""
+"""The command line: ``python -m upcast run | convert | generate | diagnose | certify | status``."""
 
 import argparse
 import os
@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path, help="a LitGPT checkpoint folder")
     convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-float16)")
     convert.set_defaults(command=_convert)
+
+    from upcast.distributed import generate
+
+    generate.add_to(commands)
 
     status = commands.add_parser("status", help="say what is active and why")
     status.set_defaults(command=_status)

@@ -48,6 +48,18 @@ class Config:
     verbose: int
 
 
+@dataclass(frozen=True)
+class Rank:
+    """Which of several processes this one is, as torchrun says it; ``served``: torchrun itself holds the store."""
+
+    rank: int
+    ranks: int
+    address: str
+    port: int
+    served: bool
+    attempt: str
+
+
 def read(environ: Mapping[str, str] = os.environ) -> Config:
     """Return the environment's settings.
 
@@ -63,6 +75,33 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         kv_cache=values["UPCAST_KV_CACHE"] if environ.get("UPCAST_KV_CACHE") else None,
         verbose=int(values["UPCAST_VERBOSE"]),
     )
+
+
+def rank_of(environ: Mapping[str, str] = os.environ) -> Rank:
+    """Return the place that torchrun's variables give this process; without them it is alone.
+
+    Raises:
+        UpcastError: a variable is missing or is not a number, or the rank is not one of the ranks.
+    """
+    ranks, rank = (_number(name, environ, alone) for name, alone in (("WORLD_SIZE", "1"), ("RANK", "0")))
+    if not 0 <= rank < ranks:
+        raise UpcastError(f"RANK={rank} of WORLD_SIZE={ranks}; ranks count from 0. Start the processes with torchrun.")
+    if ranks == 1:
+        return Rank(0, 1, "", 0, False, "0")
+    if "MASTER_ADDR" not in environ:
+        raise UpcastError(f"WORLD_SIZE={ranks} without MASTER_ADDR; ranks meet there. Start them with torchrun.")
+    port = _number("MASTER_PORT", environ, "29500")
+    served = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return Rank(rank, ranks, environ["MASTER_ADDR"], port, served, environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def _number(name: str, environ: Mapping[str, str], default: str) -> int:
+    value = environ.get(name, default)
+    if not value.isdecimal():
+        raise UpcastError(
+            f"{name}={value!r} in the environment; it must be a number. Start the processes with torchrun."
+        )
+    return int(value)
 
 
 def shown(variable: Variable, environ: Mapping[str, str] = os.environ) -> str:

@@ -23,6 +23,8 @@ def load_litgpt(
     kv_cache: str | None = None,
     guard: bool = False,
     heal: bool = False,
+    mesh: Any = None,
+    wire: str = "float32",
 ) -> Any:
     """Return the LitGPT model in ``checkpoint_dir``, patched and in eval mode.
 
@@ -36,21 +38,36 @@ def load_litgpt(
         kv_cache: as for `upcast.patch`.
         guard: as for `upcast.patch`.
         heal: as for `upcast.patch`.
+        mesh: a one-dimensional DeviceMesh on the CPU, such as `upcast.distributed.join` returns: the model is divided
+            between its ranks, each of which takes only its part from the file. Every rank must call this, and then
+            the model, alike; every rank gets the same logits. For inference only.
+        wire: the dtype in which partial sums travel between ranks, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
 
     Raises:
         UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy or
-            kv_cache.
+            kv_cache. With mesh also, then and later: a policy other than safe, guard or heal; the ranks differ in
+            checkpoint, options or version; the model cannot be divided between so many; a rank is lost.
     """
-    policies.resolve(policy)
+    chosen = policies.resolve(policy)
+    if mesh is not None and (guard or heal or not chosen.everywhere):
+        raise UpcastError(
+            f"mesh= with policy {str(chosen)!r}, guard={guard}, heal={heal}; a model divided between ranks runs under "
+            "'safe' only, which needs neither. Leave them out."
+        )
     if kv_cache is not None:
         litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     model = _build(_read_config(folder))
-    fill(model, read_for(model, folder / "lit_model.pth"), kv_cache, policy, guard, heal)
-    return model.eval()
+    weights = read_for(model, folder / "lit_model.pth")
+    if mesh is None:
+        fill(model, weights, kv_cache, policy, guard, heal)
+        return model.eval()
+    from upcast.integrations import litgpt_parallel
+
+    return litgpt_parallel.load(model, folder, weights, mesh, kv_cache or chosen.kv_cache, wire).eval()
 
 
 def read_for(model: torch.nn.Module, path: Path) -> dict[str, Tensor]:

@@ -50,6 +50,11 @@ def last_position(gpt: nn.Module) -> Iterator[None]:
         _wanted.last = before
 
 
+def wants_last(gpt: nn.Module) -> bool:
+    """Whether this thread reads only the last position of ``gpt``'s logits."""
+    return getattr(_wanted, "last", None) is gpt
+
+
 class Step:
     """One block for the native kernel: where its cache is, and the arguments that stay the same from call to call."""
 
@@ -209,9 +214,7 @@ class FusedGPT(Fused):
 
     def _last_is_enough(self) -> bool:
         gpt = self.module
-        wanted: Any = getattr(_wanted, "last", None)
-        watched = any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
-        return wanted is gpt and not watched
+        return wants_last(gpt) and not any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
 
     def _capped(self, logits: Tensor) -> Tensor:
         limit = self.module.config.final_logit_softcapping

@@ -1,0 +1,42 @@
+"""One rank of the distributed suite: decodes, and prints its figures as one line of JSON.
+
+usage: python -m benchmarks.distributed_worker CHECKPOINT_FOLDER TOKENS TIMEOUT
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import upcast
+from upcast.distributed import join, leave
+from upcast.half_weight import HalfWeight
+
+PROMPT = 16
+
+
+def main(folder: Path, tokens: int, timeout: float) -> None:
+    mesh = join(timeout)
+    model = upcast.load_litgpt(folder, mesh=mesh)
+    group = model.parallel_group
+    with torch.inference_mode():
+        model.set_kv_cache(1, PROMPT + tokens + 1)
+        token = model(torch.arange(1, PROMPT + 1)[None], torch.arange(PROMPT))[:, -1:].argmax(-1)
+        group.calls, group.seconds = 0, 0.0
+        samples, between = [], []  # of each token: seconds, and those of them in collectives
+        for position in range(PROMPT, PROMPT + tokens):
+            start, before = time.perf_counter(), group.seconds
+            logits = model(token, torch.tensor([position]), input_pos_maxp1=position + 1)
+            samples.append(time.perf_counter() - start)
+            between.append(group.seconds - before)
+            token = logits.argmax(-1)
+    weights = {w.stored.data_ptr(): w.stored.nbytes for w in model.parameters() if isinstance(w, HalfWeight)}
+    found = {"samples": samples, "calls": group.calls, "collective_samples": between}
+    print(json.dumps({**found, "rank": group.rank, "weight_bytes": sum(weights.values())}), flush=True)
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3]))

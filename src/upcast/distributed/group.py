@@ -1,0 +1,155 @@
+"""The ranks that share a model: sums and gathers between them, and what is said when one of them is lost."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from upcast.errors import UpcastError
+
+WIRES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_LOST = "upcast/lost"  # + /rank: written to the store by a rank that stops, with its reason if it is to blame
+_POLL = 0.05  # seconds
+
+
+class RankError(UpcastError):
+    """Ranks cannot go on together: one is lost, has failed, or differs from the others."""
+
+
+class Group:
+    """Collectives of one process group; each failure becomes a RankError that names the rank and the reason.
+
+    Args:
+        process_group: of gloo, on the CPU.
+        wire: in which dtype partial sums travel. Below float32 each rank gathers them and adds them up in float32; a
+            sum with a value out of the dtype's range is done again in float32, on all ranks alike.
+        grace: seconds that survivors wait for each other to find out who is missing.
+
+    ``calls``, ``seconds`` and ``repeated`` count the collectives, the time in them, and those done again.
+    """
+
+    def __init__(self, process_group: Any, wire: str = "float32", grace: float = 3.0) -> None:
+        if wire not in WIRES:
+            raise UpcastError(f"wire={wire!r}; it must be one of {', '.join(WIRES)}. Use 'float32'.")
+        self.process_group, self.wire, self.grace = process_group, wire, grace
+        self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self.calls, self.seconds, self.repeated = 0, 0.0, 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
+        return self  # a copy of a model talks to the same ranks
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Return the sum of every rank's ``x``, float32, the same bits on every rank. ``x`` may be overwritten."""
+        if self.size == 1:
+            return x
+        x = x.contiguous()
+        if self.wire == "float32":
+            self._run("all-reduce", lambda: dist.all_reduce(x, group=self.process_group))
+            return x
+        total = self._gathered(x.to(WIRES[self.wire])).float().sum(0)
+        if bool(total.isfinite().all()):
+            return total
+        self.repeated += 1
+        self._run("all-reduce", lambda: dist.all_reduce(x, group=self.process_group))
+        return x
+
+    def concatenate(self, x: Tensor, sizes: list[int]) -> Tensor:
+        """Return every rank's ``x`` side by side in the last dimension, where rank r has ``sizes[r]`` elements."""
+        if self.size == 1:
+            return x
+        padded = torch.nn.functional.pad(x, (0, max(sizes) - x.shape[-1]))  # gloo gathers equal shapes only
+        every = self._gathered(padded.contiguous())
+        return torch.cat([part[..., :size] for part, size in zip(every, sizes, strict=True)], -1)
+
+    def agree(self, record: dict[str, str]) -> None:
+        """Compare what each rank is about to do.
+
+        Raises:
+            RankError: on every rank, the first rank whose record differs from rank 0's, and in what.
+        """
+        every: list[Any] = [None] * self.size
+        self._run("handshake", lambda: dist.all_gather_object(every, record, group=self.process_group))
+        for rank, other in enumerate(every):
+            for key in sorted(every[0].keys() | other.keys()):
+                if other.get(key) != every[0].get(key):
+                    raise RankError(
+                        f"rank {rank} has {key} {other.get(key)!r}, rank 0 has {every[0].get(key)!r}; all ranks must "
+                        "have the same. Give every process the same files, options and version."
+                    )
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the other ranks that this one stops for a reason of its own; nothing for a RankError."""
+        if self.size == 1 or isinstance(error, RankError):
+            return
+        try:
+            store = _store()
+            store.set(f"{_LOST}/{self.rank}", json.dumps({"reason": str(error) or type(error).__name__}))
+            dist.destroy_process_group()  # wakes the others
+        except Exception:  # there may be nobody left to tell
+            return
+        if self.rank == 0:
+            time.sleep(self.grace)  # it may be the store's home: the others have to read the reason
+
+    def _gathered(self, x: Tensor) -> Tensor:
+        out = x.new_empty((self.size, *x.shape))
+        parts = list(out.unbind(0))
+        self._run("gather", lambda: dist.all_gather(parts, x, group=self.process_group))
+        return out
+
+    def _run(self, what: str, collective: Callable[[], Any]) -> None:
+        start = time.perf_counter()
+        try:
+            collective()
+        except (RuntimeError, ValueError) as error:
+            raise RankError(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
+        self.calls += 1
+        self.seconds += time.perf_counter() - start
+
+    def _verdict(self, error: Exception) -> str:
+        """Find out who is missing: every survivor says in the store that it lives, and waits for the others."""
+        silent = "did not answer in time" if "imed out" in str(error) else "is gone: its connection was closed"
+        try:
+            missing, blamed = self._bounded_roll_call()
+        except Exception:  # the store is on rank 0, or with torchrun where torchrun started first
+            return f"rank 0 is gone: neither it nor its store can be reached. {_STOP}"
+        if blamed:
+            return f"rank {blamed[0][0]} failed: {blamed[0][1]}. {_STOP}"
+        if missing:
+            return f"rank {', '.join(map(str, missing))} {silent}. {_STOP}"
+        return f"the ranks cannot reach each other, though all {self.size} live ({error}). {_STOP}"
+
+    def _bounded_roll_call(self) -> tuple[list[int], list[tuple[int, str]]]:
+        """Call the roll from a thread: where the network is cut, the store blocks for as long as TCP tries again."""
+        found: list[tuple[list[int], list[tuple[int, str]]]] = []
+        caller = threading.Thread(target=lambda: found.append(self._roll_call()), daemon=True)
+        caller.start()
+        caller.join(2 * self.grace)
+        return found[0]  # IndexError: no answer, or an error
+
+    def _roll_call(self) -> tuple[list[int], list[tuple[int, str]]]:
+        store = _store()
+        store.set(f"{_LOST}/{self.rank}", "{}")
+        end, waiting = time.monotonic() + self.grace, set(range(self.size))
+        blamed = []
+        while waiting and time.monotonic() < end:
+            for rank in [rank for rank in waiting if store.check([f"{_LOST}/{rank}"])]:
+                waiting.discard(rank)
+                reason = json.loads(store.get(f"{_LOST}/{rank}")).get("reason")
+                blamed += [(rank, reason)] if reason else []
+            time.sleep(_POLL)
+        if self.rank == 0:
+            time.sleep(10 * _POLL)  # it may be the store's home: the others have to hear the end
+        return sorted(waiting), blamed
+
+
+_STOP = "This rank stops as well; start all of them again"
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()

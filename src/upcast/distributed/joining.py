@@ -1,0 +1,90 @@
+"""How a process joins the others: torchrun's variables or one process, with a timeout and names for who is missing."""
+
+import datetime
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from upcast import config
+from upcast.errors import UpcastError
+
+_JOINED = "upcast/joined"
+_MISSING = "upcast/missing"
+_POLL = 0.05  # seconds
+
+
+def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> DeviceMesh:
+    """Join the ranks that torchrun started (a single process is rank 0 of 1) and return their mesh on the CPU.
+
+    Args:
+        timeout: seconds that a rank waits for the others: to join, and later in each collective.
+        environ: the variables RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun sets them.
+
+    Raises:
+        UpcastError: a rank did not join in time (it is named), or a variable is missing or not a number.
+    """
+    place = config.rank_of(environ)
+    if dist.is_initialized():
+        return init_device_mesh("cpu", (dist.get_world_size(),))
+    span = datetime.timedelta(seconds=timeout)
+    if place.ranks == 1:
+        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=span)
+        return init_device_mesh("cpu", (1,))
+    store = _connect(place, span)
+    _wait_for_all(store, place, timeout)
+    try:
+        dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.ranks, timeout=span)
+    except RuntimeError as error:
+        raise UpcastError(
+            f"rank {place.rank} found the others but cannot connect to them ({str(error).splitlines()[0]}); each "
+            "host must reach every other. Set GLOO_SOCKET_IFNAME to the network interface between them."
+        ) from None
+    return init_device_mesh("cpu", (place.ranks,))
+
+
+def leave() -> None:
+    """Close the connections; the counterpart of `join`."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
+    host = place.rank == 0 and not place.served
+    try:
+        store = TCPStore(place.address, place.port, place.ranks, host, span, wait_for_workers=False)
+    except (RuntimeError, ValueError) as error:
+        what = "cannot open the store" if host else "cannot reach the store of rank 0"
+        raise UpcastError(
+            f"rank {place.rank} {what} at {place.address}:{place.port} within {span.total_seconds():g} s "
+            f"({str(error).splitlines()[0]}); rank 0 must run there. Check MASTER_ADDR, MASTER_PORT and the firewall."
+        ) from None
+    return PrefixStore(f"upcast/{place.attempt}", store)
+
+
+def _wait_for_all(store: Any, place: config.Rank, timeout: float) -> None:
+    """Wait until every rank has said that it is there."""
+    store.set(f"{_JOINED}/{place.rank}", b"1")
+    end, waiting = time.monotonic() + timeout, set(range(place.ranks))
+    while waiting:
+        try:
+            waiting -= {rank for rank in waiting if store.check([f"{_JOINED}/{rank}"])}
+            missing = store.get(_MISSING).decode() if store.check([_MISSING]) else ""
+        except RuntimeError:
+            raise UpcastError(
+                f"rank 0 is gone before all {place.ranks} ranks had joined; it holds their store. Start all again."
+            ) from None
+        if waiting and not missing and time.monotonic() > end:
+            missing = ", ".join(map(str, sorted(waiting)))
+            store.set(_MISSING, missing)  # the first to give up says so to all
+            time.sleep(20 * _POLL)  # rank 0 may be the store's home: the others have to read it
+        if missing:
+            raise UpcastError(
+                f"rank {missing} of {place.ranks} did not join within {timeout:g} s; every rank must be started. "
+                "Start the missing processes, or wait longer with --timeout."
+            )
+        time.sleep(_POLL)

@@ -1,0 +1,65 @@
+"""One rank of the tests of distributed models: loads each checkpoint, computes, and writes down what it got.
+
+usage: distributed_worker.py OUTPUT_FOLDER WIRE CHECKPOINT_FOLDER...
+"""
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import upcast
+from tests.fused_models import calls
+from upcast.distributed import join, leave
+from upcast.half_weight import HalfWeight
+
+PROMPT, NEW = 9, 12
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    seen = {w.stored.data_ptr(): w.stored.nbytes for w in model.parameters() if isinstance(w, HalfWeight)}
+    return sum(seen.values()) + sum(p.nbytes for p in model.parameters() if not isinstance(p, HalfWeight))
+
+
+def results(model: Any) -> dict[str, Any]:
+    """Logits of a whole text, of one decoded from a cache, and LitGPT's own greedy generation."""
+    from litgpt.generate.base import generate
+
+    size = model.config.vocab_size
+    ids = torch.randint(1, size, (2, PROMPT), generator=torch.Generator().manual_seed(3))
+    whole = model(ids)
+    model.set_kv_cache(2, PROMPT + NEW)
+    steps = [model(ids[:, :5], torch.arange(5))]
+    steps += [model(ids[:, i : i + 1], torch.tensor([i]), input_pos_maxp1=i + 1) for i in range(5, PROMPT)]
+    model.clear_kv_cache()
+    model.set_kv_cache(1, PROMPT + NEW)
+    text = generate(model, ids[0], PROMPT + NEW, temperature=0.0, eos_id=None)
+    floats = [name for name, p in model.named_parameters() if p.dim() > 1 and not isinstance(p, HalfWeight)]
+    model.clear_kv_cache()
+    return {
+        "whole": whole.clone(),
+        "steps": torch.cat(steps, 1).clone(),
+        "text": text.clone(),
+        "copy": copy.deepcopy(model)(ids).clone(),
+        "bytes": weight_bytes(model),
+        "fused": calls(model),
+        "float32": floats,
+    }
+
+
+def main(output: Path, wire: str, folders: list[Path]) -> None:
+    mesh = join(timeout=120)
+    with torch.inference_mode():
+        for folder in folders:
+            model = upcast.load_litgpt(folder, kv_cache="float32", mesh=mesh, wire=wire)
+            group = model.parallel_group
+            found = results(model)
+            found.update(calls=group.calls, repeated=group.repeated)
+            torch.save(found, output / f"{folder.name}-{mesh.get_rank()}.pt")
+    leave()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], [Path(name) for name in sys.argv[3:]])
