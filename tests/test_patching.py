@@ -346,7 +346,7 @@ def test_plan_prints_a_row_per_tensor_and_the_total() -> None:
     assert len(lines) == 2 + len(plan.changes) + 2
     assert lines[0].split()[:4] == ["tensor", "shape", "dtype", "action"]
     assert lines[-2].startswith("Net: ")
-    assert lines[-1].startswith("inference: the model is in eval mode")
+    assert lines[-1].startswith("inference: all of the weights require grad")
 
 
 def test_patch_says_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
