@@ -1,5 +1,6 @@
 """How a process joins the others: torchrun's variables or one process, with a timeout and names for who is missing."""
 
+import contextlib
 import datetime
 import os
 import time
@@ -48,9 +49,15 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
 
 
 def leave() -> None:
-    """Close the connections; the counterpart of `join`."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    """Close the connections once every rank has come here; the counterpart of `join`.
+
+    A rank that closed while another was still in its last collective could end that one with it.
+    """
+    if not dist.is_initialized():
+        return
+    with contextlib.suppress(RuntimeError):  # a rank that died by now takes nothing away
+        dist.barrier()
+    dist.destroy_process_group()
 
 
 def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
