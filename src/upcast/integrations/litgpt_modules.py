@@ -75,19 +75,21 @@ class FusedLayerNorm(Fused):
 class FusedGatedMLP(Fused):
     """LLaMAMLP and GemmaMLP: the activation and its product are one kernel."""
 
+    layers = ("fc_1", "fc_2", "proj")  # what the module calls its gate, up and down
+
     def __init__(self, module: nn.Module, activation: str) -> None:
         super().__init__(module)
         self.activation = activation
 
     def __call__(self, x: Tensor) -> Any:
-        mlp = self.module
         if not self.free(x):
             return self.unfused(x)
-        gate, up = mlp.fc_1(x), mlp.fc_2(x)
+        to_gate, to_up, down = (getattr(self.module, name) for name in self.layers)
+        gate, up = to_gate(x), to_up(x)
         if not self.free(gate) or not self.free(up):  # a hook or a replaced layer gave something else
             return self.unfused(x)
         self.calls += 1
-        return mlp.proj(kernels.active().gated(gate, up, self.activation))
+        return down(kernels.active().gated(gate, up, self.activation))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

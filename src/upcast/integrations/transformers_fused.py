@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from upcast import kernels
 from upcast.attention import over_cache, rows_in_use
 from upcast.half_weight import HalfWeight
+from upcast.integrations import litgpt_modules
 from upcast.integrations.litgpt_modules import Fused
 from upcast.integrations.transformers_cache import narrow
 
@@ -35,22 +36,10 @@ class FusedRMSNorm(Fused):
         return kernels.active().rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
 
-class FusedGatedMLP(Fused):
+class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
     """down(activation(gate(x)) * up(x)), the activation and its product in one kernel."""
 
-    def __init__(self, module: nn.Module, activation: str) -> None:
-        super().__init__(module)
-        self.activation = activation
-
-    def __call__(self, x: Tensor) -> Any:
-        mlp = self.module
-        if not self.free(x):
-            return self.unfused(x)
-        gate, up = mlp.gate_proj(x), mlp.up_proj(x)
-        if not self.free(gate) or not self.free(up):  # a hook or a replaced layer gave something else
-            return self.unfused(x)
-        self.calls += 1
-        return mlp.down_proj(kernels.active().gated(gate, up, self.activation))
+    layers = ("gate_proj", "up_proj", "down_proj")
 
 
 class FusedAttention(Fused):
