@@ -1,11 +1,13 @@
 // y = x W^T: each output is a dot product of a row of x and a row of weights, widened in registers.
 //
-// A tile is R rows of weights times COLS rows of x, with its sums in registers. On AMD's processors one row
-// of x takes one row of weights at a time and prefetches nothing: a single sequential stream is what the
-// hardware prefetcher follows best, and hints cost it a fifth of the bandwidth. Intel's follow a stream no
-// further than its page: there several rows at once, with hints, are read a third faster. More rows of x
-// share each widened weight; there the next tile's weights are fetched meanwhile. Nothing is packed or
-// transposed, which is why this beats panels of widened weights for every number of rows of x.
+// A tile is R rows of weights times COLS rows of x, with its sums in registers. How one row of x reads the
+// weights is measured per processor. AMD's with AVX-512 take one row of weights at a time and prefetch
+// nothing: a single sequential stream is what the hardware prefetcher follows best, and hints cost it a fifth
+// of the bandwidth. AMD's with AVX2 read short rows a sixth faster with hints, and long ones a fifth faster
+// as several streams. Intel's follow a stream no further than its page: there several rows at once, with
+// hints, are read a third faster. More rows of x share each widened weight; there the next tile's weights are
+// fetched meanwhile. Nothing is packed or transposed, which is why this beats panels of widened weights for
+// every number of rows of x.
 #pragma once
 
 #include "kernels.hpp"
@@ -14,8 +16,8 @@
 namespace upcast {
 namespace UPCAST_NS {
 
-// Where widening is slow or registers are few, a stretch of weights is widened once for many rows of x.
-constexpr bool WIDEN_ONCE = REGISTERS == 16;
+// Where no instruction widens halves, a stretch of weights is widened once for many rows of x.
+constexpr bool WIDEN_ONCE = UPCAST_LEVEL == 1;
 constexpr int DOT_COLS = REGISTERS == 32 ? 8 : 4;
 // With more rows than one tile holds, seven by four uses the registers best.
 constexpr int DOT_COLS_MANY = REGISTERS == 32 ? 7 : 4;
@@ -26,8 +28,17 @@ constexpr int dot_rows(int cols) {
     return REGISTERS == 32 ? (cols <= 7 ? 4 : 3) : (cols <= 3 ? 4 : 3);
 }
 
-// Rows of weights at once for one row of x, where the processor likes several streams.
+// Rows of weights at once for one row of x, where the processor likes several streams; with AVX2 that is
+// from so many columns on.
 constexpr int STREAMS = 4;
+constexpr int64_t LONG_ROW = 1280;
+
+// Tiles between the weights in use and those being fetched. One row of x is done with a tile sooner than
+// memory answers; AVX2 is done with short rows of weights sooner, too.
+template <int R, int COLS> UPCAST_INLINE int64_t dot_tiles_ahead(int64_t K) {
+    if (UPCAST_LEVEL == 3 && (R == 1 || COLS > 1)) return 1 + (R == 1 ? 12 : 6) * 1024 / (R * K + 1);
+    return COLS == 1 ? 2 : 1;
+}
 
 // Sums needed in flight to hide the latency of a fused multiply-add; small tiles unroll along K.
 constexpr int dot_unroll(int rows, int cols) {
@@ -109,13 +120,12 @@ typedef float DotSums[DOT_COLS][STRETCH + 3];
 template <int R, int COLS, bool FETCH, class Element>
 static void dot_tiles(const Linear &a, Rows<Element> w, int64_t begin, int64_t end, int64_t m, DotSums &sums) {
     typedef DotTile<R, COLS, FETCH> Full;
-    // One row of x is done with a tile sooner than memory answers.
-    constexpr int64_t TILES_AHEAD = COLS == 1 ? 2 : 1;
+    const int64_t tiles_ahead = dot_tiles_ahead<R, COLS>(a.K);
     float dots[Full::PADDED + 3];
     const float *x = a.x + m * a.ldx;
     int64_t n = begin;
     for (; n + R <= end; n += R) {
-        const int64_t ahead = n + (TILES_AHEAD + 1) * R <= a.N ? TILES_AHEAD * R * w.ld : 0;
+        const int64_t ahead = n + (tiles_ahead + 1) * R <= a.N ? tiles_ahead * R * w.ld : 0;
         Full::run(a, w.row(n - begin), w.ld, x, ahead, dots);
         for (int c = 0; c < COLS; ++c) memcpy(&sums[c][n - begin], dots + c * R, sizeof(float) * (R == 1 ? 1 : 4));
     }
@@ -152,7 +162,9 @@ template <bool FETCH, class Element>
 static void dot_block(const Linear &a, Rows<Element> w, int64_t begin, int64_t end, int64_t m, int64_t next, bool streams) {
     DotSums sums;
     const int cols = static_cast<int>(next - m);
-    if (FETCH && cols == 1 && streams) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
+    const bool one = FETCH && cols == 1, avx2 = UPCAST_LEVEL == 3;
+    if (one && (streams || (avx2 && a.K >= LONG_ROW))) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
+    else if (one && avx2) dot_tiles<1, 1, true, Element>(a, w, begin, end, m, sums);
     else dot_tiles_for<DOT_COLS, FETCH, Element>(cols)(a, w, begin, end, m, sums);
     finish_dots(a, begin, end, m, cols, sums);
 }
@@ -166,7 +178,7 @@ static LinearPlan plan_dot(const Linear &a, int threads) {
     plan.grid_m = static_cast<int>(least<int64_t>(threads / plan.grid_n, (a.M + DOT_COLS - 1) / DOT_COLS));
     plan.tasks[0] = plan.grid_n * plan.grid_m;
     // A stretch stays in the second-level cache, next to a block of x, while all of x passes over it.
-    constexpr int64_t CACHED = 64 * 1024, TALLEST_TILES = 12; // halves; a multiple of every tile height
+    constexpr int64_t CACHED = (UPCAST_LEVEL == 3 ? 128 : 64) * 1024, TALLEST_TILES = 12; // halves; a multiple of every tile height
     plan.block = least(STRETCH, most<int64_t>(1, CACHED / (a.K + 1) / TALLEST_TILES) * TALLEST_TILES);
     if (WIDEN_ONCE && a.M > DOT_COLS) plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * plan.block * a.K);
     return plan;

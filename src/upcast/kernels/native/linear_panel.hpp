@@ -105,7 +105,7 @@ static void widen_panels(const Linear &a, int64_t n, int64_t k0, int64_t depth, 
 }
 
 static int64_t panel_blocks(const Linear &a, const LinearPlan &plan) { return (a.K + plan.block - 1) / plan.block; }
-static int64_t panel_groups(const Linear &a) { return (a.N + PANEL * GROUP - 1) / (PANEL * GROUP); }
+static int64_t panel_count(const Linear &a) { return (a.N + PANEL - 1) / PANEL; }
 
 // Floats of scratch per task: a group of panels, and a block of its rows of x.
 static int64_t panel_scratch(const Linear &a, const LinearPlan &plan) {
@@ -118,7 +118,7 @@ static LinearPlan plan_panel(const Linear &a, int threads) {
     plan.strategy = Strategy::panel;
     const int64_t wanted = most<int64_t>(1, (a.K + BLOCK_K - 1) / BLOCK_K);
     plan.block = most<int64_t>(16, ((a.K + wanted - 1) / wanted + 15) / 16 * 16);
-    plan.grid_n = static_cast<int>(least<int64_t>(threads, panel_groups(a)));
+    plan.grid_n = static_cast<int>(least<int64_t>(threads, panel_count(a)));
     plan.grid_m = static_cast<int>(least<int64_t>(threads / plan.grid_n, (a.M + TILE_ROWS - 1) / TILE_ROWS));
     plan.tasks[0] = plan.grid_n * plan.grid_m;
     plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * panel_scratch(a, plan));
@@ -144,9 +144,10 @@ static void panel_rows(const Linear &a, PanelTile t, const float *x, int64_t beg
 }
 
 // A group of panels, already widened, against rows [begin, end) of the copied block of x.
-static void panel_group(const Linear &a, PanelTile t, const uint16_t *ahead, const float *x, int64_t begin, int64_t end) {
+static void panel_group(const Linear &a, PanelTile t, int64_t panels, const uint16_t *ahead, const float *x, int64_t begin,
+                        int64_t end) {
     const int64_t size = t.depth_stored * PANEL, first = t.n;
-    for (int64_t p = 0; p < GROUP && first + p * PANEL < a.N; ++p) {
+    for (int64_t p = 0; p < panels; ++p) {
         t.n = first + p * PANEL;
         t.columns = static_cast<int>(least<int64_t>(PANEL, a.N - t.n));
         t.ahead = ahead + (t.ahead_ld ? p * PANEL : 0);
@@ -156,26 +157,26 @@ static void panel_group(const Linear &a, PanelTile t, const uint16_t *ahead, con
 }
 
 static void panel_task(const Linear &a, const LinearPlan &plan, float *scratch, int task) {
-    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, groups = panel_groups(a);
+    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, all = panel_count(a);
     const int tn = task % plan.grid_n, tm = task / plan.grid_n;
-    const int64_t first_group = groups * tn / plan.grid_n, last_group = groups * (tn + 1) / plan.grid_n;
+    const int64_t first_panel = all * tn / plan.grid_n, last_panel = all * (tn + 1) / plan.grid_n;
     const int64_t begin = a.M * tm / plan.grid_m, end = a.M * (tm + 1) / plan.grid_m;
     float *panels = scratch + task * panel_scratch(a, plan), *x = panels + plan.block * PANEL * GROUP;
     for (int64_t b = 0; b < blocks; ++b) {
         const int64_t k0 = b * plan.block, depth = least(plan.block, a.K - k0);
         copy_x(a, begin, end, k0, depth, x, ld);
-        for (int64_t g = first_group; g < last_group; ++g) {
-            const int64_t n0 = g * PANEL * GROUP;
-            widen_panels(a, n0, k0, depth, least(GROUP, (a.N - n0 + PANEL - 1) / PANEL), plan.block * PANEL, panels);
-            const bool last = g + 1 == last_group;
-            const int64_t next_n = last ? first_group * PANEL * GROUP : n0 + PANEL * GROUP;
+        for (int64_t p = first_panel; p < last_panel; p += GROUP) {
+            const int64_t n0 = p * PANEL, count = least(GROUP, last_panel - p);
+            widen_panels(a, n0, k0, depth, count, plan.block * PANEL, panels);
+            const bool last = p + GROUP >= last_panel;
+            const int64_t next_n = last ? first_panel * PANEL : n0 + PANEL * GROUP;
             const int64_t next_k = last ? k0 + plan.block : k0;
             // Only where a whole next block exists: prefetch addresses stay inside the weights.
             const bool fetch = next_n + PANEL * GROUP <= a.N && next_k + plan.block <= a.K;
             PanelTile t = {};
             t.ldx = ld, t.panel = panels, t.depth = depth, t.depth_stored = plan.block, t.n = n0;
             t.first = b == 0, t.last = b + 1 == blocks, t.ahead_ld = fetch ? a.ldw : 0;
-            panel_group(a, t, fetch ? a.w + next_k * a.ldw + next_n : a.w, x, begin, end);
+            panel_group(a, t, count, fetch ? a.w + next_k * a.ldw + next_n : a.w, x, begin, end);
         }
     }
 }
