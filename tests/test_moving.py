@@ -1,5 +1,7 @@
 """Moving a patched model off the CPU is refused with the remedy, and changes nothing."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,7 +10,7 @@ from tests.conftest import assert_patched
 
 
 @pytest.mark.parametrize("convert", [{"device": "meta"}, {"device": "meta", "dtype": torch.float32}])
-def test_moving_to_another_device_is_refused_and_changes_nothing(convert: dict[str, object]) -> None:
+def test_moving_to_another_device_is_refused_and_changes_nothing(convert: dict[str, Any]) -> None:
     model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(33, 129), torch.nn.Linear(129, 7)).eval())
     x = torch.randn(5, 33)
     want = model(x)
