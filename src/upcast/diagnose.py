@@ -1,13 +1,12 @@
 """Where a model would overflow float16, before it does, and which operation breaks it.
 
 One pass in float32 notes for every operation of every module how large its numbers get; one pass in plain float16
-finds the first operation that makes a number that is not finite, or drifts away. Only a few hundred numbers of each
-result are kept between the two.
+finds the first operation that makes a number that is not finite, or drifts away (see `upcast.findings`). Here are the
+two passes and the report: a table, a picture, JSON and a suggested policy.
 """
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,91 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast import console, fingerprint, opclasses
+from upcast import console, fingerprint
 from upcast.errors import UpcastError
-from upcast.half_weight import FLOAT16_MAX, HalfWeight
-from upcast.policy import CLASSES, Policy
-from upcast.selective import STORED, Session, mark_of, reported
+from upcast.findings import Culprit, Findings, Site
+from upcast.half_weight import FLOAT16_MAX
+from upcast.policy import Policy
 from upcast.trial import NONE, Sample, Trial, answer, samples, trial
 
-TINY = 2.0**-25  # and below, float16 rounds to zero
-KEPT = 256  # numbers of each result that are kept for comparison
 SHOWN = 20  # rows of the printed table
 MARGIN = 1.0  # bits of headroom that the suggested policy asks for
-
-_MOVES = frozenset(
-    name
-    for reason in ("looks at the same numbers, moves or selects them", "makes a tensor", "orders, compares or counts")
-    for name in opclasses.LEFT_OUT[reason].split()
-)
-_LARGEST = "_upcast_largest"  # attribute: the largest magnitude of a tensor in the float32 pass
-_DRIFT = "_upcast_drift"  # attribute: how far a tensor is from float32's in the float16 pass
-_WORDS = {
-    "linear": "linear output",
-    "norm": "norm output",
-    "softmax": "softmax, exponential or loss",
-    "scores": "scores",
-    "residual": "residual sum",
-    "activation": "activation output",
-}
-
-
-@dataclass
-class Site:
-    """One operation of one module, over all calls and samples.
-
-    Attributes:
-        module: the module's dotted name ("" for the model itself).
-        op_class: a key of `upcast.policy.CLASSES`, or None for what belongs to no class.
-        function: torch's name of it.
-        order: its place in the order of execution.
-        largest: largest magnitude of its results in float32 (of attention: of the scores inside).
-        largest_input: largest magnitude of what it gets.
-        flushed: share of its results that are not zero and would be zero in float16.
-        nonfinite: numbers that are not finite in plain float16, and are in float32.
-        drift: relative error of its results in plain float16, over sampled numbers.
-    """
-
-    module: str
-    op_class: str | None
-    function: str
-    order: int
-    largest: float = 0.0
-    largest_input: float = 0.0
-    flushed: float = 0.0
-    nonfinite: int = 0
-    drift: float = 0.0
-
-    @property
-    def headroom(self) -> float:
-        """Bits between the largest magnitude and 65504; negative where float16 overflows."""
-        return math.log2(FLOAT16_MAX / self.largest) if self.largest else math.inf
-
-    @property
-    def what(self) -> str:
-        """The operation in words."""
-        return f"{self.op_class} ({self.function})" if self.op_class else self.function
-
-
-@dataclass
-class Culprit:
-    """The first operation that makes (not passes on) a number that is not finite, or drifts beyond the tolerance."""
-
-    module: str
-    op_class: str | None
-    function: str
-    largest: float
-    drift: float
-    overflows: bool
-
-    def __str__(self) -> str:
-        words = _WORDS.get(self.op_class or "", f"result of {self.function}")
-        where = self.module or "(the model itself)"
-        if not self.overflows:
-            return f"{where}: {words} differs from float32's by {self.drift:.1%}"
-        if self.largest > FLOAT16_MAX:
-            return f"{where}: {words} {self.largest:,.0f} > {FLOAT16_MAX:,.0f}"
-        return f"{where}: {words} ({self.function}) is not finite in float16, {self.largest:,.0f} in float32"
 
 
 @dataclass
@@ -193,7 +116,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
         )
 
 
-def _float32_pass(run: Trial, sample: Sample, found: "Findings") -> Tensor:
+def _float32_pass(run: Trial, sample: Sample, found: Findings) -> Tensor:
     reference = answer(run.reference(sample, found.in_float32)).float()
     if not reference.isfinite().all():
         where = found.first_nonfinite or "its inputs or weights"
@@ -215,183 +138,6 @@ def suggested(sites: list[Site]) -> Policy:
     limit = FLOAT16_MAX / 2**MARGIN
     needed = {site.op_class for site in sites if max(site.largest, site.largest_input) > limit}
     return Policy(frozenset(op_class for op_class in needed if op_class is not None))
-
-
-# --- watching the passes ----------------------------------------------------------------------------------------------
-
-Key = tuple[str, str, int]  # module, function, which of its calls
-
-
-class Findings:
-    """What the two passes note."""
-
-    def __init__(self, tolerance: float) -> None:
-        self.tolerance = tolerance
-        self.sites: dict[tuple[str, str | None, str], Site] = {}
-        self.culprit: Culprit | None = None
-        self.first_nonfinite = ""
-        self.next_sample()
-
-    def next_sample(self) -> None:
-        """Forget what belonged to one sample."""
-        self._kept: dict[Key, tuple[Tensor, int, float]] = {}
-        self._calls: tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]] = ({}, {})
-        self._drifted: Culprit | None = None
-
-    def in_float32(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
-        """Note range and a few numbers of one operation's results."""
-        entering = max((getattr(t, _LARGEST, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
-        module = session.frames[-1].name
-        for value in _floats(result):
-            if _moves(name):
-                _note(value, _LARGEST, entering)
-                continue
-            largest, bad = _range(value)
-            _note(value, _LARGEST, largest)
-            if bad and not self.first_nonfinite and not any(_nonfinite(t) for t in tensors if mark_of(t) != STORED):
-                self.first_nonfinite = f"{module or '(the model itself)'}: {op_class or name}"
-            site = self._site(module, op_class, name)
-            inner = _scores_inside(name, tensors)
-            if reported(value) == torch.float16:  # what the model itself computes in float32 has its range
-                site.largest = max(site.largest, largest, inner)
-                site.flushed = max(site.flushed, _flushed(value))
-            if any(reported(t) == torch.float16 for t in tensors):
-                site.largest_input = max(site.largest_input, entering)
-            self._kept[self._key(0, module, name)] = (_sampled(value), bad, max(largest, inner))
-
-    def in_float16(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
-        """Compare one operation's results with what the float32 pass noted."""
-        entering = max((getattr(t, _DRIFT, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
-        module = session.frames[-1].name
-        for value in _floats(result):
-            if _moves(name):
-                _note(value, _DRIFT, entering)
-                continue
-            kept = self._kept.pop(self._key(1, module, name), None)
-            if kept is None:  # the passes took different ways
-                _note(value, _DRIFT, entering)
-                continue
-            reference, expected, largest = kept
-            bad = _nonfinite(value) - expected
-            got = _sampled(value)
-            drift = math.inf if bad > 0 else _drift(got, reference)
-            _note(value, _DRIFT, drift)
-            self._note(self._site(module, op_class, name), bad, drift, entering, largest)
-
-    def _note(self, site: Site, bad: int, drift: float, entering: float, largest: float) -> None:
-        site.nonfinite += max(bad, 0)
-        if bad <= 0:
-            site.drift = max(site.drift, drift)
-        if bad > 0 and (self.culprit is None or not self.culprit.overflows):
-            self.culprit = Culprit(site.module, site.op_class, site.function, largest, drift, True)
-        elif bad <= 0 and drift > self.tolerance and entering < drift / 2 and self.culprit is None:
-            self.culprit = Culprit(site.module, site.op_class, site.function, largest, drift, False)
-
-    def reach(self, op_class: str) -> float:
-        """Return the largest magnitude that operations of a class make or get in float32."""
-        sites = [site for site in self.sites.values() if site.op_class == op_class]
-        return max((max(site.largest, site.largest_input) for site in sites), default=0.0)
-
-    def ranked(self) -> list[str]:
-        """Return the op classes, those first that most likely have to be upcast: by culprit, reach, drift."""
-
-        def rank(op_class: str) -> tuple[bool, float, float]:
-            drift = max((site.drift for site in self.sites.values() if site.op_class == op_class), default=0.0)
-            first = self.culprit is not None and self.culprit.op_class == op_class
-            return (not first, -max(self.reach(op_class) / FLOAT16_MAX, 1.0), -drift)
-
-        return sorted(CLASSES, key=rank)
-
-    def beyond(self) -> set[str]:
-        """Return the classes that reach beyond 65504."""
-        return {op_class for op_class in CLASSES if self.reach(op_class) > FLOAT16_MAX}
-
-    def _site(self, module: str, op_class: str | None, name: str) -> Site:
-        key = (module, op_class, name)
-        if key not in self.sites:
-            self.sites[key] = Site(module, op_class, name, len(self.sites))
-        return self.sites[key]
-
-    def _key(self, which: int, module: str, name: str) -> Key:
-        calls = self._calls[which]
-        calls[module, name] = calls.get((module, name), -1) + 1
-        return module, name, calls[module, name]
-
-
-def _moves(name: str) -> bool:
-    """Whether a function makes no numbers of its own: it moves them, or makes a tensor for others to fill."""
-    return name in _MOVES or (name not in opclasses.CLASS_OF and name not in opclasses.ALL_LEFT_OUT)
-
-
-def _note(value: Tensor, name: str, number: float) -> None:
-    """Leave a number on an activation; parameters and buffers, which outlive the pass, get none."""
-    if mark_of(value) != STORED:
-        setattr(value, name, number)
-
-
-def _floats(result: Any) -> Iterator[Tensor]:
-    """Yield the floating-point activations among an operation's results."""
-    if isinstance(result, Tensor):
-        if type(result) is not HalfWeight and result.is_floating_point() and result.numel():
-            yield result
-    elif isinstance(result, (tuple, list)):
-        for each in result:
-            yield from _floats(each)
-
-
-def _bounds(value: Tensor) -> tuple[float, float]:
-    low, high = torch.aminmax(value.detach())
-    return float(low), float(high)
-
-
-def _range(value: Tensor) -> tuple[float, int]:
-    """Return (largest finite magnitude, how many numbers are not finite)."""
-    low, high = _bounds(value)
-    if math.isfinite(low) and math.isfinite(high):
-        return max(-low, high), 0
-    finite = value.isfinite()
-    bad = value.numel() - int(finite.sum())
-    return float(torch.where(finite, value, 0).abs().max()), bad
-
-
-def _nonfinite(value: Tensor) -> int:
-    if type(value) is HalfWeight or not value.is_floating_point() or not value.numel():
-        return 0
-    low, high = _bounds(value)
-    return 0 if math.isfinite(low) and math.isfinite(high) else int((~value.isfinite()).sum())
-
-
-def _flushed(value: Tensor) -> float:
-    magnitude = value.detach().abs()
-    return (int(torch.count_nonzero(magnitude)) - int(torch.count_nonzero(magnitude > TINY))) / value.numel()
-
-
-def _sampled(value: Tensor) -> Tensor:
-    flat = value.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // KEPT)][:KEPT].to(torch.float32, copy=True)  # it may be changed in place later
-
-
-def _drift(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return 0.0
-    usable = got.isfinite() & want.isfinite()
-    if not bool(usable.any()):
-        return 0.0
-    got, want = got[usable], want[usable]
-    scale = max(float(torch.linalg.vector_norm(want)), TINY * math.sqrt(len(want)))
-    return float(torch.linalg.vector_norm(got - want)) / scale
-
-
-def _scores_inside(name: str, tensors: list[Tensor]) -> float:
-    """Return the largest magnitude of q k / sqrt(d) inside a fused attention, which shows only its result."""
-    if name != "scaled_dot_product_attention" or len(tensors) < 3:
-        return 0.0
-    q, k = tensors[0].detach().float(), tensors[1].detach().float()
-    if q.dim() != 4 or k.dim() != 4:
-        return _range(q @ k.mT)[0] / math.sqrt(q.shape[-1])
-    group = q.shape[1] // k.shape[1]
-    heads = (q[:, head] @ k[:, head // group].mT for head in range(q.shape[1]))  # one at a time
-    return max(_range(scores)[0] for scores in heads) / math.sqrt(q.shape[-1])
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------

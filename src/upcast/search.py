@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from upcast import console, fingerprint
-from upcast.diagnose import Culprit, Findings, relative_error
+from upcast.diagnose import relative_error
 from upcast.errors import UpcastError
+from upcast.findings import Culprit, Findings
 from upcast.policy import ALL, Policy, show
 from upcast.selective import Observer
 from upcast.trial import NONE, SAFE, Sample, Trial, answer, each_sample, samples, trial

@@ -260,6 +260,6 @@ def _has_nan(output: Any) -> bool:
 
 
 def _findings() -> Any:
-    from upcast.diagnose import Findings
+    from upcast.findings import Findings
 
     return Findings(math.inf)
