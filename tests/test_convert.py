@@ -151,7 +151,8 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, python: Run) -> No
     assert result.returncode == 0, result.stderr
     largest = max(tensor.nbytes for tensor in torch.load(folder / "lit_model.pth", mmap=True).values())
     size = (folder / "lit_model.pth").stat().st_size
-    assert int(result.stdout) < 2 * largest + 4e6 < size / 4
+    noise = 8e6  # the allocator's, with two threads: the same conversion was seen to differ by 4 MB
+    assert int(result.stdout) < 2 * largest + noise < size / 4
 
 
 # --- interrupted ------------------------------------------------------------------------------------------------------
