@@ -1,6 +1,8 @@
 """search and ablate: policies that are enough, and no larger than they have to be."""
 
 import json
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import upcast
 from tests.planted import IDS, plant
@@ -106,10 +109,77 @@ def test_a_metric_of_the_user_decides() -> None:
     assert loose.policy == NONE
 
 
-def test_samples_may_be_a_generator() -> None:
-    fault = plant(5)
-    found = upcast.search(fault.model, (IDS for _ in range(1)), verbose=False)
-    assert found.samples == 1
+class Stream:
+    """Samples made as they are asked for, which counts how many are alive at once."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.peak = count, 0
+        self.made: list[weakref.ref[Tensor]] = []
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for index in range(self.count):
+            yield self._fresh(index)
+
+    def _fresh(self, index: int) -> Tensor:
+        sample = (torch.arange(14).view(2, 7) + index) % 14
+        self.made.append(weakref.ref(sample))
+        self.peak = max(self.peak, sum(each() is not None for each in self.made))
+        return sample
+
+
+@pytest.mark.parametrize("policies", ["search", "search by metric", "ablate"])
+def test_samples_are_streamed_one_alive_at_a_time(policies: str) -> None:
+    stream = Stream(4)
+    if policies == "ablate":
+        upcast.ablate(Net(), stream)
+        assert len(stream.made) == 4
+    else:
+        metric = None if policies == "search" else lambda got, want: float((got - want).abs().max() > 0.5)
+        found = upcast.search(Net(), stream, metric=metric, verbose=False)
+        assert found.samples == 4
+        assert len(stream.made) == 1 + 4  # the first alone, then all under a policy that is enough
+        assert found.passes == 4 + 4  # each sample in float32 and under that policy
+    assert stream.peak == 1
+
+
+def test_the_worst_sample_decides_wherever_it_comes() -> None:
+    mild = Chain()
+    assert upcast.search(mild, [torch.full((1, 8), 1.0)], verbose=False).policy == NONE
+    found = upcast.search(mild, [torch.full((1, 8), 1.0), torch.full((1, 8), 10.0)], verbose=False)
+    assert "linear" in str(found.policy)
+    assert found.samples == 2
+
+
+class Numbers(Dataset[Any]):
+    """A map-style dataset: no __iter__, and no IndexError at its end either."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor]:
+        return (torch.arange(14).view(2, 7) + index % 2,)
+
+    def __len__(self) -> int:
+        return 3
+
+
+SOURCES = [Numbers(), DataLoader(Numbers(), batch_size=None), TensorDataset(torch.arange(21).view(3, 1, 7) % 14)]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: type(source).__name__)
+def test_datasets_and_loaders_are_samples(source: Any) -> None:
+    assert upcast.search(Net(), source, verbose=False).samples == 3
+
+
+ONCE = [
+    (lambda: (IDS for _ in range(2)), "inputs is a generator, which gives its samples only once"),
+    (lambda: map(abs, [IDS]), r"inputs is a map, .* Pass a list, a Dataset or a DataLoader, or list\(inputs\)"),
+    (lambda: DataLoader(Numbers(), shuffle=True), r"a DataLoader that shuffles; .* Make it with shuffle=False"),
+]
+
+
+@pytest.mark.parametrize(("inputs", "message"), ONCE, ids=["generator", "map", "shuffled"])
+def test_inputs_that_do_not_come_again_the_same_are_refused(inputs: Any, message: str) -> None:
+    for measure in (upcast.search, upcast.ablate):
+        with pytest.raises(UpcastError, match=message):
+            measure(Net(), inputs())
 
 
 def test_an_impossible_tolerance_is_refused() -> None:

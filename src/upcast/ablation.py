@@ -10,7 +10,7 @@ from upcast import console, fingerprint
 from upcast.diagnose import relative_error
 from upcast.errors import UpcastError
 from upcast.policy import ALL, CLASSES, PRESETS, Policy
-from upcast.trial import Sample, Trial, answer, each_sample, samples, trial
+from upcast.trial import Sample, Samples, Trial, answer, trial
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,15 @@ def ablate(model: object, inputs: Any, *, extra: tuple[str, ...] = (), **kwargs:
         UpcastError: as `upcast.diagnose`.
     """
     with trial(model) as run:
-        data = list(samples(each_sample(inputs), kwargs))
-        references = [_reference(run, sample) for sample in data]
+        policies = _policies(extra)
+        errors = [0.0] * len(policies)  # the worst sample's, infinite where a result was not
+        for sample in Samples(inputs, kwargs):  # one at a time, under all policies
+            reference = _reference(run, sample)
+            errors = [max(e, _error(run, each[1], sample, reference)) for e, each in zip(errors, policies, strict=True)]
+            del sample, reference  # before the next one is made
         rows = [
-            Row(label, policy, op_class, dropped, *_result(run, policy, data, references))
-            for label, policy, op_class, dropped in _policies(extra)
+            Row(*each, math.isfinite(error), error if math.isfinite(error) else math.nan)
+            for each, error in zip(policies, errors, strict=True)
         ]
         return Ablation(type(run.root).__name__, fingerprint.of(run.root), tuple(rows))
 
@@ -97,17 +101,12 @@ def _reference(run: Trial, sample: Sample) -> Any:
     return reference.clone()
 
 
-def _result(run: Trial, policy: Policy, data: list[Sample], references: list[Any]) -> tuple[bool, float]:
-    worst = 0.0
-    for sample, reference in zip(data, references, strict=True):
-        try:
-            got = answer(run.run(policy, sample)).float()
-        except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
-            return False, math.nan
-        if not bool(got.isfinite().all()):
-            return False, math.nan
-        worst = max(worst, relative_error(got, reference))
-    return True, worst
+def _error(run: Trial, policy: Policy, sample: Sample, reference: Any) -> float:
+    try:
+        got = answer(run.run(policy, sample)).float()
+    except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
+        return math.inf
+    return relative_error(got, reference) if bool(got.isfinite().all()) else math.inf
 
 
 def _shown(row: Row) -> str:

@@ -7,7 +7,7 @@ in a set none of whose members can be dropped). What is left is narrowed to modu
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from upcast.errors import UpcastError
 from upcast.findings import Culprit, Findings
 from upcast.policy import ALL, Policy, show
 from upcast.selective import Observer
-from upcast.trial import NONE, SAFE, Sample, Trial, answer, each_sample, samples, trial
+from upcast.trial import NONE, SAFE, Sample, Samples, Trial, answer, trial
 
 Metric = Callable[[Any, Any], float]
 
@@ -88,8 +88,10 @@ def search(
 
     Args:
         model: any module on the CPU, patched or not; afterwards it is as it was.
-        inputs: one sample (a tensor, a mapping of keyword arguments, a tuple of positional ones) or an iterable of
-            samples. Only the samples and one answer are held at a time, unless it is a generator: then its samples.
+        inputs: one sample (a tensor, a mapping of keyword arguments, a tuple of positional ones), or what gives samples
+            each time it is iterated, the same ones in the same order: a list, a Dataset, a DataLoader. One sample is
+            held at a time. Of float32's results only the first sample's is kept; the others' are computed again for
+            every policy that gets that far, which is one more pass each, and needs neither memory nor disk.
         tolerance: the largest error allowed.
         metric: (output, float32's output) -> error, of the model's outputs as they are; by default the relative error
             of the logits (or of the first floating-point tensor).
@@ -98,10 +100,11 @@ def search(
         kwargs: keyword arguments of every sample.
 
     Raises:
-        UpcastError: as `upcast.diagnose`; and where even float32 math on float16 weights misses the tolerance.
+        UpcastError: as `upcast.diagnose`; where even float32 math on float16 weights misses the tolerance; inputs that
+            can be iterated only once, as a generator, or that a DataLoader shuffles.
     """
     with trial(model) as run:
-        judge = _Judge(run, list(samples(each_sample(inputs), kwargs)), tolerance, metric, verbose)
+        judge = _Judge(run, Samples(inputs, kwargs), tolerance, metric, verbose)
         policy = judge.classes()
         if modules and policy.classes and policy.classes != ALL:
             policy = judge.modules(policy)
@@ -111,12 +114,15 @@ def search(
 class _Judge:
     """Tries policies, remembers the results, decides."""
 
-    def __init__(self, run: Trial, data: list[Sample], tolerance: float, metric: Metric | None, verbose: bool) -> None:
+    def __init__(
+        self, run: Trial, data: Iterable[Sample], tolerance: float, metric: Metric | None, verbose: bool
+    ) -> None:
         self.run, self.data, self.tolerance, self.metric, self.verbose = run, data, tolerance, metric, verbose
         self.findings = Findings(math.inf)
         self.results: dict[Policy, tuple[bool, float]] = {}
         self.steps: list[Step] = []
-        self.references: list[Any] = []  # answers; of a metric of the user, whole outputs
+        self.first: Any = None  # float32's answer to the first sample; for a metric of the user, the whole output
+        self.samples = 0  # seen so far
 
     # --- measuring ---
 
@@ -133,33 +139,53 @@ class _Judge:
         return finite and error <= self.tolerance
 
     def _measure(self, policy: Policy, observer: Observer | None) -> tuple[bool, float]:
-        worst = 0.0
-        for index, sample in enumerate(self.data):
-            try:
-                output = self.run.run(policy, sample, observer if index == 0 else None)
-            except UpcastError:
-                raise
-            except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
-                return False, math.inf
-            if self.metric is None:
-                got = answer(output).float()
-                if not bool(got.isfinite().all()):  # one sample is enough to refuse
-                    return False, math.inf
-                error = relative_error(got, self.references[index])
-            else:
-                error = float(self.metric(output, self.references[index]))
-            if not math.isfinite(error):
+        """Return (finite, the worst sample's error), of as many samples as it takes to refuse."""
+        worst, seen = 0.0, 0
+        for sample in self.data:
+            reference = self.first if seen == 0 else self._reference(sample, seen)
+            error = self._error(policy, sample, reference, observer if seen == 0 else None)
+            seen += 1  # noqa: SIM113 (enumerate would hold on to the sample)
+            self.samples = max(self.samples, seen)
+            del sample, reference  # before the next sample is made
+            if not math.isfinite(error):  # one sample is enough to refuse
                 return False, math.inf
             worst = max(worst, error)
             if worst > self.tolerance:
                 break
         return True, worst
 
+    def _error(self, policy: Policy, sample: Sample, reference: Any, observer: Observer | None) -> float:
+        """Return one sample's error; infinity where the result is not finite."""
+        try:
+            output = self.run.run(policy, sample, observer)
+        except UpcastError:
+            raise
+        except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
+            return math.inf
+        if self.metric is not None:
+            return float(self.metric(output, reference))
+        got = answer(output).float()
+        return relative_error(got, reference) if bool(got.isfinite().all()) else math.inf
+
+    def _reference(self, sample: Sample, index: int) -> Any:
+        """Run float32 on a sample; the first one's ranges rank the classes."""
+        output = self.run.reference(sample, self.findings.in_float32 if index == 0 else None)
+        if self.metric is not None:
+            return output
+        reference = answer(output).float()
+        if not bool(reference.isfinite().all()):
+            where = self.findings.first_nonfinite or "its inputs or weights"
+            raise UpcastError(
+                f"{type(self.run.root).__name__} is not finite in float32 already (sample {index + 1}), first in "
+                f"{where}; no policy can cure that. Check weights and inputs."
+            )
+        return reference.clone()
+
     # --- classes ---
 
     def classes(self) -> Policy:
         """Return the smallest sufficient set of op classes."""
-        self._reference()
+        self.first = self._reference(next(iter(self.data)), 0)
         if self.passes(NONE, "plain float16", self.findings.in_float16):
             return NONE
         order, chosen = self.findings.ranked(), self.findings.beyond()
@@ -183,22 +209,6 @@ class _Judge:
             if self.passes(Policy(frozenset(chosen - {each})), f"drop {each}"):
                 chosen = chosen - {each}
         return frozenset(chosen)
-
-    def _reference(self) -> None:
-        """Run float32 on every sample; the first one's ranges rank the classes."""
-        for index, sample in enumerate(self.data):
-            output = self.run.reference(sample, self.findings.in_float32 if index == 0 else None)
-            if self.metric is not None:
-                self.references.append(output)
-                continue
-            reference = answer(output).float()
-            if not bool(reference.isfinite().all()):
-                where = self.findings.first_nonfinite or "its inputs or weights"
-                raise UpcastError(
-                    f"{type(self.run.root).__name__} is not finite in float32 already (sample {index + 1}), first in "
-                    f"{where}; no policy can cure that. Check weights and inputs."
-                )
-            self.references.append(reference.clone())
 
     # --- modules ---
 
@@ -249,7 +259,7 @@ class _Judge:
             architecture=fingerprint.of(self.run.root),
             culprit=str(culprit or "none"),
             passes=self.run.passes,
-            samples=len(self.data),
+            samples=self.samples,
             steps=tuple(self.steps),
         )
 

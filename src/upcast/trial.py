@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, RandomSampler
 
 from upcast import patching, tracking
 from upcast.errors import UpcastError
@@ -33,6 +34,7 @@ def samples(inputs: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Sample
     for each in inputs:
         count += 1
         yield _sample(each, kwargs)
+        del each  # before the next one is made: a stream may be longer than memory
     if not count and kwargs:
         count = 1
         yield _sample({}, kwargs)
@@ -40,13 +42,48 @@ def samples(inputs: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Sample
         raise UpcastError("no inputs; the model has to run to be measured. Pass token ids, or what it is called with.")
 
 
-def each_sample(inputs: Any) -> Iterable[Any]:
-    """Return an iterable of samples: a list or a generator of them as it is, one sample as the only one."""
-    if isinstance(inputs, (Tensor, Mapping, tuple)):
-        return [inputs]
-    if isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes)):
-        return inputs
-    return [inputs]
+class Samples:
+    """The samples of ``inputs``, one at a time and as often as they are asked for.
+
+    Args:
+        inputs: one sample, or what gives samples each time it is iterated: a list, a Dataset, a DataLoader.
+        kwargs: keyword arguments of every sample.
+
+    Raises:
+        UpcastError: ``inputs`` can be iterated only once, or comes in another order each time.
+    """
+
+    def __init__(self, inputs: Any, kwargs: Mapping[str, Any]) -> None:
+        if isinstance(inputs, Iterator):
+            raise UpcastError(
+                f"inputs is a {type(inputs).__name__}, which gives its samples only once; every policy is run on them, "
+                "so they must come again each time. Pass a list, a Dataset or a DataLoader, or list(inputs)."
+            )
+        if isinstance(inputs, DataLoader) and isinstance(inputs.sampler, RandomSampler):
+            raise UpcastError(
+                "inputs is a DataLoader that shuffles; policies can be compared only on the same samples in the same "
+                "order. Make it with shuffle=False."
+            )
+        self.inputs, self.kwargs = inputs, kwargs
+
+    def __iter__(self) -> Iterator[Sample]:
+        return samples(self._each(), self.kwargs)
+
+    def _each(self) -> Iterator[Any]:
+        inputs = self.inputs
+        if isinstance(inputs, (Tensor, Mapping, tuple, str, bytes)):
+            yield inputs
+        elif isinstance(inputs, Iterable):
+            yield from map(_positional, inputs)
+        elif hasattr(inputs, "__getitem__") and hasattr(inputs, "__len__"):  # a Dataset
+            yield from (_positional(inputs[index]) for index in range(len(inputs)))
+        else:
+            yield inputs
+
+
+def _positional(sample: Any) -> Any:
+    """A DataLoader makes lists of what its Dataset gives as tuples."""
+    return tuple(sample) if isinstance(sample, list) else sample
 
 
 def _sample(value: Any, kwargs: Mapping[str, Any]) -> Sample:
