@@ -35,7 +35,7 @@ def main(folder: Path, tokens: int, timeout: float) -> None:
     weights = {w.stored.data_ptr(): w.stored.nbytes for w in model.parameters() if isinstance(w, HalfWeight)}
     found = {"samples": samples, "calls": group.calls, "collective_samples": between}
     print(json.dumps({**found, "rank": group.rank, "weight_bytes": sum(weights.values())}), flush=True)
-    leave()
+    leave(mesh)
 
 
 if __name__ == "__main__":

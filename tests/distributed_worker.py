@@ -58,7 +58,7 @@ def main(output: Path, wire: str, folders: list[Path]) -> None:
             found = results(model)
             found.update(calls=group.calls, repeated=group.repeated)
             torch.save(found, output / f"{folder.name}-{mesh.get_rank()}.pt")
-    leave()
+    leave(mesh)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import upcast
-from tests.conftest import relative_error
+from tests.conftest import Run, relative_error
 from tests.distributed_worker import results
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from upcast.distributed.shares import divide_heads, even, turned
@@ -161,6 +161,25 @@ def test_heads_stay_with_their_group(heads: int, groups: int, ranks: int) -> Non
 def test_too_many_ranks() -> None:
     with pytest.raises(UpcastError, match=r"10 ranks for 9 attention heads; .* Start at most 9 processes"):
         divide_heads(9, 3, 10)
+
+
+ALONE = """
+import sys, weakref
+import torch, upcast
+from upcast.distributed import join, leave
+mesh = join(environ={})
+model = upcast.load_litgpt(sys.argv[1], mesh=mesh)
+model(torch.arange(5)[None])
+process_group = weakref.ref(mesh.get_group())
+leave(mesh)
+print(process_group())
+"""
+
+
+def test_whoever_leaves_ends_gloo_s_threads(tmp_path: Path, python: Run) -> None:
+    folder = write_checkpoint(tmp_path / "model", small_config("pythia-14m"))
+    result = python("-c", ALONE, str(folder))  # model and mesh still live
+    assert (result.returncode, result.stdout) == (0, "None\n"), result.stderr
 
 
 def test_generate_with_torchrun_and_alone(tmp_path: Path) -> None:

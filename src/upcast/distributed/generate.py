@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(error, RankError):
             raise RankError(f"rank {group.rank}: {error}") from None
         raise
-    leave()
+    leave(mesh)
     return 0
 
 

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -37,9 +38,15 @@ class Group:
     def __init__(self, process_group: Any, wire: str = "float32", grace: float = 3.0) -> None:
         if wire not in WIRES:
             raise UpcastError(f"wire={wire!r}; it must be one of {', '.join(WIRES)}. Use 'float32'.")
-        self.process_group, self.wire, self.grace = process_group, wire, grace
+        self._process_group = weakref.ref(process_group)  # a model outlives it: see `leave`
+        self.wire, self.grace = wire, grace
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.calls, self.seconds, self.repeated = 0, 0.0, 0
+
+    @property
+    def process_group(self) -> Any:
+        """The process group; None after `leave`."""
+        return self._process_group()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Group":
         return self  # a copy of a model talks to the same ranks

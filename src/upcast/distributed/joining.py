@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401 (imported later it would hold the process group: its defaults)
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -48,16 +49,19 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
     return init_device_mesh("cpu", (place.ranks,))
 
 
-def leave() -> None:
-    """Close the connections once every rank has come here; the counterpart of `join`.
+def leave(mesh: DeviceMesh) -> None:
+    """Close the connections once every rank has come here; the counterpart of `join`, which gave ``mesh``.
 
-    A rank that closed while another was still in its last collective could end that one with it.
+    A rank that closed while another was still in its last collective could end that one with it. And a process group
+    that something still holds when Python ends takes the process with it: gloo's threads then meet an interpreter
+    that is gone ("terminate called without an active exception"). The mesh is the last to hold it.
     """
     if not dist.is_initialized():
         return
     with contextlib.suppress(RuntimeError):  # a rank that died by now takes nothing away
         dist.barrier()
     dist.destroy_process_group()
+    getattr(mesh, "_pg_registry", {}).clear()  # torch keeps it there; older ones know groups by name
 
 
 def _connect(place: config.Rank, span: datetime.timedelta) -> Any:

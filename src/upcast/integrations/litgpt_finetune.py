@@ -13,7 +13,7 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, console, patching
+from upcast import checkpoint, config, patching
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt, litgpt_scripts
 from upcast.targets import unwrap
@@ -38,13 +38,9 @@ def _optimizer(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> A
 def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
     call = litgpt.arguments(wrapped, args, kwargs)
     model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
-    try:
-        reason = litgpt_scripts.not_ours(call["fabric"]) or _not_float32(model)
-        weights = {} if reason else _read(model, path, call.get("adapter_path"))
-    except UpcastError as error:  # then it is for LitGPT to load it, or to say what is wrong
-        reason = str(error)
-    if reason:
-        console.say(f"{path} is loaded as it is, unpatched: {reason}")
+    reason = litgpt_scripts.not_ours(call["fabric"]) or _not_float32(model)
+    weights = litgpt_scripts.read_unless(reason, path, lambda: _read(model, path, call.get("adapter_path")))
+    if weights is None:
         return wrapped(*args, **kwargs)
     _fill(model, weights)
     return None

@@ -46,16 +46,22 @@ def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any
     call = litgpt.arguments(wrapped, args, kwargs)
     fabric, path = call["fabric"], Path(call["checkpoint_path"])
     model = unwrap(call["model"])
-    try:
-        reason = not_ours(fabric)
-        weights = {} if reason else litgpt.read_for(model, path)
-    except UpcastError as error:  # then it is for LitGPT to load it, or to say what is wrong
-        reason = str(error)
-    if reason:
-        console.say(f"{path} is loaded as it is, unpatched: {reason}")
+    weights = read_unless(not_ours(fabric), path, lambda: litgpt.read_for(model, path))
+    if weights is None:
         return wrapped(*args, **kwargs)
     _fill(model, weights)
     _compute_in_float32(fabric)
+    return None
+
+
+def read_unless(reason: str, path: Path, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """Return the weights; None, with one line that says why, where LitGPT is to load ``path`` itself."""
+    if not reason:
+        try:
+            return read()
+        except UpcastError as error:  # then it is for LitGPT to load it, or to say what is wrong
+            reason = str(error)
+    console.say(f"{path} is loaded as it is, unpatched: {reason}")
     return None
 
 
