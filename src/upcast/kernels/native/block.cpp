@@ -180,11 +180,23 @@ class Run {
     bool failed_ = false;
 };
 
+struct Call {
+    Run run;
+    BlockOutcome outcome;
+};
+
+void run_call(void *context) {
+    Call &call = *static_cast<Call *>(context);
+    call.outcome = call.run.run();
+}
+
 } // namespace
 
 BlockOutcome launch_block(const Level &level, const Block &block, int threads) {
     if (block.batch * block.time == 0) return BlockOutcome::done;
-    return Run(level, block, threads).run();
+    Call call = {Run(level, block, threads), BlockOutcome::done};
+    together(threads, run_call, &call);
+    return call.outcome;
 }
 
 } // namespace upcast

@@ -6,6 +6,7 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -46,17 +47,18 @@ struct Region {
     int64_t first_end, last_end; // when the first thread was done with its tasks, and the last one
 };
 
-void region_body(void *data) {
-    Region &region = *static_cast<Region *>(data);
-    // A runtime may grant fewer threads than asked for.
-    const int team = pool.team_size();
-    for (int i = pool.thread_number(); i < region.count; i += team) region.task(region.context, i);
+// One thread's tasks of a region.
+void share(Region &region, int thread, int threads) {
+    for (int i = thread; i < region.count; i += threads) region.task(region.context, i);
     const int64_t now = nanoseconds();
     int64_t seen = __atomic_load_n(&region.first_end, __ATOMIC_RELAXED);
     while (now < seen && !__atomic_compare_exchange_n(&region.first_end, &seen, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
     seen = __atomic_load_n(&region.last_end, __ATOMIC_RELAXED);
     while (now > seen && !__atomic_compare_exchange_n(&region.last_end, &seen, now, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
+
+// A runtime may grant fewer threads than asked for.
+void region_body(void *data) { share(*static_cast<Region *>(data), pool.thread_number(), pool.team_size()); }
 
 // Another program on one of the cores starves the thread that shares it, for milliseconds at a time, and every
 // region waits for it: then one thread is faster than all. All tasks stay on the calling thread for a pause,
@@ -78,12 +80,71 @@ void pause_threads(int64_t now) {
     __atomic_store_n(&pause_end, now + length, __ATOMIC_RELAXED);
 }
 
+bool paused(int64_t now) { return now < __atomic_load_n(&pause_end, __ATOMIC_RELAXED); }
+
+// The threads of one `together`: the first runs its body, the others wait for the regions that it meets.
+struct Team {
+    void (*body)(void *);
+    void *context;
+    int size;
+    alignas(64) Region *region;
+    int64_t posted; // regions so far; CLOSED after the last one
+    alignas(64) int64_t finished; // shares of the others, over all regions
+};
+constexpr int64_t CLOSED = -1;
+thread_local Team *team_of_this_thread = nullptr;
+
+// A region of a token lasts tens of microseconds. Who waits for longer may be waiting for a thread on the same core.
+template <class Done> void wait_until(Done done) {
+    constexpr int PATIENCE = 4096;
+    for (int tries = 0; !done(); ++tries) {
+        if (tries >= PATIENCE) sched_yield();
+#if defined(__x86_64__)
+        else __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        else __asm__ volatile("yield");
+#endif
+    }
+}
+
+void serve_team(Team &team, int thread) {
+    int64_t seen = 0;
+    for (;;) {
+        int64_t posted = seen;
+        wait_until([&] { return (posted = __atomic_load_n(&team.posted, __ATOMIC_ACQUIRE)) != seen; });
+        if (posted == CLOSED) return;
+        seen = posted;
+        share(*team.region, thread, team.size);
+        __atomic_fetch_add(&team.finished, 1, __ATOMIC_RELEASE);
+    }
+}
+
+void team_body(void *data) {
+    Team &team = *static_cast<Team *>(data);
+    const int thread = pool.thread_number();
+    if (thread != 0) return serve_team(team, thread);
+    team.size = pool.team_size();
+    team_of_this_thread = &team;
+    team.body(team.context);
+    team_of_this_thread = nullptr;
+    __atomic_store_n(&team.posted, CLOSED, __ATOMIC_RELEASE);
+}
+
+void run_on_team(Team &team, Region &region) {
+    team.region = &region;
+    __atomic_store_n(&team.posted, team.posted + 1, __ATOMIC_RELEASE);
+    share(region, 0, team.size);
+    const int64_t due = team.posted * (team.size - 1);
+    wait_until([&] { return __atomic_load_n(&team.finished, __ATOMIC_ACQUIRE) == due; });
+}
+
 // False, and nothing done, during a pause.
 bool run_on_pool(Region &region) {
     const int64_t begin = nanoseconds();
-    if (begin < __atomic_load_n(&pause_end, __ATOMIC_RELAXED)) return false;
+    if (paused(begin)) return false;
     region.first_end = INT64_MAX, region.last_end = begin;
-    pool.parallel(region_body, &region, static_cast<unsigned>(region.count), 0);
+    if (team_of_this_thread) run_on_team(*team_of_this_thread, region);
+    else pool.parallel(region_body, &region, static_cast<unsigned>(region.count), 0);
     if (starved(begin, region)) pause_threads(region.last_end);
     return true;
 }
@@ -142,6 +203,13 @@ void parallel(int count, Task task, void *context) {
 #endif
     }
     for (int i = 0; i < count; ++i) task(context, i);
+}
+
+void together(int threads, void (*body)(void *), void *context) {
+    const bool alone = threads < 2 || !pool.parallel || team_of_this_thread || __atomic_load_n(&forked, __ATOMIC_RELAXED);
+    if (alone || paused(nanoseconds())) return body(context);
+    Team team = {body, context, 0, nullptr, 0, 0};
+    pool.parallel(team_body, &team, static_cast<unsigned>(threads), 0);
 }
 
 } // namespace upcast
