@@ -40,8 +40,10 @@ template <int R, int COLS> UPCAST_INLINE int64_t dot_tiles_ahead(int64_t K) {
     return COLS == 1 ? 2 : 1;
 }
 
-// Sums needed in flight to hide the latency of a fused multiply-add; small tiles unroll along K.
+// Sums needed in flight to hide the latency of a fused multiply-add; small tiles unroll along K. A single row of
+// weights from memory is read an eighth faster with two sums (AVX-512): the next row's hide the latency, too.
 constexpr int dot_unroll(int rows, int cols) {
+    if (UPCAST_LEVEL == 4 && rows * cols == 1) return 2;
     return rows * cols >= 8 ? 1 : rows * cols >= 4 ? 2 : 8 / (rows * cols);
 }
 
@@ -108,7 +110,8 @@ template <int R, int COLS, bool FETCH> struct DotTile {
         }
         for (int u = 1; u < UNROLL; ++u)
             for (int i = 0; i < COUNT; ++i) sums[0][i] += sums[u][i];
-        for (int i = 0; i < PADDED; i += LANES) store(dots + i, sum_each(sums[0] + i));
+        if (COUNT == 1) dots[0] = sum(sums[0][0]);
+        else for (int i = 0; i < PADDED; i += LANES) store(dots + i, sum_each(sums[0] + i));
     }
 };
 
