@@ -43,7 +43,7 @@ template <int R, int COLS> UPCAST_INLINE int64_t dot_tiles_ahead(int64_t K) {
 // Sums needed in flight to hide the latency of a fused multiply-add; small tiles unroll along K. A single row of
 // weights from memory is read an eighth faster with two sums (AVX-512): the next row's hide the latency, too.
 constexpr int dot_unroll(int rows, int cols) {
-    if (UPCAST_LEVEL == 4 && rows * cols == 1) return 2;
+    if (UPCAST_LEVEL == 4 && rows == 1) return 2;
     return rows * cols >= 8 ? 1 : rows * cols >= 4 ? 2 : 8 / (rows * cols);
 }
 
@@ -166,8 +166,10 @@ static void dot_block(const Linear &a, Rows<Element> w, int64_t begin, int64_t e
     DotSums sums;
     const int cols = static_cast<int>(next - m);
     const bool one = FETCH && cols == 1, avx2 = UPCAST_LEVEL == 3;
+    const bool short_pair = UPCAST_LEVEL == 4 && cols == 2 && a.K < LONG_ROW; // a third faster by single rows, too
     if (one && (streams || (avx2 && a.K >= LONG_ROW))) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
     else if (one && avx2) dot_tiles<1, 1, true, Element>(a, w, begin, end, m, sums);
+    else if (short_pair) dot_tiles<1, 2, false, Element>(a, w, begin, end, m, sums);
     else dot_tiles_for<DOT_COLS, FETCH, Element>(cols)(a, w, begin, end, m, sums);
     finish_dots(a, begin, end, m, cols, sums);
 }
