@@ -32,7 +32,7 @@ from upcast.integrations.litgpt_modules import (
 from upcast.kernels import native
 from upcast.shortcut import LinearForward
 
-_STORED, _EPS = attrgetter("stored"), attrgetter("eps")
+_EPS = attrgetter("eps")
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
@@ -100,16 +100,18 @@ class Stack:
         self.steps = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
         self.complete = all(self.steps)
         modules = [*gpt.transformer.h.modules()]
-        self._dicts = [module.__dict__ for module in modules]
+        dicts = [module.__dict__ for module in modules]
         # Hooks on gradients cannot matter: this path runs only where there are none.
-        self._hooks = [state[name] for state in self._dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
-        owners = [state[name] for state in self._dicts for name in ("_modules", "_parameters", "_buffers")]
-        self._members = [gpt._modules, gpt.transformer._modules, *filter(None, owners)]
-        self._weights = [p for module in modules for p in module._parameters.values() if isinstance(p, HalfWeight)]
+        self._hooks = [state[name] for state in dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
+        members = [state[name] for state in dicts for name in ("_modules", "_parameters", "_buffers")]
+        self._members = [gpt._modules, gpt.transformer._modules, *filter(None, members)]
         self._norms = [module for module in modules if "eps" in module.__dict__]
         self._config = gpt.config
-        self._kept = self._parts()  # kept alive, so that no address is used again
-        self._ids, self._numbers = list(map(id, self._kept)), self._settings()
+        looked_up = [(state, "forward") for state in dicts]
+        looked_up += [(p.__dict__, "stored") for m in modules for p in m._parameters.values() if type(p) is HalfWeight]
+        self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
+        self._kept = [*chain.from_iterable(map(dict.values, self._members)), *map(dict.get, self._owners, self._names)]
+        self._numbers = self._settings()
 
     def watched(self) -> bool:
         """Whether someone watches a module inside."""
@@ -117,12 +119,8 @@ class Stack:
 
     def current(self) -> bool:
         """Whether nothing was replaced or reconfigured since."""
-        return list(map(id, self._parts())) == self._ids and self._settings() == self._numbers
-
-    def _parts(self) -> list[Any]:
-        members = list(chain.from_iterable(map(dict.values, self._members)))
-        forwards = [state.get("forward") for state in self._dicts]
-        return members + forwards + list(map(_STORED, self._weights))
+        same = native.unchanged(self._kept, self._members, self._owners, self._names)
+        return same and self._settings() == self._numbers
 
     def _settings(self) -> tuple[Any, ...]:
         return (*map(_EPS, self._norms), *self._config.__dict__.values())

@@ -267,3 +267,9 @@ def block(
         rest = [_describe(item) if isinstance(item, Tensor) else item for item in plan]
         full = _native.block(*views, _threads(), *rest)
     return None if full else out
+
+
+def unchanged(kept: list[Any], dicts: list[dict[str, Any]], owners: list[dict[str, Any]], names: list[str]) -> bool:
+    """Return whether ``kept`` holds the values of all ``dicts``, then ``owners[i].get(names[i])``: the same objects."""
+    same: bool = _native.unchanged(kept, dicts, owners, names)
+    return same
