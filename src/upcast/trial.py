@@ -179,7 +179,7 @@ def trial(model: object) -> Iterator[Trial]:
     root = unwrap(model)
     _refuse_training(root)
     if not any(isinstance(parameter, HalfWeight) for parameter in root.parameters()):
-        with patching.borrowed(root, policy=NONE) as record:
+        with patching.borrowed(root, policy=NONE, trial=True) as record:
             assert record.selection is not None
             yield Trial(root, record.selection)
         return
