@@ -235,7 +235,7 @@ class Copied(TorchDispatchMode):
 
 
 def through_cache(prefix: Any, model: Any, cache: Any, bad: int | None = None) -> Tensor:
-    """Return the logits of a prompt, and of the tokens after it; at position ``bad`` the planted operation overflows."""
+    """Return the logits of a prompt and of the tokens after it; at position ``bad`` the planted operation overflows."""
     for each in (prefix, model):
         next(m for m in each.modules() if isinstance(m, Late)).positions = lambda: 0
     planted = next(m for m in model.modules() if isinstance(m, Late))
