@@ -176,6 +176,57 @@ def test_tuples_and_keyword_arguments_are_samples() -> None:
     assert found.finite
 
 
+def test_an_optimizer_made_earlier_is_in_nobody_s_way() -> None:
+    """Trials put every parameter back before it could step; patch itself still refuses."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    before = dict(model.named_parameters())
+    assert upcast.diagnose(model, NET_IDS).finite
+    assert upcast.search(model, NET_IDS, tolerance=0.1).policy is not None
+    assert upcast.ablate(model, NET_IDS).rows
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    weight = model.up.weight.detach().clone()
+    model(NET_IDS).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.up.weight, weight)
+    with pytest.raises(UpcastError, match="AdamW optimizer holds it"):
+        upcast.patch(model)
+
+
+@pytest.mark.parametrize("name", ["linear", "bias", "matmul", "bmm", "addmm"])
+def test_products_of_the_diagnosing_pass_are_float16_s_to_the_last_rounding(name: str) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.offset = nn.Parameter(torch.randn(48, 96) / 8), nn.Parameter(torch.randn(48))
+
+        def forward(self, x: Tensor) -> Tensor:
+            if name == "bmm":
+                return torch.bmm(x[None], x.t()[None])[0]
+            if name == "matmul":
+                return x @ self.weight.t()
+            if name == "addmm":
+                return torch.addmm(self.offset, x, self.weight.t())
+            return torch.nn.functional.linear(x, self.weight, self.offset if name == "bias" else None)
+
+    x = torch.randn(40, 96)
+    x[0] *= 2e4  # some sums end beyond 65504
+    model = upcast.patch(Product(), policy="none")
+    seen: list[Tensor] = []
+    selection = upcast.patching.record_of(model).selection
+    with torch.no_grad():
+        want = model(x)
+        selection.observer = lambda session, op_class, function, tensors, result: seen.append(result)
+        got = model(x)
+    assert got is seen[-1]
+    assert got.dtype == want.dtype == torch.float16
+    assert bool(want.isinf().any())
+    assert torch.equal(got.isfinite(), want.isfinite())
+    both = want.isfinite()
+    assert float((got[both].float() - want[both].float()).abs().max() / want[both].float().abs().max()) < 2**-10
+    assert float((got[both] != want[both]).float().mean()) < 0.02
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

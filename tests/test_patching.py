@@ -4,7 +4,6 @@ import copy
 import inspect
 import threading
 from collections import OrderedDict
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 import upcast
 from tests.conftest import assert_patched, fallbacks, half_weights, relative_error, rounded
 from upcast.half_weight import HalfWeight
-from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, WRAP
+from upcast.planning import KEEP
 
 pytestmark = pytest.mark.usefixtures("each_kernels")
 
@@ -302,93 +301,6 @@ def test_patterns_choose_what_stays_in_float32(keep: list[str], left: list[str])
     model(IDS)
 
 
-def test_recurrent_layers_use_the_new_weights() -> None:
-    model = nn.LSTM(7, 33).eval()
-    x = torch.randn(5, 2, 7)
-    want = rounded(model)(x)[0]
-    upcast.patch(model)
-    used = zip(model._flat_weights_names, model._flat_weights, strict=True)
-    assert all(weight is getattr(model, name) for name, weight in used)
-    assert relative_error(model(x)[0], want) < 1e-6
-    assert fallbacks(model).calls == {}
-
-
-def test_plan_is_pure_and_patch_does_what_it_says() -> None:
-    model = Net()
-    model.head.weight = nn.Parameter(model.embed.weight.detach().clone())
-    with torch.no_grad():
-        model.up.weight[0, 0] = 1e-9
-        model.down.weight[0, 0] = 1e5
-    before = snapshot(model)
-    plan = upcast.plan(model, keep=["conv"])
-    assert snapshot(model) == before
-    upcast.patch(model, keep=["conv"])
-    assert upcast.patching.record_of(model).plan == plan
-    actions = {change.name: change.action for change in plan.changes}
-    assert actions["embed.weight"] == CONVERT
-    assert actions["head.weight"] == SHARE
-    assert actions["conv.weight"] == actions["down.weight"] == actions["norm.weight"] == KEEP
-    (up,) = (change for change in plan.changes if change.name == "up.weight")
-    assert up.rounding.flushed == 1
-    assert 0 < up.rounding.max_error < 1e-3
-    assert plan.bytes_after == sum(p.nbytes for p in model.parameters()) - model.head.weight.nbytes
-
-
-def test_plan_of_a_float16_model_is_lossless() -> None:
-    plan = upcast.plan(Net().half())
-    assert {change.action for change in plan.changes} == {WRAP, WIDEN}
-    assert all(change.rounding.lossless for change in plan.changes)
-
-
-def test_plan_prints_a_row_per_tensor_and_the_total() -> None:
-    plan = upcast.plan(Net())
-    lines = str(plan).splitlines()
-    assert len(lines) == 2 + len(plan.changes) + 2
-    assert lines[0].split()[:4] == ["tensor", "shape", "dtype", "action"]
-    assert lines[-2].startswith("Net: ")
-    assert lines[-1].startswith("inference: all of the weights require grad")
-
-
-def test_patch_says_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    upcast.patch(Net())
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("upcast: Net 0.0 MB -> 0.0 MB, ")
-    assert line.endswith("kernels; tensors in float32: 4 (a vector)")
-    monkeypatch.setenv("UPCAST_VERBOSE", "0")
-    upcast.patch(Net())
-    assert capsys.readouterr().err == ""
-    monkeypatch.setenv("UPCAST_VERBOSE", "2")
-    upcast.patch(Net())
-    assert "embed.weight" in capsys.readouterr().err
-
-
-def test_unpatch_says_what_rounding_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    upcast.unpatch(upcast.patch(Net()))
-    assert "rounding to float16 changed 4 tensors, by up to" in capsys.readouterr().err
-    upcast.unpatch(upcast.patch(Net().half()))
-    assert "nothing was lost" in capsys.readouterr().err
-
-
-def test_the_report_counts_float32_copies() -> None:
-    class Mixture(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.shares = nn.Parameter(torch.randn(132, 33))
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x @ self.shares.softmax(-1).t()
-
-    model = upcast.patch(Mixture())
-    assert "widened whole: none" in upcast.report(model)
-    for _ in range(2):
-        model(torch.randn(5, 33))
-    text = upcast.report(model)
-    assert "widened whole: softmax: 2 calls, up to 17,424 bytes" in text
-    assert "shares" in text
-    with pytest.raises(upcast.UpcastError, match="is not patched"):
-        upcast.report(nn.Linear(3, 3))
-
-
 def test_a_pipeline_s_model_is_patched_in_place() -> None:
     class Pipeline:
         def __init__(self) -> None:
@@ -434,35 +346,6 @@ def test_moving_to_the_cpu_copies_nothing() -> None:
     model.float()
     assert {name: weight.data_ptr() for name, weight in half_weights(model).items()} == before
     assert fallbacks(model).calls == {}
-
-
-RECURRENT = [
-    (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
-    (nn.LSTM, {"proj_size": 5}),
-    (nn.LSTM, {"bias": False}),
-    (nn.GRU, {"num_layers": 2, "bidirectional": True}),
-    (nn.RNN, {"nonlinearity": "relu"}),
-    (nn.RNN, {"bidirectional": True}),
-]
-
-
-@pytest.mark.parametrize(("kind", "settings"), RECURRENT)
-def test_recurrent_layers_take_packed_sequences(kind: Any, settings: dict[str, Any]) -> None:
-    model = kind(7, 33, batch_first=True, **settings)
-    packed = nn.utils.rnn.pack_padded_sequence(
-        torch.randn(3, 6, 7), torch.tensor([2, 6, 4]), batch_first=True, enforce_sorted=False
-    )
-    want, want_state = rounded(model)(packed)
-    got, state = upcast.patch(model)(packed)
-    assert torch.equal(got.batch_sizes, want.batch_sizes)
-    assert relative_error(got.data, want.data) < 1e-6
-    for one, other in zip(_states(state), _states(want_state), strict=True):
-        assert relative_error(one, other) < 1e-6
-    assert fallbacks(model).calls == {}
-
-
-def _states(state: Any) -> tuple[torch.Tensor, ...]:
-    return state if isinstance(state, tuple) else (state,)
 
 
 def test_in_place_scaling_is_rounded_once_or_refused() -> None:

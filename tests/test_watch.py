@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import upcast
 from tests.conftest import assert_patched
@@ -14,8 +15,9 @@ from tests.planted import IDS, Planted, build, plant
 from tests.test_patching import IDS as NET_IDS
 from tests.test_patching import Net, snapshot
 from upcast import UpcastError
+from upcast.half_weight import HalfWeight
 from upcast.policy import CLASSES, Policy
-from upcast.watch import Watch
+from upcast.watch import State, Watch
 
 LATE = 11  # the position from which the planted operation overflows
 
@@ -215,3 +217,120 @@ def test_diagnosis_of_a_watched_model_is_not_watched() -> None:
     found = upcast.diagnose(model, IDS)
     assert found.culprit is not None
     assert found.culprit.module == fault.module
+
+
+# --- Transformers' cache in float16 -----------------------------------------------------------------------------------
+
+
+class Copied(TorchDispatchMode):
+    """Counts the bytes that are copied."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::clone", "aten::copy_", "aten::_to_copy"):
+            self.count += result.nbytes
+        return result
+
+
+def through_cache(prefix: Any, model: Any, cache: Any, bad: int | None = None) -> Tensor:
+    """Return the logits of a prompt and of the tokens after it; at position ``bad`` the planted operation overflows."""
+    for each in (prefix, model):
+        next(m for m in each.modules() if isinstance(m, Late)).positions = lambda: 0
+    planted = next(m for m in model.modules() if isinstance(m, Late))
+    logits = []
+    with torch.no_grad():
+        for start, end in [(0, 6), *((t, t + 1) for t in range(6, 12))]:
+            planted.positions = lambda start=start: LATE if start == bad else 0
+            step = prefix if start == 0 else model
+            ids, where = IDS[:, start:end], torch.arange(start, end)
+            logits.append(step(ids, past_key_values=cache, cache_position=where).logits.float())
+    return torch.cat(logits, 1)
+
+
+def caches(config: Any) -> list[Any]:
+    from transformers import DynamicCache, StaticCache
+
+    return [DynamicCache(), StaticCache(config=config, max_cache_len=16)]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["growing", "static"])
+def test_watching_copies_nothing_of_a_float16_cache(which: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = upcast.patch(late("LlamaForCausalLM", "residual")[0], guard=True)
+    counter = Copied()
+    taken: list[int] = []
+    take = State.__init__
+
+    def counted(self: State, args: Any, kwargs: Any) -> None:
+        with counter:
+            take(self, args, kwargs)
+        taken.append(sum(len(fields) for _, fields in self._objects))
+
+    monkeypatch.setattr(State, "__init__", counted)
+    cache = caches(model.config)[which]
+    through_cache(model, model, cache)
+    assert isinstance(cache.layers[0].keys, HalfWeight)
+    assert len(taken) == 7
+    assert taken[-1] > 10  # the layers' fields are remembered
+    assert counter.count == 0
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["growing", "static"])
+def test_healing_with_a_float16_cache_gives_what_float32_gives(which: int, capsys: Any) -> None:
+    model, _ = late("LlamaForCausalLM", "residual")
+    safe = upcast.patch(copy.deepcopy(model))
+    want = through_cache(safe, safe, caches(model.config)[which])
+    healed = upcast.patch(copy.deepcopy(model), policy="linear+norm+softmax+scores+activation", heal=True)
+    cache = caches(model.config)[which]
+    capsys.readouterr()
+    got = through_cache(safe, healed, cache, bad=8)
+    assert capsys.readouterr().err.count("from this step on residual runs in float32") == 1
+    assert torch.equal(got.argmax(-1), want.argmax(-1))
+    assert float((got - want).norm() / want.norm()) < 2e-3
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["growing", "static"])
+def test_after_an_error_the_cache_is_as_if_the_step_had_never_been(which: int) -> None:
+    """Also where the step made a layer of the cache give up float16."""
+    model, _ = late("LlamaForCausalLM", "residual")
+    safe = upcast.patch(model, guard=True)
+    want = through_cache(safe, safe, caches(model.config)[which])
+    cache = caches(model.config)[which]
+    norm = model.model.layers[0].input_layernorm.weight
+    fine = norm.detach().clone()
+    planted = next(m for m in model.modules() if isinstance(m, Late))
+    planted.positions = lambda: 0
+    logits = []
+    with torch.no_grad():
+        for start, end in [(0, 6), *((t, t + 1) for t in range(6, 12))]:
+            ids, where = IDS[:, start:end], torch.arange(start, end)
+            if start == 8:
+                before = [(type(layer), layer.get_seq_length(), layer.keys.stored.clone()) for layer in cache.layers]
+                norm.copy_(fine * 1e30)  # beyond 65504: the first layer's cache gives up float16; then infinite
+                with pytest.raises(UpcastError, match="not finite"):
+                    safe(ids, past_key_values=cache, cache_position=where)
+                norm.copy_(fine)
+                for layer, (kind, length, keys) in zip(cache.layers, before, strict=True):
+                    assert type(layer) is kind
+                    if which == 0:
+                        assert layer.get_seq_length() == length
+                    assert torch.equal(layer.keys.stored[:, :, :8], keys[:, :, :8])
+            logits.append(safe(ids, past_key_values=cache, cache_position=where).logits)
+    assert torch.equal(torch.cat(logits, 1), want)
+
+
+def test_a_window_that_moves_along_in_place_is_put_back() -> None:
+    from transformers.cache_utils import StaticSlidingWindowLayer
+
+    layer = StaticSlidingWindowLayer(max_cache_len=4, sliding_window=4)
+    rows = torch.arange(8.0).view(1, 1, 8, 1)
+    for t in range(6):
+        layer.update(rows[:, :, t : t + 1], rows[:, :, t : t + 1], {"cache_position": torch.tensor([t])})
+    held = layer.keys.clone()
+    state = State((), {"layer": layer})
+    layer.update(rows[:, :, 6:7], rows[:, :, 6:7], {"cache_position": torch.tensor([6])})
+    assert not torch.equal(layer.keys, held)
+    state.restore()
+    assert torch.equal(layer.keys, held)
+    assert layer.cumulative_length == 6

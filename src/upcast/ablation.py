@@ -9,6 +9,7 @@ from typing import Any
 from upcast import console, fingerprint
 from upcast.diagnose import relative_error
 from upcast.errors import UpcastError
+from upcast.findings import all_finite
 from upcast.policy import ALL, CLASSES, PRESETS, Policy
 from upcast.trial import Sample, Samples, Trial, answer, trial
 
@@ -94,7 +95,7 @@ def _policies(extra: tuple[str, ...]) -> list[tuple[str, Policy, str, bool]]:
 
 def _reference(run: Trial, sample: Sample) -> Any:
     reference = answer(run.reference(sample)).float()
-    if not bool(reference.isfinite().all()):
+    if not all_finite(reference):
         raise UpcastError(
             "the result in float32 is not finite; no policy can cure that. See upcast.diagnose(model, ...)."
         )
@@ -106,7 +107,7 @@ def _error(run: Trial, policy: Policy, sample: Sample, reference: Any) -> float:
         got = answer(run.run(policy, sample)).float()
     except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
         return math.inf
-    return relative_error(got, reference) if bool(got.isfinite().all()) else math.inf
+    return relative_error(got, reference) if all_finite(got) else math.inf
 
 
 def _shown(row: Row) -> str:

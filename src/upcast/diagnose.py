@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from upcast import console, fingerprint
 from upcast.errors import UpcastError
-from upcast.findings import Culprit, Findings, Site
+from upcast.findings import Culprit, Findings, Site, all_finite
 from upcast.half_weight import FLOAT16_MAX
 from upcast.policy import Policy
+from upcast.rounding import CHUNK
 from upcast.trial import NONE, Sample, Trial, answer, samples, trial
 
 SHOWN = 20  # rows of the printed table
@@ -87,7 +87,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
     """
     with trial(model) as run:
         found = Findings(tolerance)
-        errors, finite = [], True
+        errors, sound = [], True
         for sample in samples(inputs, kwargs):
             reference = _float32_pass(run, sample, found)
             try:
@@ -95,20 +95,20 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
             except (RuntimeError, ValueError, IndexError) as problem:  # NaN where an index or a probability is due
                 if found.culprit is None:
                     raise UpcastError(f"plain float16 fails for another reason than its range: {problem}") from problem
-                finite = False
+                sound = False
                 continue
-            finite = finite and bool(got.isfinite().all())
+            sound = sound and all_finite(got)
             errors.append(relative_error(got, reference))
             found.next_sample()
         root = run.root
         sites = list(found.sites.values())
-        error = max(errors) if finite and errors else math.nan
+        error = max(errors) if sound and errors else math.nan
         return Diagnosis(
             type(root).__name__,
             fingerprint.of(root),
             sites,
             found.culprit,
-            finite,
+            sound,
             error,
             tolerance,
             run.passes,
@@ -118,7 +118,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
 
 def _float32_pass(run: Trial, sample: Sample, found: Findings) -> Tensor:
     reference = answer(run.reference(sample, found.in_float32)).float()
-    if not reference.isfinite().all():
+    if not all_finite(reference):
         where = found.first_nonfinite or "its inputs or weights"
         raise UpcastError(
             f"{type(run.root).__name__} is not finite in float32 already, first in {where}; no policy can cure that. "
@@ -129,8 +129,10 @@ def _float32_pass(run: Trial, sample: Sample, found: Findings) -> Tensor:
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Return the norm of the difference relative to the norm of ``want``."""
-    difference = torch.linalg.vector_norm((got - want).double())
-    return float(difference / torch.linalg.vector_norm(want.double()).clamp_min(1e-30))
+    pieces = zip(got.detach().reshape(-1).split(CHUNK), want.detach().reshape(-1).split(CHUNK), strict=True)
+    sums = [((a - b).double().square().sum(), b.double().square().sum()) for a, b in pieces]  # no copy of the whole
+    off, size = (math.sqrt(float(sum(each))) for each in zip(*sums, strict=True))
+    return off / max(size, 1e-30)
 
 
 def suggested(sites: list[Site]) -> Policy:

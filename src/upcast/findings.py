@@ -4,6 +4,7 @@ The pass in float32 notes how large the numbers get; the one in plain float16 co
 each result are kept between the two.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from upcast.selective import STORED, Session, mark_of, reported
 
 TINY = 2.0**-25  # and below, float16 rounds to zero
 KEPT = 256  # numbers of each result that are kept for comparison
+LOOKED_AT = 4096  # numbers of each result that are looked at for what float16 flushes to zero
+AT_ONCE = 1 << 20  # scores that may be in memory at once
 
 _MOVES = frozenset(
     name
@@ -48,7 +51,7 @@ class Site:
         order: its place in the order of execution.
         largest: largest magnitude of its results in float32 (of attention: of the scores inside).
         largest_input: largest magnitude of what it gets.
-        flushed: share of its results that are not zero and would be zero in float16.
+        flushed: share of its results, over sampled numbers, that are not zero and would be zero in float16.
         nonfinite: numbers that are not finite in plain float16, and are in float32.
         drift: relative error of its results in plain float16, over sampled numbers.
     """
@@ -116,7 +119,7 @@ class Findings:
 
     def in_float32(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
         """Note range and a few numbers of one operation's results."""
-        entering = max((getattr(t, _LARGEST, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
+        entering = _entering(tensors, _LARGEST)
         module = session.frames[-1].name
         for value in _floats(result):
             if _moves(name):
@@ -137,7 +140,7 @@ class Findings:
 
     def in_float16(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
         """Compare one operation's results with what the float32 pass noted."""
-        entering = max((getattr(t, _DRIFT, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
+        entering = _entering(tensors, _DRIFT)
         module = session.frames[-1].name
         for value in _floats(result):
             if _moves(name):
@@ -194,6 +197,7 @@ class Findings:
         return module, name, calls[module, name]
 
 
+@functools.lru_cache(maxsize=4096)
 def _moves(name: str) -> bool:
     """Whether a function makes no numbers of its own: it moves them, or makes a tensor for others to fill."""
     return name in _MOVES or (name not in opclasses.CLASS_OF and name not in opclasses.ALL_LEFT_OUT)
@@ -202,7 +206,12 @@ def _moves(name: str) -> bool:
 def _note(value: Tensor, name: str, number: float) -> None:
     """Leave a number on an activation; parameters and buffers, which outlive the pass, get none."""
     if mark_of(value) != STORED:
-        setattr(value, name, number)
+        value.__dict__[name] = number
+
+
+def _entering(tensors: list[Tensor], name: str) -> float:
+    """Return the largest of the numbers that were left on an operation's inputs."""
+    return max((t.__dict__.get(name, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
 
 
 def _floats(result: Any) -> Iterator[Tensor]:
@@ -218,6 +227,11 @@ def _floats(result: Any) -> Iterator[Tensor]:
 def _bounds(value: Tensor) -> tuple[float, float]:
     low, high = torch.aminmax(value.detach())
     return float(low), float(high)
+
+
+def all_finite(value: Tensor) -> bool:
+    """Whether all numbers are finite, in one pass and without a copy."""
+    return not value.numel() or all(map(math.isfinite, _bounds(value)))
 
 
 def _range(value: Tensor) -> tuple[float, int]:
@@ -238,24 +252,38 @@ def _nonfinite(value: Tensor) -> int:
 
 
 def _flushed(value: Tensor) -> float:
-    magnitude = value.detach().abs()
-    return (int(torch.count_nonzero(magnitude)) - int(torch.count_nonzero(magnitude > TINY))) / value.numel()
+    magnitude = _some(value, LOOKED_AT).abs()
+    return (int(torch.count_nonzero(magnitude)) - int(torch.count_nonzero(magnitude > TINY))) / len(magnitude)
 
 
 def _sampled(value: Tensor) -> Tensor:
-    flat = value.detach().reshape(-1)
-    return flat[:: max(1, flat.numel() // KEPT)][:KEPT].to(torch.float32, copy=True)  # it may be changed in place later
+    return _some(value, KEPT).to(torch.float32, copy=True)  # it may be changed in place later
+
+
+def _some(value: Tensor, count: int) -> Tensor:
+    """Return about ``count`` numbers of a tensor, evenly spread over rows and columns."""
+    value = value.detach().contiguous()
+    total = value.numel()
+    step = _step(total, value.shape[-1] if value.dim() else 1, count)
+    return value.as_strided((min(count, -(-total // step)),), (step,))
+
+
+@functools.lru_cache(maxsize=4096)
+def _step(total: int, width: int, count: int) -> int:
+    """Return how far apart the numbers of a sample are: no multiple of the rows' width, or it sees few columns."""
+    return next(step for step in range(max(1, total // count), 0, -1) if math.gcd(step, width) == 1)
 
 
 def _drift(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         return 0.0
-    usable = got.isfinite() & want.isfinite()
-    if not bool(usable.any()):
-        return 0.0
-    got, want = got[usable], want[usable]
-    scale = max(float(torch.linalg.vector_norm(want)), TINY * math.sqrt(len(want)))
-    return float(torch.linalg.vector_norm(got - want)) / scale
+    difference = got - want
+    off, size = float(difference.dot(difference)), float(want.dot(want))
+    if not math.isfinite(off) or not math.isfinite(size):
+        usable = got.isfinite() & (want.abs() <= FLOAT16_MAX)  # masks are filled with the type's own lowest number
+        got, want = got[usable].double(), want[usable].double()
+        off, size = float((got - want).square().sum()), float(want.square().sum())
+    return math.sqrt(off / max(size, TINY**2 * max(len(want), 1)))
 
 
 def _scores_inside(name: str, tensors: list[Tensor]) -> float:
@@ -265,6 +293,7 @@ def _scores_inside(name: str, tensors: list[Tensor]) -> float:
     q, k = tensors[0].detach().float(), tensors[1].detach().float()
     if q.dim() != 4 or k.dim() != 4:
         return _range(q @ k.mT)[0] / math.sqrt(q.shape[-1])
-    group = q.shape[1] // k.shape[1]
-    heads = (q[:, head] @ k[:, head // group].mT for head in range(q.shape[1]))  # one at a time
-    return max(_range(scores)[0] for scores in heads) / math.sqrt(q.shape[-1])
+    batch, width = q.shape[0], q.shape[-1]
+    rows = q.reshape(batch, k.shape[1], -1, width)  # the heads of a group share their keys
+    step = max(1, AT_ONCE // max(1, batch * k.shape[1] * k.shape[2]))
+    return max(_range(part @ k.mT)[0] for part in rows.split(step, dim=2)) / math.sqrt(width)

@@ -125,11 +125,15 @@ def patched(
 
 @contextmanager
 def borrowed(
-    model: object, *, policy: Choice, keep: Sequence[str] = (), kv_cache: str | None = None
+    model: object, *, policy: Choice, keep: Sequence[str] = (), kv_cache: str | None = None, trial: bool = False
 ) -> Iterator[Record]:
-    """As `patched`, without a word; yields the record."""
-    prepared = _prepared(model, policy, keep, kv_cache)
-    record, undo = _patch(*prepared, {})
+    """As `patched`, without a word; yields the record.
+
+    A trial runs forward passes and nothing else: an optimizer that holds the parameters does not matter then, because
+    they come back before it can step, and what rounding loses is not measured.
+    """
+    prepared = _prepared(model, policy, keep, kv_cache, trial=trial)
+    record, undo = _patch(*prepared, {}, measured=not trial)
     try:
         yield record
     finally:
@@ -177,14 +181,20 @@ def adopt(
 
 
 def _prepared(
-    model: object, policy: Choice, keep: Sequence[str], kv_cache: str | None, trainable: Sequence[str] = ()
+    model: object,
+    policy: Choice,
+    keep: Sequence[str],
+    kv_cache: str | None,
+    trainable: Sequence[str] = (),
+    *,
+    trial: bool = False,
 ) -> tuple[nn.Module, list[Slot], list[str], Policy]:
     """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
     kernels.active()  # an impossible choice is refused before anything changes
     if kv_cache is not None:
         litgpt_fused.check(kv_cache)
     policies.resolve(policy)
-    root, found = prepare(model, keep, trainable)
+    root, found = prepare(model, keep, trainable, optimizers=trial)
     learning.check(root, found, trainable)
     chosen = policies.resolve(policy, check=functools.partial(fingerprint.check, root))
     tracking.check(root, chosen)
@@ -199,6 +209,8 @@ def _patch(
     keep: Sequence[str],
     policy: Policy,
     known: Mapping[str, tuple[torch.dtype, Rounding]],
+    *,
+    measured: bool = True,
 ) -> tuple[Record, Undo]:
     fallbacks, undo = Fallbacks(), Undo()
     changes: dict[str, Change] = {}
@@ -207,7 +219,8 @@ def _patch(
         for slot, action, reason, numbers, twin in settle(found, keep):
             rounding = numbers if twin is None else changes[twin.name].rounding
             if action == CONVERT:
-                half, rounding = to_half(slot.tensor.detach())
+                weight = slot.tensor.detach()
+                half, rounding = to_half(weight) if measured else (weight.half(), numbers)
                 weights[slot.name] = parameter(half, fallbacks)
             elif action == SHARE and twin is not None:
                 weights[slot.name] = _twin_of(weights[twin.name], fallbacks)

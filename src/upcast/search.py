@@ -17,7 +17,7 @@ import torch
 from upcast import console, fingerprint
 from upcast.diagnose import relative_error
 from upcast.errors import UpcastError
-from upcast.findings import Culprit, Findings
+from upcast.findings import Culprit, Findings, all_finite
 from upcast.policy import ALL, Policy, show
 from upcast.selective import Observer
 from upcast.trial import NONE, SAFE, Sample, Samples, Trial, answer, trial
@@ -165,7 +165,7 @@ class _Judge:
         if self.metric is not None:
             return float(self.metric(output, reference))
         got = answer(output).float()
-        return relative_error(got, reference) if bool(got.isfinite().all()) else math.inf
+        return relative_error(got, reference) if all_finite(got) else math.inf
 
     def _reference(self, sample: Sample, index: int) -> Any:
         """Run float32 on a sample; the first one's ranges rank the classes."""
@@ -173,7 +173,7 @@ class _Judge:
         if self.metric is not None:
             return output
         reference = answer(output).float()
-        if not bool(reference.isfinite().all()):
+        if not all_finite(reference):
             where = self.findings.first_nonfinite or "its inputs or weights"
             raise UpcastError(
                 f"{type(self.run.root).__name__} is not finite in float32 already (sample {index + 1}), first in "

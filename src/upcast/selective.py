@@ -40,6 +40,7 @@ _VIEWS = frozenset(f for f, handler in HANDLERS.items() if getattr(handler, "fun
 }
 _ASKS = frozenset(opclasses.LEFT_OUT["asks about a tensor, or hands it to Python"].split())
 _FILLS = frozenset(["full", "full_like", "new_full", "masked_fill", "fill", "where", "tensor", "scalar_tensor"])
+_SUMMED = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv"])
 _LOWEST = torch.finfo(torch.float32).min
 _HALVES = (torch.float16, torch.float32)
 
@@ -129,6 +130,7 @@ class Session(TorchFunctionMode):
         if name in _ASKS:
             return _answered(func, args, kwargs)
         call = Call(frame, func, name, args, kwargs)
+        call.observed = self.observer is not None
         result = call.run()
         if self.observer is not None:
             self.observer(self, call.op_class, name, call.tensors, result)
@@ -137,6 +139,8 @@ class Session(TorchFunctionMode):
 
 class Call:
     """One operation: its tensors, its class, and how it is to run."""
+
+    observed = False  # then float16 products are summed by our kernels: torch's own way is several times slower
 
     def __init__(self, frame: Frame, func: Any, name: str, args: Any, kwargs: Any) -> None:
         self.frame, self.func, self.name, self.args, self.kwargs = frame, func, name, args, kwargs
@@ -164,7 +168,13 @@ class Call:
 
     def _narrow(self) -> Any:
         narrow = _narrowed_but_weights if any(map(_asks_float, self.tensors)) else _narrowed
+        if self.observed and self.name in _SUMMED and self._all_half():
+            wide = _map(self.args, _rounded), _map(self.kwargs, _rounded)
+            return self.func(*wide[0], **wide[1]).half()  # as torch does it: sums in float32, rounded once
         return self.func(*_map(self.args, narrow), **_map(self.kwargs, narrow))
+
+    def _all_half(self) -> bool:
+        return all(reported(tensor) == torch.float16 for tensor in self.tensors)
 
     def _wide(self) -> bool:
         if self.op_class is not None:
@@ -242,6 +252,11 @@ def _narrowed(tensor: Tensor) -> Tensor:
     if type(tensor) is HalfWeight:
         return tensor.stored
     return tensor.half() if mark_of(tensor) in (FOR_HALF, STORED) else tensor
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    """The numbers that float16 has, in float32; a weight as the kernels take it."""
+    return tensor if type(tensor) is HalfWeight else _narrowed(tensor).float()
 
 
 def _narrowed_but_weights(tensor: Tensor) -> Tensor:

@@ -26,8 +26,13 @@ def slots(model: nn.Module) -> list[Slot]:
     return list(found.values())
 
 
-def prepare(model: object, keep: Sequence[str], trainable: Sequence[str] = ()) -> tuple[nn.Module, list[Slot]]:
-    """Return the module to patch and its tensors, after every check that can refuse it. Changes nothing."""
+def prepare(
+    model: object, keep: Sequence[str], trainable: Sequence[str] = (), *, optimizers: bool = False
+) -> tuple[nn.Module, list[Slot]]:
+    """Return the module to patch and its tensors, after every check that can refuse it. Changes nothing.
+
+    ``optimizers`` says that one may hold what is replaced.
+    """
     root = unwrap(model)
     found = slots(root)
     name = type(root).__name__
@@ -36,7 +41,8 @@ def prepare(model: object, keep: Sequence[str], trainable: Sequence[str] = ()) -
     _check_patterns("keep", keep, found, name)
     _check_patterns("trainable", trainable, found, name)
     learning.mark(root, found, trainable)
-    _check_optimizers(found, keep)
+    if not optimizers:
+        _check_optimizers(found, keep)
     return root, found
 
 

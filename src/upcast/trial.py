@@ -119,10 +119,13 @@ def find_answer(output: Any) -> Tensor | None:
     """Return the tensor that a model is judged by, or None."""
     if isinstance(output, Tensor):
         return output if output.is_floating_point() else None
-    if isinstance(output, Mapping):
-        output = [output.get("logits"), *output.values()]
-    elif is_dataclass(output):
-        output = [getattr(output, "logits", None), *(getattr(output, field.name) for field in fields(output))]
+    if isinstance(output, Mapping) or is_dataclass(output):
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        found = find_answer(logits)
+        if found is not None:
+            return found
+        named = output.values() if isinstance(output, Mapping) else (getattr(output, f.name) for f in fields(output))
+        return next((part for part in map(find_answer, named) if part is not None), None)
     if isinstance(output, (list, tuple)):
         parts = list(map(find_answer, output))
         if parts and all(isinstance(each, Tensor) and each.is_floating_point() for each in output):
@@ -179,7 +182,7 @@ def trial(model: object) -> Iterator[Trial]:
     root = unwrap(model)
     _refuse_training(root)
     if not any(isinstance(parameter, HalfWeight) for parameter in root.parameters()):
-        with patching.borrowed(root, policy=NONE) as record:
+        with patching.borrowed(root, policy=NONE, trial=True) as record:
             assert record.selection is not None
             yield Trial(root, record.selection)
         return

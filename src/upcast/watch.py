@@ -19,7 +19,10 @@ from upcast.errors import UpcastError
 from upcast.policy import Policy, show
 
 _paused: Any = threading.local()  # .depth: blocks of `paused` in this thread
-_APPENDED = ("keys", "values")  # of a cache: replaced by longer ones, or written where the step will write again
+# Of a cache: replaced by longer ones, or written where the step will write again. `_buffers` are our float16 twins'.
+_APPENDED = frozenset({"keys", "values", "_buffers"})
+_SHIFTED = "StaticSlidingWindowLayer"  # of Transformers: moves its rows along in place, so that they must be copied
+_PLAIN = (bool, int, float, str, type, type(None), torch.dtype, torch.device)
 
 
 @contextmanager
@@ -79,6 +82,7 @@ class Watch:
         elif curable and self.heal:
             return self._heal(findings, state, args, kwargs)
         elif self.guard:
+            state.restore()
             raise self._error(state, sample, "" if curable else findings.first_nonfinite or "its inputs")
         state.restore()
         return self._run(args, kwargs)
@@ -185,20 +189,23 @@ class State:
     """What a step may change in the caches that it is given, and how to put it back.
 
     Caches of keys and values grow by replacing their tensors, or are written at the positions of the step, which the
-    repeated step writes again: references are enough. Other states (of state-space models) are copied. LitGPT's caches
-    are of the second kind, too, and need nothing.
+    repeated step writes again: references are enough, and nothing is copied. Other states (of state-space models, of
+    windows that move along in place) are copied. LitGPT's caches are written again, too, and need nothing.
     """
 
     def __init__(self, args: Any, kwargs: Any) -> None:
         self._objects: list[tuple[Any, Any]] = []
+        self._kinds: list[tuple[Any, type]] = []  # a layer that gives up float16 changes its class
         self._tensors: list[tuple[Tensor, Tensor]] = []
         self._seen: set[int] = set()
         for value in (*args, *kwargs.values()):
-            if not isinstance(value, (Tensor, bool, int, float, str, type(None))):
+            if not isinstance(value, (Tensor, *_PLAIN)):
                 self._take(value)
 
     def restore(self) -> None:
         """Put everything back."""
+        for owner, kind in self._kinds:
+            owner.__class__ = kind
         for container, content in self._objects:
             if isinstance(container, list):
                 container[:] = content
@@ -209,21 +216,18 @@ class State:
             for tensor, copied in self._tensors:
                 tensor.copy_(copied)
 
-    def _take(self, value: Any, name: str = "") -> None:
+    def _take(self, value: Any) -> None:
         if isinstance(value, Tensor):
-            if name not in _APPENDED:
-                self._tensors.append((value, value.detach().clone()))
+            self._tensors.append((value, value.detach().clone()))
             return
-        if isinstance(value, (bool, int, float, str, type, type(None))) or id(value) in self._seen:
+        if isinstance(value, _PLAIN) or id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, list):
             self._objects.append((value, list(value)))
+        if isinstance(value, (list, tuple, set)):
             for each in value:
-                self._take(each, name)
-        elif isinstance(value, (tuple, set)):
-            for each in value:
-                self._take(each, name)
+                self._take(each)
         else:
             self._take_fields(value)
 
@@ -232,8 +236,12 @@ class State:
         if fields is None or isinstance(value, nn.Module) or not _is_state(value):
             return
         self._objects.append((fields, dict(fields)))
+        if fields is not value:
+            self._kinds.append((value, type(value)))
+        appended = () if type(value).__name__ == _SHIFTED else _APPENDED
         for key, each in fields.items():
-            self._take(each, str(key))
+            if key not in appended and not isinstance(each, _PLAIN):
+                self._take(each)
 
 
 def _is_state(value: Any) -> bool:

@@ -84,13 +84,13 @@ class _Twin:
         self.batch_select_indices(beam_idx)
 
     def _give_up(self, keys: Tensor, values: Tensor, settings: Any, why: str) -> tuple[Tensor, Tensor]:
-        """Become Transformers' own layer, in float32."""
+        """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
         self.__class__ = self.original
-        self.dtype = torch.float32
+        self.dtype = torch.float16 if keys.dtype == torch.float16 else torch.float32
         for name in ("keys", "values"):
             held = getattr(self, name, None)
             if isinstance(held, HalfWeight):
-                setattr(self, name, held.widened())
+                setattr(self, name, held.stored if self.dtype == torch.float16 else held.widened())
         if why:
             console.say(f"a layer of the KV cache goes to float32: {why}")
         full: tuple[Tensor, Tensor] = self.update(keys, values, settings)
