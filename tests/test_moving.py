@@ -1,12 +1,13 @@
 """Moving a patched model off the CPU is refused with the remedy, and changes nothing."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import upcast
-from tests.conftest import assert_patched
+from tests.conftest import Run, assert_patched
 
 
 @pytest.mark.parametrize("convert", [{"device": "meta"}, {"device": "meta", "dtype": torch.float32}])
@@ -19,3 +20,27 @@ def test_moving_to_another_device_is_refused_and_changes_nothing(convert: dict[s
     assert_patched(model)
     assert torch.equal(model(x), want)
     assert upcast.unpatch(model).to("meta")[0].weight.is_meta  # the remedy it names
+
+
+def test_under_the_environment_the_refusal_says_how_to_switch_it_off(python: Run, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2)
+    transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "model")
+    code = """
+import torch, transformers
+model = transformers.LlamaForCausalLM.from_pretrained("model")
+try:
+    model.to("meta")
+except Exception as error:
+    print(error)
+"""
+    result = python("-c", code, UPCAST="1")
+    assert "upcast.unpatch(model) first. UPCAST=1 patched it" in result.stdout, result.stderr
+    assert "UPCAST=0" in result.stdout
+
+
+def test_without_the_environment_it_does_not_speak_of_it() -> None:
+    model = upcast.patch(torch.nn.Linear(3, 3).eval())
+    with pytest.raises(upcast.UpcastError) as refused:
+        model.half()
+    assert "UPCAST" not in str(refused.value)

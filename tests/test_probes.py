@@ -24,6 +24,10 @@ RELIED_ON: dict[str, list[tuple[str, str, set[str]]]] = {
         ("torch.nn.functional", "scaled_dot_product_attention", set()),
         ("torch.nn.functional", "interpolate", {"input"}),
         ("torch._guards", "TracingContext.try_get", set()),
+        ("torch._subclasses.fake_tensor", "FakeTensor", set()),
+        ("torch._subclasses.meta_utils", "MetaTensorDescriber.describe_tensor", {"t"}),
+        ("torch.compiler", "is_exporting", set()),
+        ("torch.fx.experimental.proxy_tensor", "get_proxy_mode", set()),
     ],
     "litgpt": [
         ("litgpt.api", "LLM.load", {"model", "init", "tokenizer_dir", "access_token", "distribute"}),

@@ -7,6 +7,7 @@ from typing import Any as _Any
 from upcast import attention as _attention
 from upcast import compiled as _compiled
 from upcast import composites as _composites
+from upcast import exported as _exported
 from upcast import ops as _ops
 from upcast import products as _products
 from upcast import recurrent as _recurrent
@@ -53,6 +54,7 @@ del (
     _attention,
     _compiled,
     _composites,
+    _exported,
     _ops,
     _products,
     _recurrent,

@@ -110,15 +110,19 @@ class HalfWeight(torch.Tensor):
         """The slow door: what reaches a HalfWeight from inside torch, past `__torch_function__`."""
         if func is torch.ops.aten.detach.default:
             return args[0].like(args[0].stored.detach())
+        if func in HANDLERS:  # an operator of ours
+            return HANDLERS[func](*args)
         return call_widened(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
-        """Tell torch.compile what to trace: the float16 tensor inside."""
+        """Tell torch.compile and torch.export what to trace: the float16 tensor inside."""
         return ["stored"], None
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> "HalfWeight":
-        return HalfWeight(inner["stored"])
+        from upcast.exported import around  # which needs HalfWeight
+
+        return around(inner["stored"])
 
     def like(self, stored: torch.Tensor) -> "HalfWeight":
         """Return ``stored`` as a HalfWeight that counts its fallbacks where this one does."""

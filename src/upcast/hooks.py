@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import shortcut
+from upcast import config, shortcut
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 
@@ -72,7 +72,8 @@ def _guarded_apply(root: Any, function: Callable[[Tensor], Tensor], recurse: boo
     if probe.device.type == "cpu" and probe.dtype == torch.float32:
         return type(root)._apply(root, function, recurse)
     wanted = probe.dtype if probe.dtype != torch.float32 else probe.device
+    by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
     raise UpcastError(
         f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed with "
-        "in float32, on the CPU. Call upcast.unpatch(model) first."
+        f"in float32, on the CPU. Call upcast.unpatch(model) first.{by_environment if config.read().enabled else ''}"
     )

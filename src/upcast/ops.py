@@ -6,6 +6,8 @@ listed falls through to a counted float32 copy (`upcast.half_weight.call_widened
 """
 
 import functools
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -179,10 +181,15 @@ def _like(function: Any, *args: Any, **kwargs: Any) -> Any:
 )
 def _storage(function: Any, weight: HalfWeight) -> Any:
     """The bytes at rest are what memory reports, serialisers and tie detection want to know."""
-    if torch._guards.TracingContext.try_get() is not None:  # torch.compile imitates the wrapper and what is inside
+    if torch._guards.TracingContext.try_get() is not None or _imitates(sys._getframe(2)):
         with torch._C.DisableTorchFunctionSubclass():
             return function(weight)
     return function(weight.stored)
+
+
+def _imitates(caller: types.FrameType) -> bool:
+    """Whether torch asks because it imitates the wrapper and what is inside, for torch.compile or torch.export."""
+    return caller.f_globals.get("__name__") == "torch._subclasses.meta_utils"
 
 
 # --- writes ---------------------------------------------------------------------------------------------------------

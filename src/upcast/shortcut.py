@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
+from upcast.forward import Forward
 from upcast.half_weight import HalfWeight
 
 
-class LinearForward:
-    """The forward of one patched ``nn.Linear``; it copies and pickles with its module."""
+class LinearForward(Forward):
+    """The forward of one patched ``nn.Linear``."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from upcast.errors import UpcastError
+from upcast.forward import Forward
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt_modules import Fused
 from upcast.policy import Policy, inside
@@ -32,7 +33,7 @@ class Selection:
         return {**self.__dict__, "observer": None}  # a copy of a model is not watched
 
 
-class Tracked:
+class Tracked(Forward):
     """The forward of one module of a model under a policy; it copies and pickles with its module."""
 
     def __init__(self, module: nn.Module, name: str, selection: Selection) -> None:
@@ -52,6 +53,11 @@ class Tracked:
         return inspect.signature(self.inner or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            raise UpcastError(
+                f"tracing a model under policy {self.selection.policy}; what runs in float32 is decided call by call. "
+                "Patch it with policy='safe' for torch.compile and torch.export, or export the unpatched model."
+            )
         session = current()
         if session is not None and session.owner is self.selection:
             return self._run(session, args, kwargs)

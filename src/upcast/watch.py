@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from upcast import console
 from upcast.errors import UpcastError
+from upcast.forward import Forward
 from upcast.policy import Policy, show
 
 _paused: Any = threading.local()  # .depth: blocks of `paused` in this thread
@@ -35,7 +36,7 @@ def paused() -> Iterator[None]:
         _paused.depth -= 1
 
 
-class Watch:
+class Watch(Forward):
     """The forward of a watched model, around the one that it has."""
 
     def __init__(self, module: nn.Module, guard: bool, heal: bool) -> None:

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from upcast import console, kernels, selective
+from upcast.forward import Forward
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Fused:
+class Fused(Forward):
     """What replaces one method of ``module`` while it is patched. ``calls`` counts what really ran fused."""
 
     def __init__(self, module: nn.Module) -> None:

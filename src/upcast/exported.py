@@ -1,0 +1,66 @@
+"""HalfWeights for torch.export: the program keeps them as they are, and opens them with an operator.
+
+Exporting traces a model on imitations of its tensors. In the imitation of a HalfWeight a look at ``stored`` is an
+operation of its own, ``upcast::stored``, so that the program has it between a parameter and the products. The
+decompositions that come before lowering replace both by the float16 tensor inside.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from upcast.errors import UpcastError
+from upcast.half_weight import HalfWeight
+from upcast.ops import handles
+
+
+@torch.library.custom_op("upcast::stored", mutates_args=())
+def stored(weight: Tensor) -> Tensor:
+    """Return the float16 tensor inside ``weight``, a HalfWeight of any shape; every HalfWeight answers this itself."""
+    raise UpcastError(
+        f"upcast::stored of a {type(weight).__name__}; it opens HalfWeights only. Give the exported program the "
+        "weights that it was exported with."
+    )
+
+
+@handles(torch.ops.upcast.stored.default)
+def _stored(weight: HalfWeight) -> Tensor:
+    return weight.stored
+
+
+class ImitatedWeight(HalfWeight):
+    """A HalfWeight without numbers, in whose place torch.export records what is done."""
+
+    imitated: Tensor  # what stands for the float16 tensor
+
+    @property
+    def stored(self) -> Any:
+        """The imitated float16 tensor; while operations are recorded, as the result of one."""
+        if get_proxy_mode() is None:
+            return self.imitated
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.ops.upcast.stored(self)
+
+    @stored.setter
+    def stored(self, value: Tensor) -> None:  # HalfWeight's own __init__ sets it
+        self.imitated = value
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.upcast.stored.default:
+            return args[0].imitated
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def around(inner: Tensor) -> HalfWeight:
+    """Return a HalfWeight around ``inner``, which torch may have imitated.
+
+    torch.compile, whose imitations know their place in a program already, gets an ordinary HalfWeight.
+    """
+    compiles = torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+    return HalfWeight(inner) if compiles or not isinstance(inner, FakeTensor) else ImitatedWeight(inner)
