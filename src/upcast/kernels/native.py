@@ -267,3 +267,13 @@ def block(
         rest = [_describe(item) if isinstance(item, Tensor) else item for item in plan]
         full = _native.block(*views, _threads(), *rest)
     return None if full else out
+
+
+def meet(counters: Tensor, rank: int, turn: int, nanoseconds: int) -> int:
+    """Say that ``rank`` has come to ``turn``, and wait until all ranks have, or for so long.
+
+    counters: (ranks, 8) int64 in memory that the ranks share, zeros at first. Returns -1, or the first rank that was
+    late. What a rank wrote before it called is seen by those that have met it.
+    """
+    late: int = _native.meet(_describe(counters), rank, turn, nanoseconds)
+    return late

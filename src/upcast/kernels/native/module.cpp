@@ -109,6 +109,7 @@ PyMethodDef METHODS[] = {
     {"kv_append", fast(py_kv_append), METH_FASTCALL, nullptr},
     {"attention", fast(py_attention), METH_FASTCALL, nullptr},
     {"block", fast(py_block), METH_FASTCALL, nullptr},
+    {"meet", fast(py_meet), METH_FASTCALL, nullptr},
     {"setup", fast(py_setup), METH_FASTCALL, nullptr},
     {"attach_pool", py_attach_pool, METH_O, nullptr},
     {"pool", py_pool, METH_NOARGS, nullptr},
