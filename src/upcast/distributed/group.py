@@ -36,6 +36,7 @@ class Group:
 
     ``calls``, ``seconds`` and ``repeated`` count the collectives, the time in them, and those done again. ``shared`` is
     the memory through which ranks of one host reach each other, after `share`; otherwise everything goes through gloo.
+    ``broken`` says that a collective has failed.
     """
 
     def __init__(self, process_group: Any, wire: str = "float32", grace: float = 3.0) -> None:
@@ -46,6 +47,7 @@ class Group:
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.calls, self.seconds, self.repeated = 0, 0.0, 0
         self.shared: shared.Shared | None = None
+        self.broken = False
 
     @property
     def process_group(self) -> Any:
@@ -158,6 +160,7 @@ class Group:
         try:
             collective(*args)
         except (RuntimeError, ValueError) as error:
+            self.broken = True
             raise RankError(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
         self.calls += 1
         self.seconds += time.perf_counter() - start
