@@ -165,7 +165,6 @@ def test_under_upcast_1_what_is_not_ours_is_left_alone(
 
 RESOLVED = [
     ({"hf_quantizer": object()}, "a quantized checkpoint"),
-    ({"device_mesh": object()}, "tensor parallelism"),
     ({"device_map": {"model.embed_tokens": "cpu", "lm_head": "disk"}}, "parts of it go to disk"),
     ({"device_map": {"a": "cpu", "b": torch.device("cuda:1")}}, "parts of it go to cuda"),
 ]
@@ -176,10 +175,19 @@ def test_what_transformers_makes_of_a_checkpoint_can_be_refused(found: dict[str,
     from upcast.integrations.loading import NotOurs
     from upcast.integrations.transformers import _check
 
-    nothing = {"hf_quantizer": None, "device_mesh": None, "device_map": None}
+    nothing = {"hf_quantizer": None, "device_map": None}
     _check(SimpleNamespace(**nothing))
     with pytest.raises(NotOurs, match=said):
         _check(SimpleNamespace(**{**nothing, **found}))
+
+
+def test_a_state_dict_that_the_caller_gave_keeps_its_numbers() -> None:
+    source = make("LlamaForCausalLM", "LlamaConfig", {**SIZES, "vocab_size": 4096}).to(torch.bfloat16)
+    state = source.state_dict()
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    model = upcast.from_pretrained(type(source), None, config=source.config, state_dict=state)
+    assert_patched(model)
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize("given", [torch.nn.Linear, dict, "LlamaForCausalLM"])

@@ -77,11 +77,30 @@ def to_float16(state: dict[str, Tensor], keep: Sequence[str] = ()) -> Known:
 
 
 def give_back_pages(tensor: Tensor) -> None:
-    """Tell the system that the mapped pages of ``tensor`` are no longer needed, or they count as ours to the end."""
-    if not hasattr(mmap, "MADV_DONTNEED") or not tensor.is_contiguous():
+    """Tell the system that the mapped pages of ``tensor`` are no longer needed, or they count as ours to the end.
+
+    Nothing happens to memory that no file backs: its numbers would be lost.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED") or tensor.numel() == 0:
         return
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start:
+    end = (tensor.data_ptr() + reach * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start and _of_a_file(start, end):
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _of_a_file(start: int, end: int) -> bool:
+    """Whether one mapping of a file holds these addresses; True where the system does not say (not Linux)."""
+    if not _MAPS.exists():
+        return True
+    for line in _MAPS.read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(edge, 16) for edge in span.split("-"))
+        if first <= start < last:
+            return end <= last and inode != "0"
+    return False
+
+
+_MAPS = Path("/proc/self/maps")

@@ -9,7 +9,7 @@ import torch
 
 from upcast import console
 from upcast.distributed.group import WIRES, Group, RankError
-from upcast.distributed.joining import join, leave
+from upcast.distributed.joining import abandon, join, leave
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt
 from upcast.integrations.litgpt_fused import KV_CACHES
@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     except BaseException as error:
         group.fail(error)
         if isinstance(error, RankError):
+            (abandon if group.broken else leave)(mesh)  # gloo's threads must not outlive the interpreter
             raise RankError(f"rank {group.rank}: {error}") from None
         raise
     leave(mesh)

@@ -17,7 +17,8 @@ from upcast.errors import UpcastError
 
 _JOINED = "upcast/joined"
 _MISSING = "upcast/missing"
-_POLL = 0.05  # seconds
+_STRANDED = "upcast/stranded"
+_POLL, _GRACE = 0.05, 3.0  # seconds
 
 
 def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> DeviceMesh:
@@ -42,6 +43,12 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
     try:
         dist.init_process_group("gloo", store=store, rank=place.rank, world_size=place.ranks, timeout=span)
     except RuntimeError as error:
+        silent = _silent(store, place)
+        if silent:
+            raise UpcastError(
+                f"rank {place.rank} found the others but rank {', '.join(map(str, silent))} is gone since; all must "
+                "stay until the end. Start all of them again."
+            ) from None
         raise UpcastError(
             f"rank {place.rank} found the others but cannot connect to them ({str(error).splitlines()[0]}); each "
             "host must reach every other. Set GLOO_SOCKET_IFNAME to the network interface between them."
@@ -60,7 +67,13 @@ def leave(mesh: DeviceMesh) -> None:
         return
     with contextlib.suppress(RuntimeError):  # a rank that died by now takes nothing away
         dist.barrier()
-    dist.destroy_process_group()
+    abandon(mesh)
+
+
+def abandon(mesh: DeviceMesh) -> None:
+    """Close the connections without waiting for anyone; for a rank that can no longer reach the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
     getattr(mesh, "_pg_registry", {}).clear()  # torch keeps it there; older ones know groups by name
 
 
@@ -99,3 +112,17 @@ def _wait_for_all(store: Any, place: config.Rank, timeout: float) -> None:
                 "Start the missing processes, or wait longer with --timeout."
             )
         time.sleep(_POLL)
+
+
+def _silent(store: Any, place: config.Rank) -> list[int]:
+    """Return the ranks that joined, but do not say with this one that they could not connect."""
+    end, silent = time.monotonic() + _GRACE, set(range(place.ranks))
+    try:
+        store.set(f"{_STRANDED}/{place.rank}", b"1")
+        while silent and time.monotonic() < end:
+            silent -= {rank for rank in silent if store.check([f"{_STRANDED}/{rank}"])}
+            time.sleep(_POLL)
+    except RuntimeError:
+        return [0]  # the store is on rank 0, or with torchrun where torchrun started first
+    time.sleep(10 * _POLL)  # rank 0 may be the store's home: the others have to hear the end
+    return sorted(silent)

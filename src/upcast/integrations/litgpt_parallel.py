@@ -31,6 +31,7 @@ def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh,
     """Make ``model`` (built without memory) this rank's part of it, with its part of the mapped ``weights``."""
     group = Group(_group_of(mesh), wire)
     group.agree(_record(folder, weights, kv_cache, wire))
+    group.share()
     local, known = take(weights, divide(model, group))
     model.load_state_dict(local, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))

@@ -45,17 +45,28 @@ class Loading:
     strict: bool = False
     lost: dict[int, tuple[torch.dtype, Rounding]] = field(default_factory=dict)
 
-    def arrive(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits."""
+    def arrive(self, name: str, tensor: Tensor, ours: bool = True) -> Tensor:
+        """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits.
+
+        ``ours``: nobody else reads the tensor, and its mapped pages may go once it is copied.
+        """
         if not tensor.is_floating_point():
             return tensor
         action, _ = decide(Slot(name, tensor, True, []), (), False)
         if action == CONVERT and survey(tensor).fits:
             half, rounding = to_half(tensor)
             self.lost[half.data_ptr()] = (tensor.dtype, rounding)
-            checkpoint.give_back_pages(tensor)
+            if ours:
+                checkpoint.give_back_pages(tensor)
             return half
-        return tensor if tensor.dtype == torch.float16 and tensor.dim() >= 2 else tensor.float()
+        if tensor.dtype != torch.float16 or tensor.dim() < 2:
+            return tensor.float()
+        if tensor.is_contiguous():
+            return tensor
+        part = tensor.contiguous()  # a rank's columns: mapped, they would hold the pages of all columns
+        if ours:
+            checkpoint.give_back_pages(tensor)
+        return part
 
     def adopt(self, model: nn.Module) -> None:
         """Patch the loaded model."""

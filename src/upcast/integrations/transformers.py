@@ -2,7 +2,8 @@
 
 From Transformers 5 on, ``_load_pretrained_model`` takes a state dict whose tensors it materialises one by one, with
 ``tensor[...]`` and then ``.to(device, dtype)``. Ours are `Arriving`: the tensor that comes out is float16 where it is a
-weight. Older versions load in the checkpoint's dtype, and what came is rounded afterwards.
+weight. Tensor parallelism (``tp_plan``) takes its part in between, as it would of a safetensors slice, so that a rank
+reads no more than that. Older versions load in the checkpoint's dtype, and what came is rounded afterwards.
 """
 
 import inspect
@@ -21,18 +22,33 @@ from upcast.integrations.loading import Loading, NotOurs
 class Arriving:
     """One tensor of a checkpoint, as Transformers handles it before it materialises it."""
 
-    def __init__(self, name: str, tensor: Tensor, to: Loading, as_weight: bool) -> None:
-        self.name, self.tensor, self.destination, self.as_weight = name, tensor, to, as_weight
+    def __init__(self, name: str, tensor: Tensor, to: Loading, as_weight: bool, ours: bool) -> None:
+        self.name, self.tensor, self.destination, self.as_weight, self.ours = name, tensor, to, as_weight, ours
         self.shape, self.dtype = tensor.shape, tensor.dtype
 
-    def __getitem__(self, _: Any) -> "Arriving":
-        return self
+    def __getitem__(self, index: Any) -> "Arriving":
+        if index is ...:
+            return self
+        return Arriving(self.name, self.tensor[index], self.destination, self.as_weight, self.ours)
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Tensor:
+    def get_shape(self) -> list[int]:
+        """Return the shape, as safetensors' slices do."""
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        """Return the dtype under safetensors' name; for floating-point tensors."""
+        return _DTYPES[self.dtype]
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None, **kwargs: Any) -> Any:
         """Return the tensor itself: float16 if it is a weight for a float32 model, else of ``dtype``."""
+        if isinstance(device, torch.dtype):  # a packed part goes to the checkpoint's dtype before it goes on
+            return self
         if self.as_weight and dtype in (None, torch.float32):
-            return self.destination.arrive(self.name, self.tensor)
+            return self.destination.arrive(self.name, self.tensor, self.ours)
         return self.tensor.to(dtype=dtype)
+
+
+_DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 
 
 def install() -> None:
@@ -81,7 +97,8 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     call.arguments["state_dict"] = {
-        name: Arriving(name, tensor, ours, name.rpartition(".")[2] not in buffers) for name, tensor in tensors.items()
+        name: Arriving(name, tensor, ours, name.rpartition(".")[2] not in buffers, state is None)
+        for name, tensor in tensors.items()
     }
     return wrapped(*call.args, **call.kwargs)
 
@@ -90,8 +107,6 @@ def _check(settings: Any) -> None:
     """Refuse what Transformers has made of the arguments and of the checkpoint's config."""
     if settings.hf_quantizer is not None:
         raise NotOurs("a quantized checkpoint")
-    if settings.device_mesh is not None:
-        raise NotOurs("tensor parallelism")
     places = {str(place).split(":")[0] for place in (settings.device_map or {}).values()}
     if places - {"cpu"}:
         raise NotOurs(f"parts of it go to {', '.join(sorted(places - {'cpu'}))}")

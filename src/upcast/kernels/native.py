@@ -273,3 +273,13 @@ def unchanged(kept: list[Any], dicts: list[dict[str, Any]], owners: list[dict[st
     """Return whether ``kept`` holds the values of all ``dicts``, then ``owners[i].get(names[i])``: the same objects."""
     same: bool = _native.unchanged(kept, dicts, owners, names)
     return same
+
+
+def meet(counters: Tensor, rank: int, turn: int, nanoseconds: int) -> int:
+    """Say that ``rank`` has come to ``turn``, and wait until all ranks have, or for so long.
+
+    counters: (ranks, 8) int64 in memory that the ranks share, zeros at first. Returns -1, or the first rank that was
+    late. What a rank wrote before it called is seen by those that have met it.
+    """
+    late: int = _native.meet(_describe(counters), rank, turn, nanoseconds)
+    return late

@@ -110,6 +110,7 @@ PyMethodDef METHODS[] = {
     {"attention", fast(py_attention), METH_FASTCALL, nullptr},
     {"block", fast(py_block), METH_FASTCALL, nullptr},
     {"unchanged", fast(py_unchanged), METH_FASTCALL, nullptr},
+    {"meet", fast(py_meet), METH_FASTCALL, nullptr},
     {"setup", fast(py_setup), METH_FASTCALL, nullptr},
     {"attach_pool", py_attach_pool, METH_O, nullptr},
     {"pool", py_pool, METH_NOARGS, nullptr},
