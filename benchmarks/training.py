@@ -12,11 +12,9 @@ import argparse
 import ctypes
 import gc
 import json
-import math
 import multiprocessing
 import os
 import statistics
-import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -51,11 +49,11 @@ class Course:
     """What one process measured. Memory is above what the process held with all libraries imported."""
 
     weight_bytes: int
-    loaded_bytes: int = 0
-    peak_bytes: int = 0
-    resident: list[int] | None = None
-    seconds: list[float] | None = None
-    losses: list[float] | None = None
+    loaded_bytes: int
+    peak_bytes: int
+    resident: list[int]
+    seconds: list[float]
+    losses: list[float]
 
 
 class Trainer:
@@ -135,8 +133,7 @@ def _litgpt_loss(model: Any, tokens: Tensor) -> Tensor:
     from litgpt.utils import chunked_cross_entropy
 
     logits = model(tokens[:, :-1], lm_head_chunk_size=128)
-    loss: Tensor = chunked_cross_entropy([part.float() for part in logits], tokens[:, 1:])
-    return loss
+    return torch.as_tensor(chunked_cross_entropy([part.float() for part in logits], tokens[:, 1:]))
 
 
 def _transformers(job: Job) -> Any:
@@ -203,7 +200,8 @@ def measure(jobs: list[Job], steps: int) -> dict[str, Course]:
         courses = {}
         for name, process in processes.items():
             losses, seconds, resident = (list(column) for column in zip(*rows[name], strict=True))
-            courses[name] = Course(*process.ask("figures"), resident, seconds, losses)
+            weights, loaded, peak = process.ask("figures")
+            courses[name] = Course(weights, loaded, peak, resident, seconds, losses)
         return courses
     finally:
         for process in processes.values():
@@ -215,22 +213,18 @@ def summary(courses: dict[str, Course], skip: int = 2) -> str:
     base = courses.get("float32")
     lines = []
     for name, course in courses.items():
-        assert course.seconds is not None
-        assert course.losses is not None
         seconds = statistics.median(course.seconds[skip:] or course.seconds)
         line = (
             f"{name:8} weights {course.weight_bytes / 1e6:6.1f} MB  peak {course.peak_bytes / 1e6:7.1f} MB  "
             f"step {seconds * 1e3:7.0f} ms  loss {course.losses[-1]:.4f}"
         )
         if base is not None and course is not base:
-            assert base.seconds is not None
-            assert base.losses is not None
-            ratios = [a / b for a, b in zip(course.seconds, base.seconds, strict=True)][skip:] or [math.nan]
+            ratios = [a / b for a, b in zip(course.seconds, base.seconds, strict=True)][skip:]
             saved = base.peak_bytes - course.peak_bytes
             apart = max(abs(a - b) for a, b in zip(course.losses, base.losses, strict=True))
             line += (
                 f"  saved {saved / 1e6:.1f} MB ({saved / base.weight_bytes:.0%} of float32's weights)  "
-                f"time {statistics.median(ratios):.3f}  losses at most {apart:.1e} apart"
+                f"time {statistics.median(ratios or [float('nan')]):.3f}  losses at most {apart:.1e} apart"
             )
         lines.append(line)
     return "\n".join(lines)
@@ -260,4 +254,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,8 +14,17 @@ from torch import Tensor
 from upcast.kernels import reference
 
 _aten = torch.ops.aten
+
+
+def _silu_slope(grad: Tensor, x: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return _aten.silu_backward(grad, x)  # type: ignore[no-any-return]
+    sigmoid = torch.sigmoid(x)  # torch's own cannot be differentiated once more
+    return grad * sigmoid * (1 + x * (1 - sigmoid))
+
+
 _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # gradient of the result and input -> gradient of the input
-    "silu": _aten.silu_backward,
+    "silu": _silu_slope,
     "gelu": _aten.gelu_backward,
     "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
 }
