@@ -94,7 +94,7 @@ planning.REMARKS.append(remarks)
 
 def _fuse(module: nn.Module, litgpt: Any, cache: torch.dtype | None) -> None:
     """Give one module its fused forward, if there is one for what it is and for what its config needs."""
-    make = None if _reason(module, litgpt) else _table(litgpt).get(type(module))
+    make = None if _reason(module, litgpt) else _table(litgpt).get(_kind(module, litgpt))
     if make is not None:
         module.__dict__["forward"] = make(module)
     if isinstance(module.__dict__.get("forward"), FusedAttention):
@@ -102,7 +102,7 @@ def _fuse(module: nn.Module, litgpt: Any, cache: torch.dtype | None) -> None:
 
 
 def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
-    """Return type -> fused forward; exactly these types, since LoRA and adapter layers are subclasses."""
+    """Return type -> fused forward, for modules of which `_kind` says that they are of that type."""
     return {
         litgpt.RMSNorm: FusedRMSNorm,
         nn.LayerNorm: FusedLayerNorm,
@@ -113,6 +113,21 @@ def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
     }
 
 
+def _kind(module: nn.Module, litgpt: Any) -> type:
+    """Return the module's type, or LitGPT's own of which it is a subclass that computes the same with other layers.
+
+    Such are the MLPs and attentions of LoRA; an adapter's attention computes something else.
+    """
+    for kind, methods in (
+        (litgpt.GemmaMLP, ["forward"]),
+        (litgpt.LLaMAMLP, ["forward"]),
+        (litgpt.CausalSelfAttention, ["forward", "scaled_dot_product_attention"]),
+    ):
+        if isinstance(module, kind) and all(getattr(type(module), name) is getattr(kind, name) for name in methods):
+            return kind  # type: ignore[no-any-return]
+    return type(module)
+
+
 def _reason(module: Any, litgpt: Any) -> str:
     """Return why ``module`` cannot be fused though its kind can, or an empty string."""
     if isinstance(module, litgpt.MultiheadLatentAttention):
@@ -120,7 +135,7 @@ def _reason(module: Any, litgpt: Any) -> str:
     if isinstance(module, litgpt.LLaMAMoE):
         return "routing between experts; the experts themselves are fused"
     if isinstance(module, litgpt.CausalSelfAttention):
-        if type(module) is not litgpt.CausalSelfAttention:
+        if _kind(module, litgpt) is not litgpt.CausalSelfAttention:
             return f"a {type(module).__module__} layer"
         return "rope of an odd number of elements" if module.config.rope_n_elem % 2 else ""
     if isinstance(module, litgpt.RMSNorm):

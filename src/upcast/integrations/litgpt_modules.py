@@ -2,8 +2,8 @@
 
 Each is an object that a patched module carries as its ``forward``; it copies and pickles with the module. It runs the
 kernels where nothing could tell the difference but the clock, and LitGPT's own forward everywhere else: while
-torch.compile traces, where a gradient is wanted, and for arguments that the kernels do not cover. Inner modules are
-called as modules, so that hooks on them see what they would see without fusion.
+torch.compile traces, where a parameter of the module itself learns, and for arguments that the kernels do not cover.
+Inner modules are called as modules, so that hooks on them see what they would see without fusion.
 """
 
 import functools
@@ -38,6 +38,15 @@ class Fused(Forward):
             return False
         return torch._C._get_tracing_state() is None
 
+    def fits(self, x: Tensor) -> bool:
+        """As `free`, but a gradient may be wanted through the module; none of the module's own parameters learns."""
+        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+            return False
+        own = self.module._parameters.values()
+        if torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in own):
+            return False
+        return torch._C._get_tracing_state() is None
+
 
 def hooked(module: nn.Module) -> bool:
     """Whether someone watches the calls of ``module`` itself."""
@@ -53,10 +62,10 @@ class FusedRMSNorm(Fused):
 
     def __call__(self, x: Tensor) -> Any:
         norm = self.module
-        if not self.free(x):
+        if not self.fits(x):
             return self.unfused(x)
         self.calls += 1
-        return kernels.active().rms_norm(x, norm.weight, norm.eps, norm.add_unit_offset)
+        return kernels.rms_norm(x, norm.weight, norm.eps, norm.add_unit_offset)
 
 
 class FusedLayerNorm(Fused):
@@ -83,14 +92,14 @@ class FusedGatedMLP(Fused):
         self.activation = activation
 
     def __call__(self, x: Tensor) -> Any:
-        if not self.free(x):
+        if not self.fits(x):
             return self.unfused(x)
         to_gate, to_up, down = (getattr(self.module, name) for name in self.layers)
         gate, up = to_gate(x), to_up(x)
-        if not self.free(gate) or not self.free(up):  # a hook or a replaced layer gave something else
+        if not self.fits(gate) or not self.fits(up):  # a hook or a replaced layer gave something else
             return self.unfused(x)
         self.calls += 1
-        return down(kernels.active().gated(gate, up, self.activation))
+        return down(kernels.gated(gate, up, self.activation))
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
@@ -192,11 +201,11 @@ class FusedAttention(Fused):
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> Any:
-        place = self._usual(x, cos, mask, input_pos, input_pos_maxp1) if self.free(x) else None
+        place = self._usual(x, cos, mask, input_pos, input_pos_maxp1) if self.fits(x) else None
         if place is None:
             return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
         qkv = self.module.qkv(x)
-        if not self.free(qkv):
+        if not self.fits(qkv):
             return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
         self.calls += 1
         q, k, v = self._heads(qkv, cos, sin)
@@ -210,11 +219,18 @@ class FusedAttention(Fused):
         if x.dim() != 3 or cos.dim() != 3 or cos.shape[-1] != self.module.config.rope_n_elem or not x.numel():
             return None
         if input_pos is None:
-            return Place(0) if mask is None else None
+            return Place(0) if mask is None and (self.free(x) or self._plain()) else None
+        if not self.free(x):  # a gradient through a cache
+            return None
         start = first_of_run(input_pos, x.shape[1])
         if start is None or mask is None or not is_causal(mask, start, x.shape[1]):
             return None
         return self.place(start, x.shape[0], x.shape[1], maxp1)
+
+    def _plain(self) -> bool:
+        """Whether every query sees all that is before it, and scores go into softmax as they are."""
+        config = self.module.config
+        return not self.module.apply_sliding_window_attention and config.attention_logit_softcapping is None
 
     def place(self, start: int, batch: int, time: int, maxp1: int | None) -> Place | None:
         """Return where ``time`` positions from ``start`` on go in the cache; None if that is for LitGPT to say."""
@@ -250,10 +266,12 @@ class FusedAttention(Fused):
         if self.module.config.rope_interleave:  # LitGPT sorts even elements before odd ones, and leaves them there
             pairs = x[..., :width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
             x = torch.cat((pairs, x[..., width:]), dim=-1)
-        return kernels.active().rope(x, cos, sin)
+        return kernels.rope(x, cos, sin)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Any:
         attn, cache = self.module, place.cache
+        if cache is None and kernels.wants_gradient(q, k, v):
+            return kernels.causal_attention(q, k, v, self.scale())
         window = attn.config.sliding_window_size if attn.apply_sliding_window_attention else None
         if cache is not None:
             batch = q.shape[0]

@@ -30,10 +30,10 @@ class FusedRMSNorm(Fused):
 
     def __call__(self, hidden_states: Tensor) -> Any:
         norm = self.module
-        if not self.free(hidden_states):
+        if not self.fits(hidden_states):
             return self.unfused(hidden_states)
         self.calls += 1
-        return kernels.active().rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+        return kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
 
 class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
@@ -56,16 +56,17 @@ class FusedAttention(Fused):
     ) -> Any:
         attn = self.module
         given = (position_embeddings, attention_mask, past_key_values, cache_position)
-        if attn.config._attn_implementation != "sdpa" or attn.training or not self.free(hidden_states):
+        drops = attn.training and attn.attention_dropout > 0
+        if attn.config._attn_implementation != "sdpa" or drops or not self.fits(hidden_states):
             return self._own(hidden_states, given, kwargs)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
         q, k, v = (layer(hidden_states) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-        if not all(map(self.free, (q, k, v))):
+        if not all(map(self.fits, (q, k, v))):
             return self._own(hidden_states, given, kwargs)
         self.calls += 1
         q, k, v = (each.view(shape).transpose(1, 2) for each in (q, k, v))
         cos, sin = (each.contiguous() for each in position_embeddings)
-        q, k = kernels.active().rope(q, cos, sin), kernels.active().rope(k, cos, sin)
+        q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
         if past_key_values is not None:
             settings = {"sin": sin, "cos": cos, "cache_position": cache_position}
             k, v = past_key_values.update(k, v, attn.layer_idx, settings)
@@ -93,6 +94,8 @@ class FusedAttention(Fused):
                 stored = k.stored[:, :, :rows], v.stored[:, :, :rows]
                 return over_cache(q, *stored, attn.scaling, causal=bool(masked))
             k, v = k.widened(), v.widened()
+        if masked and time == k.shape[2] and kernels.wants_gradient(q, k, v):
+            return kernels.causal_attention(q, k, v, attn.scaling)
         options = {"is_causal": bool(masked), "scale": attn.scaling, "enable_gqa": attn.num_key_value_groups > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
 

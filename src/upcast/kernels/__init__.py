@@ -1,19 +1,18 @@
 """Kernels: float16 weights times float32 activations, and which implementation runs.
 
 `native` is the compiled library; `portable` is plain PyTorch, runs everywhere, and says what native must give. Both
-have the same functions. Here is what chooses between them and what differentiates through them. While torch.compile
+have the same functions. Here is what chooses between them; `gradients` differentiates through them. While torch.compile
 traces, the custom operators of `upcast.compiled` stand in.
 """
 
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from upcast import config
 from upcast.errors import UpcastError
-from upcast.kernels import native, portable
+from upcast.kernels import gradients, native, portable
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
@@ -71,9 +70,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if torch.compiler.is_compiling():
         return torch.ops.upcast.linear(x, weight, bias)  # type: ignore[no-any-return]
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+        y: Tensor = gradients.Linear.apply(x, weight, _product, linear)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
     return _linear(x, weight, bias)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return _linear(x, weight, None)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -116,15 +119,47 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return result  # type: ignore[no-any-return]
 
 
-class _Linear(torch.autograd.Function):
-    """y = x W^T with a frozen float16 W: dX = dY W."""
+# --- for training: float32's own steps where no gradient is wanted, else a backward that keeps less -------------------
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(weight)
-        return _linear(x, weight, None)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        return linear(grads[0], weight.t()), None
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done to one of these."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, unit_offset: bool = False) -> Tensor:
+    """Return RMSNorm of x (..., D) float32 over D; weight (D,) float32 counts as 1 + weight with ``unit_offset``.
+
+    Differentiable with respect to x, for a weight that is frozen.
+    """
+    implementation = active()
+    if wants_gradient(x):
+        return gradients.RMSNorm.apply(implementation, x, weight, eps, unit_offset)  # type: ignore[no-any-return,no-untyped-call]
+    return implementation.rms_norm(x, weight, eps, unit_offset)  # type: ignore[no-any-return]
+
+
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Return activation(gate) * up, both (..., D) float32; "silu", "gelu" or "gelu_tanh". Differentiable in both."""
+    implementation = active()
+    if wants_gradient(gate, up):
+        return gradients.Gated.apply(implementation, gate, up, activation)  # type: ignore[no-any-return,no-untyped-call]
+    return implementation.gated(gate, up, activation)  # type: ignore[no-any-return]
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the first n elements of every head of x (B, H, T, D) float32 by cos and sin ([B,] T, n).
+
+    Differentiable with respect to x.
+    """
+    implementation = active()
+    if wants_gradient(x):
+        return gradients.Rope.apply(implementation, x, cos, sin)  # type: ignore[no-any-return,no-untyped-call]
+    return implementation.rope(x, cos, sin)  # type: ignore[no-any-return]
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Return attention of q (B, H, T, D) over the positions before each; k and v are (B, G, T, D), H a multiple of G.
+
+    Differentiable in all three, once; in float32 or float64, by torch's own kernels.
+    """
+    return gradients.CausalAttention.apply(q, k, v, scale)  # type: ignore[no-any-return,no-untyped-call]
