@@ -101,7 +101,8 @@ def _text(job: Job) -> Tensor:
 
     from benchmarks.subject import topics_text
 
-    return Tokenizer(smollm2.prepare()).encode(topics_text()[:400_000], bos=False).long()
+    tokens: Tensor = Tokenizer(smollm2.prepare()).encode(topics_text()[:400_000], bos=False).long()
+    return tokens
 
 
 def _litgpt(job: Job) -> Any:
