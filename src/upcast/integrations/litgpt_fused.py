@@ -19,6 +19,7 @@ from upcast.integrations.litgpt_modules import (
     FusedLayerNorm,
     FusedRMSNorm,
 )
+from upcast.integrations.litgpt_prefix import CacheClearer, CacheReset, forget
 from upcast.integrations.litgpt_stack import FusedGPT
 
 KV_CACHES = {"float16": torch.float16, "float32": None}  # None: as LitGPT makes them
@@ -42,6 +43,7 @@ def install(root: nn.Module, kv_cache: str) -> None:
             if "forward" not in module.__dict__:
                 _fuse(module, litgpt, KV_CACHES[kv_cache])
         gpt.__dict__.setdefault("set_kv_cache", CacheSetter(gpt))
+        gpt.__dict__.setdefault("clear_kv_cache", CacheClearer(gpt))
         litgpt_generation.enter(gpt)
 
 
@@ -60,9 +62,10 @@ def remove(root: nn.Module) -> None:
         if isinstance(module.__dict__.get("forward"), FusedGPT):
             litgpt_generation.leave(module)
             restore(module)
-        for name in ("forward", "build_kv_cache", "set_kv_cache"):
-            if isinstance(module.__dict__.get(name), Fused):
+        for name in ("forward", "build_kv_cache", "set_kv_cache", "clear_kv_cache", "reset_parameters"):
+            if isinstance(module.__dict__.get(name), (Fused, CacheClearer, CacheReset)):
                 del module.__dict__[name]
+        forget(module)
 
 
 def unfused(gpt: nn.Module) -> dict[str, str]:

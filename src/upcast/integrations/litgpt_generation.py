@@ -1,61 +1,79 @@
-"""LitGPT's generation loops: of a patched model they compute the last position's logits only, all they read.
+"""LitGPT's generation: of a patched model it computes the last position's logits only, and keeps its caches.
 
-`litgpt.generate.base.next_token` and `batched_next_token` are wrapped while any fused model is patched; for other
-models the wrappers do nothing. `model(x)` is not touched.
+`next_token` and `batched_next_token` of `litgpt.generate.base` read no other logits, and `LLM.generate` asks for caches
+for its next prompt. They are wrapped while any fused model is patched; for other models the wrappers do nothing.
+`model(x)` is not touched.
 """
 
 import functools
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
 
 from upcast.integrations.litgpt_modules import hooked
+from upcast.integrations.litgpt_prefix import keeping
 from upcast.integrations.litgpt_stack import FusedGPT, last_position
 from upcast.watch import unwatched
-
-_NAMES = ("next_token", "batched_next_token")
 
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 
 
 def enter(gpt: nn.Module) -> None:
-    """Have LitGPT's loops ask ``gpt`` for the last position only."""
-    base = sys.modules.get("litgpt.generate.base")
-    if base is None:
-        return
+    """Have LitGPT's generation know that ``gpt`` is fused."""
     _patched.add(gpt)
-    for name in _NAMES:
-        function = getattr(base, name)
+    for owner, name, wrapper in _wrapped():
+        function = getattr(owner, name)
         if not hasattr(function, "_upcast_original"):
-            setattr(base, name, _last_only(function))
+            setattr(owner, name, wrapper(function))
 
 
 def leave(gpt: nn.Module) -> None:
     """Undo `enter`; after the last model LitGPT's own functions are back."""
     _patched.discard(gpt)
-    base = sys.modules.get("litgpt.generate.base")
-    if base is None or len(_patched):
-        return
-    for name in _NAMES:
-        function = getattr(base, name)
-        setattr(base, name, getattr(function, "_upcast_original", function))
+    if not len(_patched):
+        for owner, name, _ in _wrapped():
+            function = getattr(owner, name)
+            setattr(owner, name, getattr(function, "_upcast_original", function))
+
+
+def _wrapped() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
+    """Yield (owner, name, wrapper) for what is loaded of LitGPT."""
+    base, api = sys.modules.get("litgpt.generate.base"), sys.modules.get("litgpt.api")
+    if base is not None:
+        yield base, "next_token", _last_only
+        yield base, "batched_next_token", _last_only
+    if api is not None:
+        yield api.LLM, "generate", _keeping
 
 
 def _last_only(original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def next_token(model: Any, *args: Any, **kwargs: Any) -> Any:
-        gpt = None if torch.compiler.is_compiling() else _unwatched(model)
-        if gpt is None:
-            return original(model, *args, **kwargs)
-        with last_position(gpt):
-            return original(model, *args, **kwargs)
+    return _within(last_position, original, lambda model: model)
 
-    next_token._upcast_original = original  # type: ignore[attr-defined]
-    return next_token
+
+def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
+    return _within(keeping, original, lambda llm: llm.model)
+
+
+def _within(
+    block: Callable[[Any], AbstractContextManager[None]], original: Callable[..., Any], model_of: Callable[[Any], Any]
+) -> Callable[..., Any]:
+    """Return ``original``, run within ``block(gpt)`` where its first argument's model is a fused GPT."""
+
+    @functools.wraps(original)
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+        gpt = None if torch.compiler.is_compiling() else _unwatched(model_of(first))
+        if gpt is None:
+            return original(first, *args, **kwargs)
+        with block(gpt):
+            return original(first, *args, **kwargs)
+
+    wrapper._upcast_original = original  # type: ignore[attr-defined]
+    return wrapper
 
 
 def _unwatched(model: Any) -> nn.Module | None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from upcast.integrations.litgpt_modules import Fused
+from upcast.integrations.litgpt_prefix import caches_of, held_of, kept
 
 
 class CausalMask(Tensor):
@@ -68,7 +69,7 @@ class CausalMask(Tensor):
 
 
 class CacheSetter(Fused):
-    """``set_kv_cache`` of one GPT: LitGPT's own, but it finds a mask of the right size already there."""
+    """``set_kv_cache`` of one GPT: LitGPT's own, but it finds a mask of the right size, and kept caches go on."""
 
     def __call__(
         self,
@@ -78,7 +79,7 @@ class CacheSetter(Fused):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        """Make the caches, as ``GPT.set_kv_cache`` does."""
+        """Make the caches, as ``GPT.set_kv_cache`` does; those that are kept hand over what they hold."""
         gpt, size = self.module, max_seq_length
         size = gpt.max_seq_length if size is None else size
         on_cpu = device is None or torch.device(device).type == "cpu"
@@ -90,6 +91,9 @@ class CacheSetter(Fused):
         except BaseException:
             gpt.mask_cache = before
             raise
+        held = held_of(gpt)
+        if held is not None and kept(held):
+            held.take_over(caches_of(gpt))
 
 
 def restore(gpt: nn.Module) -> None:

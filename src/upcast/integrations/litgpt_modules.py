@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upcast import console, kernels, selective
 from upcast.forward import Forward
+from upcast.integrations.litgpt_prefix import CacheReset, forget
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -128,8 +129,9 @@ class CacheBuilder(Fused):
         )
         if not self.fused:
             selective.mark_buffers(cache)
-        elif cache.k.dtype == torch.float16:
+        else:
             cache.__dict__["forward"] = FusedCache(cache, self)
+            cache.__dict__["reset_parameters"] = CacheReset(cache)
         return cache
 
     def widen(self, cache: Any) -> None:
@@ -143,7 +145,7 @@ class CacheBuilder(Fused):
 
 
 class FusedCache(Fused):
-    """A float16 KVCache that stays one: LitGPT's own forward would recast it to the dtype of what comes in."""
+    """A KVCache of which a float16 one stays that: LitGPT's own forward would recast it to what comes in."""
 
     def __init__(self, module: nn.Module, builder: CacheBuilder) -> None:
         super().__init__(module)
@@ -152,6 +154,7 @@ class FusedCache(Fused):
     def __call__(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, Hkv, T, D) and return the whole cache, both in their dtype."""
         cache = self.module
+        forget(cache)
         if cache.k.dtype == torch.float16 and k.dtype == torch.float32:
             keys, values = k.half(), v.half()
             if not _overflowed(k, keys) and not _overflowed(v, values):
@@ -292,6 +295,7 @@ class FusedAttention(Fused):
     @staticmethod
     def _appended(cache: Any, batch: int, k: Tensor, v: Tensor, at: int) -> bool:
         """Write k and v; False if a value does not fit, and is to be written again."""
+        forget(cache)
         append = kernels.active().kv_append
         return bool(append(cache.k[:batch], k, at) and append(cache.v[:batch], v, at))
 

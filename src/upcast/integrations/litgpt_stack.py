@@ -5,7 +5,7 @@ module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-lev
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
@@ -29,6 +29,7 @@ from upcast.integrations.litgpt_modules import (
     plain_cache,
     positions,
 )
+from upcast.integrations.litgpt_prefix import Held, MadeWith
 from upcast.kernels import native
 from upcast.shortcut import LinearForward
 
@@ -97,8 +98,9 @@ class Stack:
     """
 
     def __init__(self, gpt: Any) -> None:
-        self.steps = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
-        self.complete = all(self.steps)
+        found = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
+        self.steps = [step for step in found if step is not None]
+        self.complete = len(self.steps) == len(found)
         modules = [*gpt.transformer.h.modules()]
         dicts = [module.__dict__ for module in modules]
         # Hooks on gradients cannot matter: this path runs only where there are none.
@@ -112,6 +114,13 @@ class Stack:
         self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
         self._kept = [*chain.from_iterable(map(dict.values, self._members)), *map(dict.get, self._owners, self._names)]
         self._numbers = self._settings()
+        self.caches = [step.cache for step in self.steps]
+
+    def made_with(self, embedding: nn.Module) -> MadeWith:
+        """Return what keys and values depend on, beside the tokens."""
+        weights = [each for step in self.steps for each in step.rest if isinstance(each, Tensor)]
+        weights += [p.stored if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
+        return MadeWith(weights, self._numbers)
 
     def watched(self) -> bool:
         """Whether someone watches a module inside."""
@@ -132,6 +141,7 @@ class FusedGPT(Fused):
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.stack: Stack | None = None
+        self.held = Held()
 
     def __call__(
         self,
@@ -141,29 +151,54 @@ class FusedGPT(Fused):
         lm_head_chunk_size: int = 0,
     ) -> Any:
         start = self._start(idx, input_pos, input_pos_maxp1)
-        steps = None if start is None else self._steps()
-        if start is None or steps is None:
+        stack = None if start is None else self._whole_stack()
+        x = None
+        if start is not None and stack is not None:
+            cached = input_pos is not None
+            x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
+        if x is None:
+            if input_pos is not None:
+                self.held = Held()
             return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
-        batch, time = idx.shape
-        places: list[tuple[int, int] | None] = [None] * len(steps)
-        if input_pos is not None:
-            places = [step.place(start, batch, time, input_pos_maxp1) for step in steps]
-            if None in places:
-                return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+        self.calls += 1
+        return self._logits(x, lm_head_chunk_size)
+
+    def _with_caches(self, stack: Stack, idx: Tensor, start: int, maxp1: int | None) -> Any:
+        """Return what the last block gives for idx (B, T), without the positions that the caches hold already.
+
+        None where a cache does not take these positions. Only one sequence's tokens are kept in mind.
+        """
+        held, first = self.held, start
+        tokens = idx[0].tolist() if len(idx) == 1 else None
+        made_with = stack.made_with(self.module.transformer.wte) if tokens is not None and start == 0 else None
+        if tokens is not None and made_with is not None and self._last_is_enough():
+            start = held.shared(tokens, stack.caches, made_with)
+        batch, time = len(idx), first + idx.shape[1] - start
+        places = [step.place(start, batch, time, maxp1) for step in stack.steps]
+        if None in places:
+            return None
+        self.held = Held()  # what an interrupted step leaves counts for nothing
+        x = self._blocks(stack, idx[:, start - first :], start, places)
+        if x is not None and tokens is not None:
+            held.put(start, tokens[start - first :], stack.caches, made_with)
+            self.held = held
+        return x
+
+    def _blocks(self, stack: Stack, idx: Tensor, start: int, places: Sequence[Any] | None = None) -> Any:
+        """Return what the last block gives for idx (B, T) at ``start``; None for an embedding that was replaced."""
         gpt = self.module
         x = gpt.transformer.wte(idx)
         if gpt.config.scale_embeddings:
             x = x * torch.tensor(gpt.config.n_embd**0.5, dtype=x.dtype)
         if not self.free(x) or not x.is_contiguous():
-            return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
-        self.calls += 1
-        angles = self._angles(start, time)
-        for step, place in zip(steps, places, strict=True):
+            return None
+        angles = self._angles(start, idx.shape[1])
+        for step, place in zip(stack.steps, places or [None] * len(stack.steps), strict=True):
             x = step.run(x, *angles[step.rope], place)
-        return self._logits(x, lm_head_chunk_size)
+        return x
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stack": None}  # a copy collects its own
+        return {**self.__dict__, "stack": None, "held": Held()}  # a copy collects its own
 
     def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
         """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
@@ -186,12 +221,12 @@ class FusedGPT(Fused):
         causal = (type(mask) is CausalMask and mask.imagined) or is_causal(mask[:, :, start:end], start, end - start)
         return start if causal else None
 
-    def _steps(self) -> list[Any] | None:
+    def _whole_stack(self) -> Stack | None:
         """Return a step for each block, or None if one of them is not for the native kernel."""
         stack = self.stack
         if stack is None or not stack.current():
             self.stack = stack = Stack(self.module)
-        return stack.steps if stack.complete and not stack.watched() else None
+        return stack if stack.complete and not stack.watched() else None
 
     def _angles(self, start: int, time: int) -> dict[int | None, tuple[Tensor, Tensor]]:
         """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
