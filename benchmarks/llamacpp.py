@@ -4,9 +4,7 @@ An optional peer (`--peers`): `pip install llama-cpp-python` compiles llama.cpp 
 """
 
 import ctypes
-import gc
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from litgpt.config import Config
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks import memory, quality, stress
-from benchmarks.worker import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
+from benchmarks import peer, stress
+from benchmarks.worker import Job
 
 PACKAGE = "llama-cpp-python"
 CONTEXT, BATCH = 2048, 512  # positions in all, and at once: more than any measurement takes
@@ -36,15 +34,7 @@ BLOCK_NAMES = {
 
 def why_not(config: Config) -> str | None:
     """Return why llama.cpp cannot be measured on this model, or None."""
-    try:
-        import llama_cpp  # noqa: F401
-    except ImportError:
-        return f"{PACKAGE} is not installed; `pip install {PACKAGE}` compiles it for this machine"
-    llama = (config.norm_class_name, config.mlp_class_name, config.bias) == ("RMSNorm", "LLaMAMLP", False)
-    plain = config.rotary_percentage == 1.0 and config.rope_adjustments is None and not config.norm_qk
-    if not (llama and plain and not config.parallel_residual):
-        return f"{config.name} is not of the plain Llama architecture, the one that is written as GGUF here"
-    return None
+    return peer.missing("llama_cpp", PACKAGE) or peer.not_plain_llama(config)
 
 
 def write_gguf(state: Mapping[str, Tensor], config: Config, eps: float, path: Path) -> None:
@@ -147,73 +137,17 @@ class Model:
         self.api.llama_model_free(self.model)
 
 
-class LlamaCppWorker:
+class LlamaCppWorker(peer.PeerWorker):
     """What a variant's worker does (worker.py), for llama.cpp."""
 
     def __init__(self, job: Job) -> None:
-        if job.threads is not None:
-            torch.set_num_threads(job.threads)
-        self.job = job
-        self.imported_bytes = memory.resident_bytes() if memory.supported() else None
+        super().__init__(job, Model)
 
-    def threads(self) -> int:
-        return torch.get_num_threads()
-
-    def _written(self, scale: int) -> Path:
-        """Write the model, its residual stream scaled as in the stress test, into a file."""
+    def written(self, scale: int) -> Path:
         config = Config.from_checkpoint(self.job.checkpoint)
-        state = torch.load(self.job.checkpoint / "lit_model.pth", mmap=True, weights_only=True)
         path = self.job.scratch / f"llama-{scale}.gguf"
-        write_gguf(stress.stress(state.get("model", state), scale), config, config.norm_eps * scale**2, path)
+        write_gguf(stress.stress(self.state(), scale), config, config.norm_eps * scale**2, path)
         return path
 
-    def load(self) -> Loading:
-        path = self._written(1)
-        gc.collect()
-        if memory.supported():
-            self.imported_bytes = memory.resident_bytes()
-            memory.reset_peak()
-        self.model = Model(path, self.threads())
-        peak = self._above_imports(memory.peak_bytes()) if memory.supported() else None
-        return Loading(int(self.model.api.llama_model_size(self.model.model)), peak)
-
-    def _above_imports(self, level: int) -> int | None:
-        return level - self.imported_bytes if self.imported_bytes is not None else None
-
-    def warm_up(self) -> int | None:
-        self.sample(new_tokens=2)
-        return self._above_imports(memory.resident_bytes()) if memory.supported() else None
-
-    def sample(self, new_tokens: int) -> Sample:
-        _, prefill = self._generate(list(self.job.prompt), 1)
-        answer, times = self._generate(list(self.job.chat), new_tokens)
-        decode = (times[-1] - times[1]) / (new_tokens - 1)
-        return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
-
-    def _generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
-        self.model.reset()
-        tokens, times = list[int](), [time.perf_counter()]
-        following = prompt
-        for _ in range(new_tokens):
-            following = [int(self.model.run(following)[0].argmax())]
-            times.append(time.perf_counter())
-            tokens += following
-        return tokens, times
-
-    def quality(self) -> quality.Quality:
-        windows = torch.tensor(self.job.windows)
-        parts = []
-        for window in windows.tolist():
-            self.model.reset()
-            parts.append(self.model.run(window, all_logits=True).clone())
-        return quality.assess(torch.cat(parts), self._reference(), next_tokens(windows))
-
-    def stress(self, scale: int) -> StressOutcome:
-        model, tokens = Model(self._written(scale), self.threads()), list(self.job.windows[0][:STRESS_TOKENS])
-        logits = model.run(tokens, all_logits=True).clone()
-        model.close()
-        return stress_outcome(scale, logits, self._reference()[: len(tokens)])
-
-    def _reference(self) -> Tensor:
-        reference: Tensor = torch.load(self.job.scratch / "reference.pt", mmap=True, weights_only=True)
-        return reference
+    def weight_bytes(self, path: Path) -> int:
+        return int(self.model.api.llama_model_size(self.model.model))

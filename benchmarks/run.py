@@ -3,7 +3,7 @@
 python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
 python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
-python benchmarks/run.py --peers                llama.cpp as well (pip install llama-cpp-python compiles it)
+python benchmarks/run.py --peers                llama.cpp and OpenVINO as well (pip install llama-cpp-python openvino)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
 python benchmarks/run.py --suite ablation       which op classes need float32
 python benchmarks/run.py --suite distributed    one and two ranks, and two hosts in network namespaces
@@ -28,8 +28,8 @@ from benchmarks import (
     ablation,
     chart,
     distributed_suite,
-    llamacpp,
     machine,
+    peers,
     record,
     report,
     serve_suite,
@@ -38,7 +38,7 @@ from benchmarks import (
     subject,
 )
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
-from benchmarks.variants import BASELINE, PEERS, VARIANTS
+from benchmarks.variants import BASELINE, VARIANTS
 
 SUITES = ("variants", "serve", "ablation", "distributed")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
@@ -62,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.suite == "ablation":
             return ablation.run(measured, options.output)
         skipped = stress.why_not(Config.from_checkpoint(measured.checkpoint))
-        missing = llamacpp.why_not(Config.from_checkpoint(measured.checkpoint)) if options.peers else None
-        if missing:
-            parser.error(f"--peers: {missing}")
         if options.peers:
-            options.variants = [*options.variants, *PEERS]
+            found, missing = peers.available(Config.from_checkpoint(measured.checkpoint))
+            if not found:
+                parser.error(f"--peers: {'; '.join(missing)}")
+            print(*(f"--peers: {each}" for each in missing), sep="\n", end="\n" * bool(missing), file=sys.stderr)
+            options.variants = [*options.variants, *found]
         results = run_variants(measured, options, effort, skipped, Path(scratch))
         content = record.record(measured, effort, results, skipped, time.perf_counter() - begin)
     show(measured, effort, results, skipped)
@@ -88,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="what to measure (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="fewer rounds and less text: under one minute")
     parser.add_argument("--variants", type=variant_names, default=list(VARIANTS), metavar="A,B,...", help=VARIANTS_HELP)
-    parser.add_argument("--peers", action="store_true", help="measure llama.cpp too, on the same weights in F16")
+    parser.add_argument("--peers", action="store_true", help="measure llama.cpp and OpenVINO too, on the same weights")
     parser.add_argument("--threads", type=positive, metavar="N", help="threads per variant (default: torch's)")
     parser.add_argument(
         "--rounds", type=positive, metavar="N", help=f"default {FULL.rounds}, with --quick {QUICK.rounds}"

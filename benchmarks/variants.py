@@ -110,9 +110,12 @@ VARIANTS = {
 }
 
 
-LLAMA_CPP = "llama.cpp"
+LLAMA_CPP, OPENVINO = "llama.cpp", "OpenVINO"
 # What runs the same weights outside of PyTorch, with --peers: the name and what it is.
-PEERS = {LLAMA_CPP: "llama.cpp (llama-cpp-python), an F16 GGUF file of the same weights"}
+PEERS = {
+    LLAMA_CPP: "llama.cpp (llama-cpp-python), an F16 GGUF file of the same weights",
+    OPENVINO: "OpenVINO, float16 weights of the same model, float32 math",
+}
 
 
 def about(name: str) -> str:

@@ -19,7 +19,7 @@ from litgpt.generate.base import generate_fn
 from torch import Tensor
 
 from benchmarks import memory, quality, stress
-from benchmarks.variants import BASELINE, LLAMA_CPP, VARIANTS, weight_bytes
+from benchmarks.variants import BASELINE, PEERS, VARIANTS, weight_bytes
 
 STRESS_TOKENS = 64
 
@@ -184,8 +184,8 @@ def serve(connection: Connection, job: Job) -> None:
 
 
 def _worker(job: Job) -> Any:
-    if job.variant == LLAMA_CPP:
-        from benchmarks.llamacpp import LlamaCppWorker  # which imports this module
+    if job.variant in PEERS:
+        from benchmarks.peers import worker_of  # which imports this module
 
-        return LlamaCppWorker(job)
+        return worker_of(job)
     return Worker(job)

@@ -13,6 +13,7 @@ from tests.fused_models import (
     IDS,
     LIMITS,
     PROMPT,
+    calls,
     make,
     pair,
     without_fusion,
@@ -20,6 +21,7 @@ from tests.fused_models import (
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from upcast import kernels
 
+LLAMA = "SmolLM2-135M-Instruct"
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 
 
@@ -69,6 +71,33 @@ def test_a_watched_head_sees_every_position() -> None:
         base.next_token(model, torch.arange(7), IDS[:1, :7], temperature=0.0)
         handle.remove()
         assert shapes == [(1, 7)]
+
+
+def test_a_compiled_next_token_runs_fused_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from litgpt.generate import base
+
+    graphs: list[Any] = []
+
+    def keep(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    model, plain = pair(LLAMA, "float32")
+    unpatched = make(LLAMA)
+    compiled = torch.compile(base.next_token, backend=keep)
+    for each in (model, plain, unpatched):
+        each.set_kv_cache(1, 40)
+    before = calls(model)
+    for positions in (torch.arange(7), torch.tensor([7])):
+        ids = IDS[:1, : len(positions)]
+        assert compiled(model, positions, ids, temperature=0.0) == base.next_token(
+            plain, positions, ids, temperature=0.0
+        )
+    assert calls(model) > before
+    assert not graphs
+    assert capsys.readouterr().err.count("GPT is not compiled") == 1
+    compiled(unpatched, torch.arange(7), IDS[:1, :7], temperature=0.0)
+    assert graphs
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------

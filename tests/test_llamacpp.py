@@ -68,8 +68,12 @@ def test_other_architectures_are_refused(name: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    for package in ("llama_cpp", "openvino"):
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as ending:
         run.main(["--model", "pythia-14m", "--peers"])
     assert ending.value.code == 2
-    assert re.search(r"--peers: llama-cpp-python is not installed; `pip install", capsys.readouterr().err)
+    found = re.search("--peers: (.*); (.*); (.*)", capsys.readouterr().err.replace("\n", " "))
+    assert found
+    assert "llama-cpp-python is not installed; `pip install llama-cpp-python`" in found[0]
+    assert "openvino is not installed; `pip install openvino`" in found[0]

@@ -15,12 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcast import console
 from upcast.integrations.litgpt_modules import hooked
 from upcast.integrations.litgpt_prefix import keeping
 from upcast.integrations.litgpt_stack import FusedGPT, last_position
 from upcast.watch import unwatched
 
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+_told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models of which it was said that they are not compiled
 
 
 def enter(gpt: nn.Module) -> None:
@@ -62,18 +64,36 @@ def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
 def _within(
     block: Callable[[Any], AbstractContextManager[None]], original: Callable[..., Any], model_of: Callable[[Any], Any]
 ) -> Callable[..., Any]:
-    """Return ``original``, run within ``block(gpt)`` where its first argument's model is a fused GPT."""
+    """Return ``original``, run within ``block(gpt)`` where its first argument's model is a fused GPT.
+
+    Where torch.compile traces it (LitGPT's ``--compile``), the fused forwards run as they are: they are faster than
+    what would be compiled, and whether a value fits float16 is asked of numbers, which a graph does not have.
+    """
+
+    @torch.compiler.disable
+    def run(gpt: nn.Module, compiling: bool, *args: Any, **kwargs: Any) -> Any:
+        if compiling:
+            _say_once(gpt)
+        with block(gpt):
+            return original(*args, **kwargs)
 
     @functools.wraps(original)
     def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
-        gpt = None if torch.compiler.is_compiling() else _unwatched(model_of(first))
+        gpt = _unwatched(model_of(first))
         if gpt is None:
             return original(first, *args, **kwargs)
-        with block(gpt):
-            return original(first, *args, **kwargs)
+        return run(gpt, torch.compiler.is_compiling(), first, *args, **kwargs)
 
     wrapper._upcast_original = original  # type: ignore[attr-defined]
     return wrapper
+
+
+def _say_once(gpt: nn.Module) -> None:
+    if gpt not in _told:
+        _told.add(gpt)
+        console.say(
+            f"{type(gpt).__name__} is not compiled: its fused forwards run, which are faster and need no warm-up"
+        )
 
 
 def _unwatched(model: Any) -> nn.Module | None:

@@ -154,7 +154,8 @@ class FusedCache(Fused):
     def __call__(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, Hkv, T, D) and return the whole cache, both in their dtype."""
         cache = self.module
-        forget(cache)
+        if not torch.compiler.is_compiling():  # then the model itself has forgotten
+            forget(cache)
         if cache.k.dtype == torch.float16 and k.dtype == torch.float32:
             keys, values = k.half(), v.half()
             if not _overflowed(k, keys) and not _overflowed(v, values):

@@ -1,0 +1,122 @@
+"""What the peers outside of PyTorch have in common: how they load, are timed and judged, one token at a time."""
+
+import gc
+import importlib
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from litgpt.config import Config
+from torch import Tensor
+
+from benchmarks import memory, quality
+from benchmarks.worker import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
+
+
+class Model(Protocol):
+    """A loaded model that keeps its own cache; positions are counted from `reset`."""
+
+    def reset(self) -> None: ...
+
+    def run(self, tokens: list[int], all_logits: bool = False) -> Tensor:
+        """Return the logits of the last position (1, vocabulary), or of all; float32, valid until the next call."""
+
+    def close(self) -> None: ...
+
+
+def missing(module: str, package: str) -> str | None:
+    """Return that ``package`` is not installed and how to get it, or None."""
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return f"{package} is not installed; `pip install {package}` brings it"
+    return None
+
+
+def not_plain_llama(config: Config) -> str | None:
+    """Return that the model is not of the one architecture that is written for the peers, or None."""
+    llama = (config.norm_class_name, config.mlp_class_name, config.bias) == ("RMSNorm", "LLaMAMLP", False)
+    plain = config.rotary_percentage == 1.0 and config.rope_adjustments is None and not config.norm_qk
+    if llama and plain and not config.parallel_residual:
+        return None
+    return f"{config.name} is not of the plain Llama architecture, the one that is written for peers here"
+
+
+class PeerWorker:
+    """What a variant's worker does (worker.py), for one peer; subclasses write the model and weigh it."""
+
+    def __init__(self, job: Job, open_model: Callable[[Path, int], Model]) -> None:
+        if job.threads is not None:
+            torch.set_num_threads(job.threads)
+        self.job, self.open_model = job, open_model
+        self.model: Any = None
+        self.imported_bytes = memory.resident_bytes() if memory.supported() else None
+
+    def written(self, scale: int) -> Path:
+        """Write the model, its residual stream scaled as in the stress test, into a file."""
+        raise NotImplementedError
+
+    def weight_bytes(self, path: Path) -> int:
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Return LitGPT's weights, mapped."""
+        loaded: Any = torch.load(self.job.checkpoint / "lit_model.pth", mmap=True, weights_only=True)
+        weights: dict[str, Tensor] = loaded.get("model", loaded)
+        return weights
+
+    def threads(self) -> int:
+        return torch.get_num_threads()
+
+    def load(self) -> Loading:
+        path = self.written(1)
+        gc.collect()
+        if memory.supported():
+            self.imported_bytes = memory.resident_bytes()
+            memory.reset_peak()
+        self.model = self.open_model(path, self.threads())
+        peak = self._above_imports(memory.peak_bytes()) if memory.supported() else None
+        return Loading(self.weight_bytes(path), peak)
+
+    def _above_imports(self, level: int) -> int | None:
+        return level - self.imported_bytes if self.imported_bytes is not None else None
+
+    def warm_up(self) -> int | None:
+        self.sample(new_tokens=2)
+        return self._above_imports(memory.resident_bytes()) if memory.supported() else None
+
+    def sample(self, new_tokens: int) -> Sample:
+        _, prefill = self._generate(list(self.job.prompt), 1)
+        answer, times = self._generate(list(self.job.chat), new_tokens)
+        decode = (times[-1] - times[1]) / (new_tokens - 1)
+        return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
+
+    def _generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+        self.model.reset()
+        tokens, times = list[int](), [time.perf_counter()]
+        following = prompt
+        for _ in range(new_tokens):
+            following = [int(self.model.run(following)[0].argmax())]
+            times.append(time.perf_counter())
+            tokens += following
+        return tokens, times
+
+    def quality(self) -> quality.Quality:
+        windows = torch.tensor(self.job.windows)
+        parts = []
+        for window in windows.tolist():
+            self.model.reset()
+            parts.append(self.model.run(window, all_logits=True).clone())
+        return quality.assess(torch.cat(parts), self._reference(), next_tokens(windows))
+
+    def stress(self, scale: int) -> StressOutcome:
+        model, tokens = self.open_model(self.written(scale), self.threads()), list(self.job.windows[0][:STRESS_TOKENS])
+        logits = model.run(tokens, all_logits=True).clone()
+        model.close()
+        return stress_outcome(scale, logits, self._reference()[: len(tokens)])
+
+    def _reference(self) -> Tensor:
+        reference: Tensor = torch.load(self.job.scratch / "reference.pt", mmap=True, weights_only=True)
+        return reference
