@@ -29,6 +29,9 @@ def why_not(config: Config) -> str | None:
 class Decoder(nn.Module):
     """A plain Llama: float32 in and out, keys and values of earlier positions as arguments and results."""
 
+    cos: Tensor
+    sin: Tensor
+
     def __init__(self, state: Mapping[str, Tensor], config: Config, eps: float) -> None:
         super().__init__()
         self.config, self.eps = config, eps

@@ -70,19 +70,20 @@ def _within(
     what would be compiled, and whether a value fits float16 is asked of numbers, which a graph does not have.
     """
 
-    @torch.compiler.disable
     def run(gpt: nn.Module, compiling: bool, *args: Any, **kwargs: Any) -> Any:
         if compiling:
             _say_once(gpt)
         with block(gpt):
             return original(*args, **kwargs)
 
+    eager: Callable[..., Any] = torch.compiler.disable(run)
+
     @functools.wraps(original)
     def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
         gpt = _unwatched(model_of(first))
         if gpt is None:
             return original(first, *args, **kwargs)
-        return run(gpt, torch.compiler.is_compiling(), first, *args, **kwargs)
+        return eager(gpt, torch.compiler.is_compiling(), first, *args, **kwargs)
 
     wrapper._upcast_original = original  # type: ignore[attr-defined]
     return wrapper
