@@ -96,7 +96,7 @@ def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dty
 
 
 REFUSED = [
-    ({"torch_dtype": torch.float64}, "torch_dtype=torch.float64"),
+    ({"torch_dtype": torch.float64}, "dtype=torch.float64"),
     ({"device_map": "meta"}, "device_map='meta'"),
 ]
 

@@ -7,6 +7,7 @@ does not cover, becomes Transformers' own layer again.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -195,7 +196,8 @@ class _Static(_Twin):
         if halves[0] is None or halves[1] is None:
             return None
         if not self.is_initialized:
-            self.lazy_initialization(halves[0], halves[1])  # type: ignore[attr-defined]
+            takes = len(inspect.signature(self.original.lazy_initialization).parameters) - 1
+            self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 it took the keys alone
             self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
         positions = (settings or {}).get("cache_position")
         if positions is None:
