@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 include kernels.mk
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-quick test test-fast test-slow coverage-table check format clean
+.PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table check format clean
 
 help:
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
@@ -17,7 +17,8 @@ help:
 	@echo "make check        lint and types only"
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
-	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 20 minutes)"
+	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
+	@echo "make test-versions    Transformers 4.51.3 and 4.57.6 in environments of their own (about 5 minutes)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
 	@echo "make fuzz         random shapes, strides and values for a minute"
@@ -53,6 +54,20 @@ test-slow: setup
 
 coverage-table: setup
 	$(BIN)/python -m tests.coverage_table
+
+# Each with the tokenizers it wants; everything else is that of .venv.
+VERSIONS := 4.51.3-0.21.4 4.57.6-0.22.2
+
+test-versions: setup
+	for pair in $(VERSIONS); do \
+		old=build/transformers-$$pair && $(PYTHON) -m venv $$old && \
+		$$old/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
+			transformers==$${pair%-*} tokenizers==$${pair#*-} huggingface-hub==0.36.0 && \
+		for site in $$old/lib/python3*/site-packages; do \
+			echo "import site; site.addsitedir('$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)')" > $$site/zz_venv.pth; \
+		done && \
+		$$old/bin/python -m pytest tests/test_transformers_versions.py tests/test_training.py || exit 1; \
+	done
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -1,8 +1,10 @@
 """A part of the coverage table on every run, and that the published page is that of the whole table."""
 
+from collections.abc import Iterator
 from importlib.metadata import version
 
 import pytest
+import torch
 
 pytest.importorskip("litgpt")
 pytest.importorskip("transformers")
@@ -15,6 +17,15 @@ from tests.coverage_table.measure import measure
 
 CASES = list(everything())
 FAST = [case for case in CASES if isinstance(case, Case) and case.fast]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models as tiny as these would mostly wait for the second."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore")  # Transformers' and torch's own, about tiny configs

@@ -17,6 +17,8 @@ from tests.test_transformers import IDS, MOE, TEXT, first_output, make
 
 pytest.importorskip("transformers")
 
+from tests.coverage_table import text
+
 BOTH = {"input_ids": IDS, "decoder_input_ids": IDS}
 Plant = Callable[[Any], None]
 
@@ -56,6 +58,12 @@ def wo_of_t5(model: Any) -> None:
     fill(300.0, "wi.weight")(model)
 
 
+def wo_of_gated_t5(model: Any) -> None:
+    """The same in the gated MLP of T5 v1.1, mT5 and FLAN-T5."""
+    scale(3000.0, "wo.weight")(model)
+    fill(20.0, "wi_0.weight", "wi_1.weight")(model)
+
+
 # issue -> class, its config, sizes, inputs, what is planted, and what overflows
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], Plant]] = {
     "Pythia and GPT-NeoX: scores, from large biases of q and k (litgpt 1715)": (
@@ -85,6 +93,14 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], Plant]] = {
         {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
         BOTH,
         wo_of_t5,
+    ),
+    "mT5 and T5 v1.1: the output of wo after a gate (transformers 10830)": (
+        "MT5ForConditionalGeneration",
+        "MT5Config",
+        {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+        | {"decoder_start_token_id": 0},
+        BOTH,
+        wo_of_gated_t5,
     ),
     "OPT: the residual under a large output projection (transformers 17433)": (
         "OPTForCausalLM",
@@ -116,6 +132,53 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], Plant]] = {
         fill(30000.0, "out_proj.bias", "c_proj.bias"),
     ),
 }
+
+
+DOWN = ("down_proj.weight", "experts.down_proj", "dense_4h_to_h.weight")
+NORMS = ("post_attention_layernorm.weight", "pre_feedforward_layernorm.weight")
+
+
+def residual(model: Any) -> None:
+    """A residual stream that the MLPs' output projections carry beyond 65504, with weights of hundreds."""
+    fill(200.0, *NORMS)(model)
+    scale(1e4, *DOWN)(model)
+
+
+def delta_net(model: Any) -> None:
+    """The output projection of a gated delta net, after its gated norm."""
+    fill(3000.0, "linear_attn.norm.weight")(model)
+    scale(1e4, "linear_attn.out_proj.weight")(model)
+
+
+# issue -> model type of the coverage table, and what is planted
+FAMILIES: dict[str, tuple[str, Plant]] = {
+    "DeepSeek-V2: the residual (DeepSeek-V2 93)": ("deepseek_v2", residual),
+    "GLM-4: the residual (ipex-llm 11299)": ("glm4", residual),
+    "GLM-4 MoE (vLLM's list)": ("glm4_moe", residual),
+    "Gemma 2 (vLLM's list)": ("gemma2", fill(40000.0, "post_feedforward_layernorm.weight")),
+    "Qwen3 MoE (unsloth's list)": ("qwen3_moe", residual),
+    "Qwen3.5: the gated delta net (unsloth's list)": ("qwen3_5_text", delta_net),
+    "BLOOM: the residual": ("bloom", residual),
+}  # PLaMo 2, of the same lists, is remote code and no model of Transformers
+
+
+@pytest.mark.filterwarnings("ignore")  # Transformers' own, about tiny configs
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_that_others_refuse_in_float16(name: str) -> None:
+    kind, plant = FAMILIES[name]
+    torch.manual_seed(0)
+    model = next(case for case in text.cases() if case.name.startswith(f"{kind} (")).build().eval()
+    with torch.no_grad():
+        plant(model)
+        assert all(parameter.half().isfinite().all() for parameter in model.parameters())
+    model.half()
+    inputs = {"input_ids": IDS}
+    want = first_output(copy.deepcopy(model).float(), inputs)
+    assert torch.isfinite(want).all()
+    assert not torch.isfinite(first_output(model, inputs)).all()
+    upcast.patch(model)
+    assert_patched(model)
+    assert relative_error(first_output(model, inputs), want) < 1e-4
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -100,11 +100,10 @@ def test_a_float32_cache_is_one_argument_away(kind: str) -> None:
 def test_the_fused_forwards_and_the_kernel_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = upcast.patch(lively("grouped heads"))
     kinds = [type(module.__dict__.get("forward")).__name__ for module in model.modules()]
-    assert {name: kinds.count(name) for name in ("FusedRMSNorm", "FusedGatedMLP", "FusedAttention")} == {
-        "FusedRMSNorm": 5,
-        "FusedGatedMLP": 2,
-        "FusedAttention": 2,
-    }
+    counts = {"FusedRMSNorm": 5, "FusedGatedMLP": 2, "FusedAttention": 2, "FusedDecoderLayer": 2}
+    assert {name: kinds.count(name) for name in counts} == counts
+    for layer in model.model.layers:  # what runs where a layer cannot be one call
+        del layer.__dict__["forward"]
     dtypes = []
     attention = upcast.kernels.active().attention
     monkeypatch.setattr(

@@ -11,7 +11,7 @@ from tests.coverage_table.case import Case, Missing
 
 def everything() -> Iterator[Case | Missing]:
     """Yield every case there is, group by group."""
-    from tests.coverage_table import diffusion, families, litgpt_models, plain, story, text
+    from tests.coverage_table import diffusion, families, litgpt_models, plain, seeing, story, text
 
-    for module in (story, litgpt_models, text, families, diffusion, plain):
+    for module in (story, litgpt_models, text, families, seeing, diffusion, plain):
         yield from module.cases()

@@ -14,6 +14,8 @@ CAUSES: dict[str, str] = {
     "unispeech (UniSpeechModel)": MADE_ANEW,
     "sew (SEWModel)": MADE_ANEW,
     "encodec (EncodecModel)": MADE_ANEW,
+    "chameleon (ChameleonForConditionalGeneration), seeing": "its codebook is squared for every picture: a float32 "
+    "tensor of its size, as in the unpatched model",
     "bit (BitModel)": "its convolutions standardise their weight at every forward: a float32 tensor of its size, as in "
     "the unpatched model",
 }

@@ -29,7 +29,7 @@ makes a float32 copy of a weight larger than {copy} MB **at the published size**
 """
 
 
-def write(rows: Sequence[Row | Missing], seconds: float) -> str:
+def write(rows: Sequence[Row | Missing]) -> str:
     """Write the page; return its line of counts."""
     measured = [row for row in rows if isinstance(row, Row)]
     absent = [row for row in rows if isinstance(row, Missing)]
@@ -42,7 +42,7 @@ def write(rows: Sequence[Row | Missing], seconds: float) -> str:
         green=green,
         exceptions=len(measured) - green,
         missing=len(absent),
-        minutes=seconds / 60,
+        minutes=sum(row.seconds for row in measured) / 60,
     )
     text += _exceptions(measured, absent)
     for group in dict.fromkeys(row.case.group for row in measured):

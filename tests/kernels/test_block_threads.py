@@ -24,7 +24,7 @@ def arguments() -> tuple[Any, ...]:
     no_norm = (None, None, 0, 0.0, 0.0)
     norm = (torch.ones(WIDTH), None, 1, 1e-5, 0.0)
     sizes = (HEADS, HEADS, HEAD, False, False, False, native.ACTIVATIONS["silu"], HEAD**-0.5, 0.0, 0, 0, 0)
-    matrices = (half(3 * WIDTH, WIDTH), None, half(WIDTH, WIDTH), None, half(HIDDEN, WIDTH), None)
+    matrices = (half(3 * WIDTH, WIDTH), *[None] * 5, half(WIDTH, WIDTH), None, half(HIDDEN, WIDTH), None)
     matrices += (half(HIDDEN, WIDTH), None, half(WIDTH, HIDDEN), None)
     plan = (*sizes, *matrices, *norm, *norm, *no_norm, *no_norm, *no_norm, *no_norm)
     x = torch.randn(1, TIME, WIDTH, generator=generator)

@@ -7,7 +7,6 @@ module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-lev
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -30,6 +29,7 @@ from upcast.integrations.litgpt_modules import (
     positions,
 )
 from upcast.integrations.litgpt_prefix import Held, MadeWith
+from upcast.integrations.members import Members
 from upcast.kernels import native
 from upcast.shortcut import LinearForward
 
@@ -91,28 +91,17 @@ class Step:
 
 
 class Stack:
-    """The steps of a GPT as it is now, and what tells that it has changed since.
-
-    Collecting the steps takes as long as a tenth of a token, so they are kept. They hold on to the weights and caches
-    they name until the next call.
-    """
+    """The steps of a GPT as it is now, and what tells that it has changed since."""
 
     def __init__(self, gpt: Any) -> None:
         found = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
         self.steps = [step for step in found if step is not None]
         self.complete = len(self.steps) == len(found)
         modules = [*gpt.transformer.h.modules()]
-        dicts = [module.__dict__ for module in modules]
-        # Hooks on gradients cannot matter: this path runs only where there are none.
-        self._hooks = [state[name] for state in dicts for name in ("_forward_hooks", "_forward_pre_hooks")]
-        members = [state[name] for state in dicts for name in ("_modules", "_parameters", "_buffers")]
-        self._members = [gpt._modules, gpt.transformer._modules, *filter(None, members)]
+        self._members = Members(modules, also=(gpt, gpt.transformer))
+        self.watched = self._members.watched
         self._norms = [module for module in modules if "eps" in module.__dict__]
         self._config = gpt.config
-        looked_up = [(state, "forward") for state in dicts]
-        looked_up += [(p.__dict__, "stored") for m in modules for p in m._parameters.values() if type(p) is HalfWeight]
-        self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
-        self._kept = [*chain.from_iterable(map(dict.values, self._members)), *map(dict.get, self._owners, self._names)]
         self._numbers = self._settings()
         self.caches = [step.cache for step in self.steps]
 
@@ -122,14 +111,9 @@ class Stack:
         weights += [p.stored if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
         return MadeWith(weights, self._numbers)
 
-    def watched(self) -> bool:
-        """Whether someone watches a module inside."""
-        return any(self._hooks) or nn.modules.module._has_any_global_hook()
-
     def current(self) -> bool:
         """Whether nothing was replaced or reconfigured since."""
-        same = native.unchanged(self._kept, self._members, self._owners, self._names)
-        return same and self._settings() == self._numbers
+        return self._members.same() and self._settings() == self._numbers
 
     def _settings(self) -> tuple[Any, ...]:
         return (*map(_EPS, self._norms), *self._config.__dict__.values())
@@ -263,7 +247,7 @@ def _step(block: Any, index: int) -> Step | None:
     if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
         return None
     mlp = _mlp(block.mlp)
-    matrices = [_matrix(each) for each in (attn.qkv, attn.proj, *mlp[1:])] if mlp else [None]
+    matrices = [_matrix(each) for each in (attn.qkv, None, None, attn.proj, *mlp[1:])] if mlp else [None]
     norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
     norms += [_norm(each) for each in (block.post_attention_norm, block.post_mlp_norm, attn.norm_q, attn.norm_k)]
     if mlp is None or None in matrices or None in norms:

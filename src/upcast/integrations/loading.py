@@ -45,10 +45,11 @@ class Loading:
     strict: bool = False
     lost: dict[int, tuple[torch.dtype, Rounding]] = field(default_factory=dict)
 
-    def arrive(self, name: str, tensor: Tensor, ours: bool = True) -> Tensor:
+    def arrive(self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True) -> Tensor:
         """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits.
 
-        ``ours``: nobody else reads the tensor, and its mapped pages may go once it is copied.
+        ``ours``: nobody else reads the tensor, and its mapped pages may go once it is copied. ``in_place``: the model
+        will hold this very tensor, and not something that is put together from several.
         """
         if not tensor.is_floating_point():
             return tensor
@@ -61,9 +62,10 @@ class Loading:
             return half
         if tensor.dtype != torch.float16 or tensor.dim() < 2:
             return tensor.float()
-        if tensor.is_contiguous():
+        if tensor.is_contiguous() and (in_place or not ours):
             return tensor
-        part = tensor.contiguous()  # a rank's columns: mapped, they would hold the pages of all columns
+        # A rank's columns, or a part of something: mapped, they would hold pages that nobody reads again.
+        part = tensor.clone(memory_format=torch.contiguous_format)
         if ours:
             checkpoint.give_back_pages(tensor)
         return part

@@ -6,8 +6,11 @@ weight. Tensor parallelism (``tp_plan``) takes its part in between, as it would 
 reads no more than that. Older versions load in the checkpoint's dtype, and what came is rounded afterwards.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -16,20 +19,20 @@ import wrapt
 from torch import Tensor
 
 from upcast.integrations import loading
-from upcast.integrations.loading import Loading, NotOurs
+from upcast.integrations.loading import NotOurs
 
 
 class Arriving:
     """One tensor of a checkpoint, as Transformers handles it before it materialises it."""
 
-    def __init__(self, name: str, tensor: Tensor, to: Loading, as_weight: bool, ours: bool) -> None:
-        self.name, self.tensor, self.destination, self.as_weight, self.ours = name, tensor, to, as_weight, ours
+    def __init__(self, tensor: Tensor, arrive: Callable[[Tensor], Tensor] | None) -> None:
+        self.tensor, self.arrive = tensor, arrive  # arrive: makes a weight of it; None for what is none
         self.shape, self.dtype = tensor.shape, tensor.dtype
 
     def __getitem__(self, index: Any) -> "Arriving":
         if index is ...:
             return self
-        return Arriving(self.name, self.tensor[index], self.destination, self.as_weight, self.ours)
+        return Arriving(self.tensor[index], self.arrive)
 
     def get_shape(self) -> list[int]:
         """Return the shape, as safetensors' slices do."""
@@ -43,8 +46,8 @@ class Arriving:
         """Return the tensor itself: float16 if it is a weight for a float32 model, else of ``dtype``."""
         if isinstance(device, torch.dtype):  # a packed part goes to the checkpoint's dtype before it goes on
             return self
-        if self.as_weight and dtype in (None, torch.float32):
-            return self.destination.arrive(self.name, self.tensor, self.ours)
+        if self.arrive is not None and dtype in (None, torch.float32):
+            return self.arrive(self.tensor)
         return self.tensor.to(dtype=dtype)
 
 
@@ -96,11 +99,35 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     _check(call.arguments["load_config"])
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    parts = _parts(tensors, call.arguments["load_config"])
     call.arguments["state_dict"] = {
-        name: Arriving(name, tensor, ours, name.rpartition(".")[2] not in buffers, state is None)
+        name: Arriving(
+            tensor,
+            None
+            if name.rpartition(".")[2] in buffers
+            else functools.partial(ours.arrive, name, ours=state is None, in_place=name not in parts),
+        )
         for name, tensor in tensors.items()
     }
-    return wrapped(*call.args, **call.kwargs)
+    with _one_by_one() if parts else nullcontext():
+        return wrapped(*call.args, **call.kwargs)
+
+
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Have Transformers read parts when it needs them: its threads would hold all of them beside what they make."""
+    before = os.environ.get(_NO_THREADS)
+    os.environ[_NO_THREADS] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_THREADS]
+        else:
+            os.environ[_NO_THREADS] = before
+
+
+_NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 def _check(settings: Any) -> None:
@@ -110,6 +137,24 @@ def _check(settings: Any) -> None:
     places = {str(place).split(":")[0] for place in (settings.device_map or {}).values()}
     if places - {"cpu"}:
         raise NotOurs(f"parts of it go to {', '.join(sorted(places - {'cpu'}))}")
+
+
+def _parts(names: Iterable[str], settings: Any) -> set[str]:
+    """Return the names of tensors from which Transformers puts others together, such as experts one by one."""
+    from transformers import core_model_loading as library
+
+    mapping = getattr(settings, "weight_mapping", None) or ()
+    renamings = [entry for entry in mapping if isinstance(entry, library.WeightRenaming)]
+    merging = [entry for entry in mapping if isinstance(entry, library.WeightConverter) and _merges(entry)]
+    return {name for name in names if merging and library.rename_source_key(name, renamings, merging)[1] is not None}
+
+
+def _merges(converter: Any) -> bool:
+    """Whether a conversion puts several tensors into a new one; the others leave a tensor as it is, or views of it."""
+    return any(type(operation).__name__ in _MERGING for operation in converter.operations)
+
+
+_MERGING = {"MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionExperts"}
 
 
 def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:

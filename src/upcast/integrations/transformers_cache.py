@@ -7,6 +7,7 @@ does not cover, becomes Transformers' own layer again.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ _handed_out = Fallbacks()  # what is widened of a cache are rows in use, not wei
 
 @functools.cache
 def twins() -> dict[type, type]:
-    """Return cache layer of Transformers -> its float16 twin."""
+    """Return cache layer of Transformers -> its float16 twin; none where caches have no layers (before 4.54)."""
     from transformers import cache_utils
+
+    if not hasattr(cache_utils, "DynamicSlidingWindowLayer"):
+        return {}
 
     def twin(name: str, ours: type, original: type) -> type:
         # One base and the methods of ours: with two bases, an object could not change its class.
@@ -43,7 +47,7 @@ def narrow(cache: Any) -> None:
     for part in (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None)):
         if part is not None:
             narrow(part)
-    if getattr(cache, "offloading", True):  # an offloading cache moves its tensors itself; others are no caches
+    if getattr(cache, "offloading", True) or not twins():  # an offloading cache moves its tensors itself
         return
     for layer in cache.layers:
         twin = twins().get(type(layer))
@@ -51,6 +55,15 @@ def narrow(cache: Any) -> None:
             layer.__class__ = twin
     replicated = cache.layer_class_to_replicate
     cache.layer_class_to_replicate = twins().get(replicated, replicated)
+
+
+def growing(cache: Any, index: int) -> Any:
+    """Return the layer ``index`` of a cache if it is the twin of a DynamicLayer, or None."""
+    from transformers import cache_utils
+
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if type(layer) is twins()[cache_utils.DynamicLayer] else None
 
 
 class _Twin:
@@ -122,9 +135,21 @@ class _Growing(_Twin):
         for buffer, new in zip(buffers, (keys, values), strict=True):
             if not kernels.active().kv_append(buffer, new, before):
                 return None
-        self.keys, self.values = (_out(buffer[:, :, :after]) for buffer in buffers)
+        self.advance(after)
         self.dtype, self.device, self.is_initialized = torch.float32, keys.device, True
         return (keys, values) if before == 0 else (self.keys, self.values)
+
+    def reserve(self) -> tuple[Tensor, Tensor, int] | None:
+        """Return float16 keys and values (B, H, S, D) with room for one more row, and how many they hold; or None."""
+        if not isinstance(self.keys, HalfWeight) or not isinstance(self.values, HalfWeight):
+            return None
+        rows = self.keys.shape[2]
+        return (*self._room(self.keys, self.values, rows, rows + 1), rows) if rows else None
+
+    def advance(self, rows: int) -> None:
+        """Say that the buffers hold ``rows`` rows now."""
+        keys, values = self._buffers
+        self.keys, self.values = _out(keys[:, :, :rows]), _out(values[:, :, :rows])
 
     def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
         """Return buffers that hold the first ``before`` rows and have room for ``after``."""
@@ -171,7 +196,8 @@ class _Static(_Twin):
         if halves[0] is None or halves[1] is None:
             return None
         if not self.is_initialized:
-            self.lazy_initialization(halves[0], halves[1])  # type: ignore[attr-defined]
+            takes = len(inspect.signature(self.original.lazy_initialization).parameters) - 1
+            self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 it took the keys alone
             self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
         positions = (settings or {}).get("cache_position")
         if positions is None:

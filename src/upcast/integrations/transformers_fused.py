@@ -1,106 +1,25 @@
-"""Fused forwards for Transformers: norms, gated MLPs and attention of the Llama kind, and float16 KV caches.
+"""Fused forwards for Transformers: norms, gated MLPs, attention and layers of the Llama kind, and float16 KV caches.
 
-Many families carry copies of Llama's modules under their own names. What counts as such a copy is decided by the code
-of its forward, compared with that of Llama's in the installed version, so that a family whose module does anything else
-keeps its own. Llama's own forward is checked in the same way against a model of ours by tests/test_transformers.py.
+Many families carry copies of the modules of Llama, Mistral, Qwen2 or Qwen3 under their own names. What counts as such a
+copy is decided by the code of its forward, compared with theirs in the installed version, so that a family whose module
+does anything else keeps its own. Their forwards are checked against float32 by tests/test_transformers_cache.py.
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from upcast import kernels
-from upcast.attention import over_cache, rows_in_use
-from upcast.half_weight import HalfWeight
-from upcast.integrations import litgpt_modules
-from upcast.integrations.litgpt_modules import Fused
 from upcast.integrations.transformers_cache import narrow
+from upcast.integrations.transformers_layer import FusedDecoderLayer
+from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
 
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
-
-
-class FusedRMSNorm(Fused):
-    """RMSNorm over the last dimension, with a plain weight."""
-
-    def __call__(self, hidden_states: Tensor) -> Any:
-        norm = self.module
-        if not self.fits(hidden_states):
-            return self.unfused(hidden_states)
-        self.calls += 1
-        return kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
-
-
-class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
-    """down(activation(gate(x)) * up(x)), the activation and its product in one kernel."""
-
-    layers = ("gate_proj", "up_proj", "down_proj")
-
-
-class FusedAttention(Fused):
-    """Llama's attention under SDPA: rope in one kernel, and a float16 cache read as it is."""
-
-    def __call__(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        cache_position: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        attn = self.module
-        given = (position_embeddings, attention_mask, past_key_values, cache_position)
-        drops = attn.training and attn.attention_dropout > 0
-        if attn.config._attn_implementation != "sdpa" or drops or not self.fits(hidden_states):
-            return self._own(hidden_states, given, kwargs)
-        shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
-        q, k, v = (layer(hidden_states) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-        if not all(map(self.fits, (q, k, v))):
-            return self._own(hidden_states, given, kwargs)
-        self.calls += 1
-        q, k, v = (each.view(shape).transpose(1, 2) for each in (q, k, v))
-        cos, sin = (each.contiguous() for each in position_embeddings)
-        q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
-        if past_key_values is not None:
-            settings = {"sin": sin, "cos": cos, "cache_position": cache_position}
-            k, v = past_key_values.update(k, v, attn.layer_idx, settings)
-        y = self._attend(q, k, v, attention_mask, kwargs.get("is_causal"))
-        return attn.o_proj(y.transpose(1, 2).reshape(*shape[:-2], -1)), None
-
-    def _own(self, hidden_states: Tensor, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        embeddings, mask, cache, position = given
-        return self.unfused(
-            hidden_states,
-            position_embeddings=embeddings,
-            attention_mask=mask,
-            past_key_values=cache,
-            cache_position=position,
-            **kwargs,
-        )
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
-        """Return (B, H, T, D); what Transformers' own SDPA forward says, for the module's groups of heads."""
-        attn, time = self.module, q.shape[2]
-        masked = mask is None and time > 1 and (causal if causal is not None else attn.is_causal)
-        if isinstance(k, HalfWeight) and isinstance(v, HalfWeight):
-            rows = rows_in_use(mask, q, k)
-            if rows is not None and not (masked and time != rows):
-                stored = k.stored[:, :, :rows], v.stored[:, :, :rows]
-                return over_cache(q, *stored, attn.scaling, causal=bool(masked))
-            k, v = k.widened(), v.widened()
-        if masked and time == k.shape[2] and kernels.wants_gradient(q, k, v):
-            return kernels.causal_attention(q, k, v, attn.scaling)
-        options = {"is_causal": bool(masked), "scale": attn.scaling, "enable_gqa": attn.num_key_value_groups > 1}
-        return F.scaled_dot_product_attention(q, k, v, mask, **options)
-
-
-# --- which module gets which ------------------------------------------------------------------------------------------
 
 
 def install(root: nn.Module, kv_cache: str) -> None:
@@ -112,13 +31,16 @@ def install(root: nn.Module, kv_cache: str) -> None:
         for module in model.modules():
             if "forward" not in module.__dict__:
                 _fuse(module)
+        for layer in model.modules():  # once what is inside is known
+            if "forward" not in layer.__dict__ and _is_layer(layer):
+                layer.__dict__["forward"] = FusedDecoderLayer(layer)
         if kv_cache == "float16" and not any(hook is _narrow for hook in model._forward_pre_hooks.values()):
             model.register_forward_pre_hook(_narrow, with_kwargs=True)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    kinds = (FusedRMSNorm, FusedGatedMLP, FusedAttention)
+    kinds = (FusedRMSNorm, FusedGatedMLP, FusedAttention, FusedDecoderLayer)
     for module in root.modules():
         if isinstance(module.__dict__.get("forward"), kinds):
             del module.__dict__["forward"]
@@ -142,18 +64,35 @@ def _fuse(module: Any) -> None:
         module.__dict__["forward"] = FusedRMSNorm(module)
     elif code == kinds["mlp"] and (activation := _ACTIVATIONS.get(type(module.act_fn).__name__)):
         module.__dict__["forward"] = FusedGatedMLP(module, activation)
-    elif code == kinds["attention"] and _rope(module) == kinds["rope"]:
+    elif code in kinds["attention"] and _rope(module) == kinds["rope"]:
         module.__dict__["forward"] = FusedAttention(module)
+
+
+def _is_layer(module: Any) -> bool:
+    """Whether ``module`` is a decoder layer of the Llama kind whose parts are all fused."""
+    parts = {"self_attn": FusedAttention, "mlp": FusedGatedMLP}
+    parts |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), FusedRMSNorm)
+    inside = module._modules
+    if not all(name in inside and isinstance(inside[name].__dict__.get("forward"), parts[name]) for name in parts):
+        return False
+    return bool(_code(type(module).forward) == _patterns()["layer"])
 
 
 @functools.cache
 def _patterns() -> dict[str, Any]:
     from transformers.models.llama import modeling_llama as llama
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+    attentions = (llama.LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+    # Before 4.56 a cache came under another name, and layers returned tuples: those run as they are.
+    ours = "past_key_values" in inspect.signature(llama.LlamaAttention.forward).parameters
     return {
         "norm": _code(llama.LlamaRMSNorm.forward),
         "mlp": _code(llama.LlamaMLP.forward),
-        "attention": _code(llama.LlamaAttention.forward),
+        "attention": [_code(kind.forward) for kind in attentions if ours],
+        "layer": _code(llama.LlamaDecoderLayer.forward) if ours else None,
         "rope": (_code(llama.apply_rotary_pos_emb), _code(llama.rotate_half)),
     }
 

@@ -255,9 +255,10 @@ def block(
 ) -> Tensor | None:
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
-    x: (B, T, C) float32, contiguous. cos, sin: (T, n) float32. keys, values: the cache (B, Hkv, S, D), both float16 or
-    both float32, or None. plan: sizes, matrices and norms in the order that `py_block` lists. Returns (B, T, C)
-    float32, or None if a finite value would become infinite in the float16 cache; nothing else was written then.
+    x: (B, T, C) float32, contiguous. cos, sin: ([B,] T, n) float32. keys, values: the cache (B, Hkv, S, D), both
+    float16 or both float32, or None. plan: sizes, matrices and norms in the order that `py_block` lists.
+    Returns (B, T, C) float32, or None if a finite value would become infinite in the float16 cache; nothing else was
+    written then.
     """
     out = _empty(x.shape, dtype=_float32, device=_CPU)
     if _exchange:

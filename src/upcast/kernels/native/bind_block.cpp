@@ -71,33 +71,41 @@ bool check_activations(const Tensor &out, const Tensor &x, Block &block) {
 bool check_matrices(const Block &b) {
     const int64_t heads = b.heads * b.head_width, groups = b.groups * b.head_width;
     const bool known = b.heads > 0 && b.groups > 0 && b.head_width > 0 && b.heads % b.groups == 0;
-    const bool attention = known && b.qkv.rows == heads + 2 * groups && b.qkv.columns == b.width &&
-                           b.proj.rows == b.width && b.proj.columns == heads;
+    const bool apart = b.key.weight || b.value.weight;
+    const bool others = !apart || (b.key.rows == groups && b.key.columns == b.width && b.value.rows == groups &&
+                                   b.value.columns == b.width);
+    const bool attention = known && others && b.qkv.rows == (apart ? heads : heads + 2 * groups) &&
+                           b.qkv.columns == b.width && b.proj.rows == b.width && b.proj.columns == heads;
     const bool up = !b.up.weight || (b.up.rows == b.gate.rows && b.up.columns == b.width);
     const bool mlp = b.gate.columns == b.width && b.down.rows == b.width && b.down.columns == b.gate.rows;
     return (attention && up && mlp) || refuse("the matrices of the block do not fit its heads and one another. Check "
                                               "the shapes.");
 }
 
-// [time, turned], the elements of a row adjacent.
+// [time, turned], or [1 or batch, time, turned]; the elements of a row adjacent.
+bool check_angle(const Tensor &angles, const Block &b, int64_t &turned, int64_t &batch_stride, int64_t &stride) {
+    if (!require_type(angles, Type::float32)) return false;
+    if (angles.ndim != 3 && !require_dims(angles, 2)) return false;
+    const int64_t *shape = angles.shape + angles.ndim - 2, *strides = angles.strides + angles.ndim - 2;
+    const bool all_rows = angles.ndim == 2 || angles.shape[0] == 1;
+    turned = shape[1];
+    stride = strides[0];
+    batch_stride = all_rows ? 0 : angles.strides[0];
+    const bool fits = shape[0] == b.time && (turned <= 1 || strides[1] == 1) && (all_rows || angles.shape[0] == b.batch);
+    return fits || refuse("cos and sin do not fit x; they must be ([B,] T, n), rows contiguous. Check the shapes.");
+}
+
 bool check_angles(const Tensor &cosine, const Tensor &sine, Block &b) {
-    const Tensor *both[] = {&cosine, &sine};
-    for (const Tensor *angles : both) {
-        if (!require_type(*angles, Type::float32) || !require_dims(*angles, 2)) return false;
-        const bool adjacent = angles->shape[1] <= 1 || angles->strides[1] == 1;
-        if (angles->shape[0] != b.time || angles->shape[1] != cosine.shape[1] || !adjacent) {
-            return refuse("cos and sin do not fit x; they must be (T, n), rows contiguous. Check the shapes.");
-        }
-    }
-    b.turned = cosine.shape[1];
+    int64_t turned;
+    if (!check_angle(cosine, b, b.turned, b.cosine_batch, b.cosine_stride)) return false;
+    if (!check_angle(sine, b, turned, b.sine_batch, b.sine_stride)) return false;
+    if (turned != b.turned) return refuse("cos and sin turn different numbers of elements. Check the shapes.");
     if (b.turned % 2 != 0 || b.turned > b.head_width) {
         return refuse("cos turns an odd number of elements, or more than a head has; heads are turned in pairs. Check "
                       "the shapes.");
     }
     b.cosine = cosine.as<const float>();
     b.sine = sine.as<const float>();
-    b.cosine_stride = cosine.strides[0];
-    b.sine_stride = sine.strides[0];
     return true;
 }
 
@@ -142,8 +150,9 @@ bool read_sizes(Arguments &args, Block &b) {
 }
 
 bool read_matrices(Arguments &args, Block &b) {
-    return args.matrix(b.qkv, "qkv") && args.matrix(b.proj, "proj") && args.matrix(b.gate, "gate") &&
-           args.matrix(b.up, "up", true) && args.matrix(b.down, "down") && check_matrices(b);
+    return args.matrix(b.qkv, "qkv") && args.matrix(b.key, "k", true) && args.matrix(b.value, "v", true) &&
+           args.matrix(b.proj, "proj") && args.matrix(b.gate, "gate") && args.matrix(b.up, "up", true) &&
+           args.matrix(b.down, "down") && check_matrices(b);
 }
 
 bool read_norms(Arguments &args, Block &b) {
@@ -156,10 +165,10 @@ bool read_norms(Arguments &args, Block &b) {
 } // namespace
 
 // block(out, x, cos, sin, keys | None, values | None, threads, heads, groups, head width, norm heads, parallel, shared,
-//       activation, scale, softcap, window, start, write, 5 matrices (weight, bias), 6 norms (weight, bias, kind, eps,
+//       activation, scale, softcap, window, start, write, 7 matrices (weight, bias), 6 norms (weight, bias, kind, eps,
 //       offset)) -> 0 done, 1 a value does not fit the float16 cache
 PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    constexpr Py_ssize_t SIZES = 19, MATRICES = 10, NORMS = 30;
+    constexpr Py_ssize_t SIZES = 19, MATRICES = 14, NORMS = 30;
     if (!take_count("block", count, SIZES + MATRICES + NORMS)) return nullptr;
     Arguments each(args);
     Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");

@@ -49,7 +49,7 @@ class Run {
     BlockOutcome run() {
         if (own_.failed()) return BlockOutcome::no_memory;
         const float *first = norm(b_.norm_1, b_.x, own_.normed);
-        linear(b_.qkv, first, own_.qkv, nullptr);
+        project(first);
         norm_heads(b_.norm_q, 0, b_.heads);
         norm_heads(b_.norm_k, b_.heads, b_.groups);
         rope(0, b_.heads, own_.queries);
@@ -75,10 +75,22 @@ class Run {
         return out;
     }
 
-    void linear(const Matrix &m, const float *x, float *y, const float *residual) {
-        const Linear call = {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, m.rows,
+    void linear(const Matrix &m, const float *x, float *y, const float *residual) { into(m, x, y, m.rows, residual); }
+
+    // As `linear`, the rows of y `stride` apart.
+    void into(const Matrix &m, const float *x, float *y, int64_t stride, const float *residual) {
+        const Linear call = {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, stride,
                              own_.rows(), m.rows, m.columns};
         failed_ |= launch_linear(level_, call, threads_) != Outcome::done;
+    }
+
+    // The queries, keys and values of a position, side by side.
+    void project(const float *x) {
+        float *keys = own_.qkv + b_.heads * b_.head_width, *values = keys + b_.groups * b_.head_width;
+        into(b_.qkv, x, own_.qkv, qkv_width(), nullptr);
+        if (!b_.key.weight) return;
+        into(b_.key, x, keys, qkv_width(), nullptr);
+        into(b_.value, x, values, qkv_width(), nullptr);
     }
 
     // out = from + post(matrix x); the residual is added after the sum over K, which keeps its accuracy.
@@ -103,7 +115,7 @@ class Run {
 
     void rope(int64_t first, int64_t count, float *out) {
         const Rope call = {own_.qkv + first * b_.head_width, b_.time * qkv_width(), b_.head_width, qkv_width(),
-                           b_.cosine, b_.sine, 0, b_.cosine_stride, 0, b_.sine_stride, false,
+                           b_.cosine, b_.sine, b_.cosine_batch, b_.cosine_stride, b_.sine_batch, b_.sine_stride, false,
                            out, count, b_.time, b_.head_width, b_.turned};
         launch_rope(level_, call, own_.rows() * count, threads_);
     }

@@ -27,14 +27,15 @@ struct Block {
     const float *x;
     float *out;
     int64_t batch, time, width;
-    Matrix qkv, proj, gate, up, down; // up is null in an MLP without gate
+    // key and value are null where qkv holds all three, one after the other; else qkv is the query's.
+    Matrix qkv, key, value, proj, gate, up, down; // up is null in an MLP without gate
     BlockNorm norm_1, norm_2, post_attention, post_mlp, norm_q, norm_k;
     bool norm_heads; // norm_q and norm_k work on each head, not on all heads of a position at once
     bool parallel, shared;
     Activation activation;
     int64_t heads, groups, head_width;
-    const float *cosine, *sine; // [time, turned]
-    int64_t cosine_stride, sine_stride, turned;
+    const float *cosine, *sine; // [batch, time, turned]; a batch stride of 0 for the same angles in all rows
+    int64_t cosine_batch, cosine_stride, sine_batch, sine_stride, turned;
     // Where keys and values are kept; without a cache both are null and attention is over the new positions.
     void *keys, *values;
     int64_t key_batch, key_head, key_stride, value_batch, value_head, value_stride;

@@ -1,0 +1,43 @@
+"""What a fused forward has collected from modules, and what tells that they have changed since."""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+from torch import nn
+
+from upcast.half_weight import HalfWeight
+from upcast.kernels import native
+
+
+class Members:
+    """The submodules, parameters, buffers, forwards and stored weights of ``modules``, as they are now.
+
+    Collecting them takes as long as a tenth of a token, so that what was made of them is kept until they differ. They
+    hold on to the weights and caches they name until the next look.
+
+    Args:
+        modules: those whose members and hooks count.
+        also: further modules of which only the direct members count.
+        names: attributes of each of ``modules`` that count, where it has them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], also: Iterable[nn.Module] = (), names: Iterable[str] = ()) -> None:
+        states = [module.__dict__ for module in modules]
+        # Hooks on gradients cannot matter: the fused forwards of whole blocks run only where there are none.
+        self._hooks = [state[name] for state in states for name in ("_forward_hooks", "_forward_pre_hooks")]
+        members = [state[name] for state in states for name in ("_modules", "_parameters", "_buffers")]
+        self._members = [*(module._modules for module in also), *filter(None, members)]
+        looked_up = [(state, name) for state in states for name in ("forward", *names)]
+        weights: list[Any] = [weight for module in modules for weight in module._parameters.values()]
+        looked_up += [(weight.__dict__, "stored") for weight in weights if type(weight) is HalfWeight]
+        self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
+        self._kept = [*chain.from_iterable(map(dict.values, self._members)), *map(dict.get, self._owners, self._names)]
+
+    def watched(self) -> bool:
+        """Whether someone watches one of the modules."""
+        return any(self._hooks) or nn.modules.module._has_any_global_hook()
+
+    def same(self) -> bool:
+        """Whether nothing was replaced since."""
+        return native.unchanged(self._kept, self._members, self._owners, self._names)

@@ -1,0 +1,130 @@
+"""One native call per decoder layer and token: Transformers' layers of the Llama kind over a float16 cache.
+
+A prompt, a batch that is padded, a layer that someone watches, and all that trains or traces run the forwards of
+`transformers_modules`, one by one, which give the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast import kernels
+from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt_modules import Fused
+from upcast.integrations.members import Members
+from upcast.integrations.transformers_cache import growing
+from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.kernels import native
+from upcast.shortcut import LinearForward
+
+_NO_NORM = (None, None, 0, 0.0, 0.0)
+_NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
+
+
+class FusedDecoderLayer(Fused):
+    """LlamaDecoderLayer for one new position per row, under SDPA and without a mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._known: tuple[Members, tuple[Any, ...] | None] | None = None  # replaced whole: threads share the layer
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        cache_position: Tensor | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is None and position_embeddings is not None and self._token(hidden_states):
+            y = self._fused(hidden_states, position_embeddings, past_key_values)
+            if y is not None:
+                self.calls += 1
+                return y
+        return self.unfused(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": None}  # a copy collects its own
+
+    def _token(self, x: Tensor) -> bool:
+        """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
+        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.is_grad_enabled():
+            return False
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or x.shape[1] != 1:
+            return False
+        return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
+
+    def _fused(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
+        plan = self._current_plan()
+        if plan is None:
+            return None
+        layer = growing(cache, self.module.self_attn.layer_idx)
+        room = None if layer is None else layer.reserve()
+        if layer is None or room is None or room[0].shape[0] != x.shape[0]:
+            return None
+        keys, values, rows = room
+        sizes, rest = plan
+        y = native.block(x, *angles, keys, values, (*sizes, rows, rows, *rest))
+        if y is not None:
+            layer.advance(rows + 1)
+        return y
+
+    def _current_plan(self) -> tuple[Any, ...] | None:
+        """Return the sizes and the weights of the layer, or None if it has what the native call does not know."""
+        known = self._known
+        if known is None or not known[0].same():
+            inside = [module for module in self.module.modules() if module is not self.module]
+            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), _plan(self.module)
+        members, plan = known
+        sdpa = self.module.self_attn.config._attn_implementation == "sdpa"
+        return plan if sdpa and not members.watched() else None
+
+
+def _plan(layer: Any) -> tuple[Any, ...] | None:
+    attn, mlp = layer.self_attn, layer.mlp
+    gated = mlp.__dict__.get("forward")
+    if not isinstance(attn.__dict__.get("forward"), FusedAttention) or not isinstance(gated, FusedGatedMLP):
+        return None
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    matrices = [_matrix(linear) for linear in linears]
+    norms = [_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms += [_NO_NORM, _NO_NORM, *(_norm(attn._modules.get(name)) for name in ("q_norm", "k_norm"))]
+    if None in matrices or None in norms:
+        return None
+    heads, groups = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
+    sizes = (heads, groups, attn.head_dim, "q_norm" in attn._modules, False, False)
+    rest = [item for group in (*matrices, *norms) if group for item in group]
+    return (*sizes, native.ACTIVATIONS[gated.activation], attn.scaling, 0.0, 0), tuple(rest)
+
+
+def _matrix(linear: Any) -> tuple[Any, Any] | None:
+    """Return (float16 weight, bias) of a plain patched Linear."""
+    if type(linear) is not nn.Linear or not isinstance(linear.__dict__.get("forward"), LinearForward):
+        return None
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if not isinstance(weight, HalfWeight) or not weight.row_major:
+        return None
+    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+
+
+def _norm(norm: Any) -> tuple[Any, ...] | None:
+    """Return (weight, bias, kind, eps, offset) of a fused RMSNorm, or of none."""
+    if norm is None:
+        return _NO_NORM
+    if not isinstance(norm.__dict__.get("forward"), FusedRMSNorm):
+        return None
+    return (norm.weight, None, 1, norm.variance_epsilon, 0.0)

@@ -1,0 +1,90 @@
+"""Fused forwards of single modules of Transformers: norms, gated MLPs and attention of the Llama kind."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from upcast import kernels
+from upcast.attention import over_cache, rows_in_use
+from upcast.half_weight import HalfWeight
+from upcast.integrations import litgpt_modules
+from upcast.integrations.litgpt_modules import Fused
+
+
+class FusedRMSNorm(Fused):
+    """RMSNorm over the last dimension, with a plain weight."""
+
+    def __call__(self, hidden_states: Tensor) -> Any:
+        norm = self.module
+        if not self.fits(hidden_states):
+            return self.unfused(hidden_states)
+        self.calls += 1
+        return kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
+
+
+class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
+    """down(activation(gate(x)) * up(x)), the activation and its product in one kernel."""
+
+    layers = ("gate_proj", "up_proj", "down_proj")
+
+
+class FusedAttention(Fused):
+    """Llama's or Qwen3's attention under SDPA: rope in one kernel, and a float16 cache read as it is."""
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: Any = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        cache_position: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        attn = self.module
+        given = (position_embeddings, attention_mask, past_key_values, cache_position)
+        drops = attn.training and attn.attention_dropout > 0
+        if attn.config._attn_implementation != "sdpa" or drops or not self.fits(hidden_states):
+            return self._own(hidden_states, given, kwargs)
+        shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
+        q, k, v = (layer(hidden_states) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if not all(map(self.fits, (q, k, v))):
+            return self._own(hidden_states, given, kwargs)
+        self.calls += 1
+        q, k, v = (each.view(shape) for each in (q, k, v))
+        if "q_norm" in attn._modules:
+            q, k = attn.q_norm(q), attn.k_norm(k)
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        cos, sin = (each.contiguous() for each in position_embeddings)
+        q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
+        if past_key_values is not None:
+            settings = {"sin": sin, "cos": cos, "cache_position": cache_position}
+            k, v = past_key_values.update(k, v, attn.layer_idx, settings)
+        y = self._attend(q, k, v, attention_mask, kwargs.get("is_causal"))
+        return attn.o_proj(y.transpose(1, 2).reshape(*shape[:-2], -1)), None
+
+    def _own(self, hidden_states: Tensor, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        embeddings, mask, cache, position = given
+        return self.unfused(
+            hidden_states,
+            position_embeddings=embeddings,
+            attention_mask=mask,
+            past_key_values=cache,
+            cache_position=position,
+            **kwargs,
+        )
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
+        """Return (B, H, T, D); what Transformers' own SDPA forward says, for the module's groups of heads."""
+        attn, time = self.module, q.shape[2]
+        masked = mask is None and time > 1 and (causal if causal is not None else attn.is_causal)
+        if isinstance(k, HalfWeight) and isinstance(v, HalfWeight):
+            rows = rows_in_use(mask, q, k)
+            if rows is not None and not (masked and time != rows):
+                stored = k.stored[:, :, :rows], v.stored[:, :, :rows]
+                return over_cache(q, *stored, attn.scaling, causal=bool(masked))
+            k, v = k.widened(), v.widened()
+        if masked and time == k.shape[2] and kernels.wants_gradient(q, k, v):
+            return kernels.causal_attention(q, k, v, attn.scaling)
+        options = {"is_causal": bool(masked), "scale": attn.scaling, "enable_gqa": attn.num_key_value_groups > 1}
+        return F.scaled_dot_product_attention(q, k, v, mask, **options)
