@@ -225,6 +225,7 @@ def test_guard_speaks_through_the_trainer(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning")  # Lightning's own, under torch 2.13
+@pytest.mark.filterwarnings("ignore:.*many workers:UserWarning")
 def test_lightning_s_trainer_logs_headroom() -> None:
     lightning = pytest.importorskip("lightning.pytorch")
 
