@@ -14,6 +14,7 @@ from tests.conftest import relative_error
 from tests.fused_models import IDS, NAMES, fused_of, pair, without_fusion
 from upcast import kernels
 from upcast.integrations.litgpt_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.kernels import gradients as gradients_module
 from upcast.kernels import portable, reference
 
 TOLERANCE = 1e-5
@@ -78,6 +79,19 @@ FUNCTIONS: list[tuple[str, Function, Function, tuple[Tensor, ...]]] = [
 EACH = pytest.mark.parametrize(
     ("function", "twin", "inputs"), [pytest.param(*rest, id=name) for name, *rest in FUNCTIONS]
 )
+
+
+def test_every_autograd_function_has_its_check() -> None:
+    """Linear's is in test_learning.py, where its product is one of doubles."""
+    functions = {name for name, each in vars(gradients_module).items() if isinstance(each, type)}
+    functions = {name for name in functions if issubclass(getattr(gradients_module, name), torch.autograd.Function)}
+    found = {"Linear"}
+    for _, function, _, inputs in FUNCTIONS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_active", portable)
+            found.add(type(function(*(each.clone().requires_grad_() for each in inputs)).grad_fn).__name__)
+    assert functions == {name.removesuffix("Backward") for name in found}
+    assert len(functions) == 5
 
 
 def _as(tensor: Tensor, other: Tensor) -> Tensor:
