@@ -232,7 +232,7 @@ def test_lightning_s_trainer_logs_headroom() -> None:
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = upcast.patch(peft_lora())
+            self.model = upcast.patch(peft_lora().train())
             self.losses: list[float] = []
 
         def training_step(self, batch: Any, index: int) -> Any:

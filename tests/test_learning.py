@@ -200,7 +200,7 @@ REFUSED: list[tuple[str, Callable[[], nn.Module], dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.ao:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.ao:DeprecationWarning", "ignore:.*quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize(("make", "options", "message"), [pytest.param(*rest, id=name) for name, *rest in REFUSED])
 def test_refused(make: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
     model = make()

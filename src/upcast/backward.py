@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from upcast.errors import UpcastError
 from upcast.findings import all_finite
 
-_ENGINE = Variable._execution_engine  # type: ignore[attr-defined]
+_ENGINE = Variable._execution_engine
 _REMEDY = "Look at that module and at the batch; a lower learning rate or a smaller loss keeps gradients in range."
 
 
