@@ -19,9 +19,9 @@ def course(peak: int, losses: list[float]) -> Course:
 
 COST = {"litgpt": {"float32": course(2_900_000_000, [3.0, 2.0]), "upcast": course(2_000_000_000, [3.0, 2.0])}}
 CURVES = {
-    "float32": course(1, [3.0, 2.5, 2.0, 1.5]),
-    "upcast": course(1, [3.0, 2.5, 2.0, 1.5001]),
-    "float16 x4096": course(1, [math.nan]),
+    "float32": course(400, [3.0, 2.5, 2.0, 1.5]),
+    "upcast": course(400, [3.0, 2.5, 2.0, 1.5001]),
+    "float16 x4096": course(400, [math.nan]),
 }
 
 
