@@ -159,6 +159,20 @@ def test_random_numbers_are_those_of_the_failing_step() -> None:
             run(model, litgpt_loss, 100)
 
 
+def test_fabric_s_loop_is_watched() -> None:
+    lightning = pytest.importorskip("lightning")
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=upcast.FabricPrecision(guard=True))
+    inner = plant(litgpt_lora(), "transformer.h.1.mlp.proj", "backward")
+    model, _ = fabric.setup(inner, torch.optim.SGD([p for p in inner.parameters() if p.requires_grad], lr=0.1))
+    fabric.backward(litgpt_loss(model))
+    go_wrong(inner)
+    loss = litgpt_loss(model)
+    with pytest.raises(
+        upcast.UpcastError, match=r"training step 2; first in transformer\.h\.1\.mlp\.proj: norm \(sqrt"
+    ):
+        fabric.backward(loss)
+
+
 def test_gradients_from_before_the_failing_pass_are_left() -> None:
     model = upcast.patch(plant(litgpt_lora(), "transformer.h.1.mlp.proj", "backward"), guard=True)
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
