@@ -6,6 +6,7 @@ python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random
 python benchmarks/run.py --peers                llama.cpp and OpenVINO as well (pip install llama-cpp-python openvino)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
 python benchmarks/run.py --suite ablation       which op classes need float32
+python benchmarks/run.py --suite training       fine-tuning: memory and time of a step, 200 steps beside float32's
 python benchmarks/run.py --suite distributed    one and two ranks, and two hosts in network namespaces
 """
 
@@ -36,11 +37,12 @@ from benchmarks import (
     smollm2,
     stress,
     subject,
+    training_suite,
 )
 from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.variants import BASELINE, VARIANTS
 
-SUITES = ("variants", "serve", "ablation", "distributed")
+SUITES = ("variants", "serve", "ablation", "training", "distributed")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -53,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return serve(parser, options, effort)
     if options.suite == "distributed":
         return distribute(parser, options, effort)
+    if options.suite == "training":
+        return training_suite.main(options.output, options.quick, options.threads)
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:

@@ -3,6 +3,7 @@
     python -m benchmarks.training                       # SmolLM2-135M, LoRA r=8, sequence 256, batch 4, in LitGPT
     python -m benchmarks.training --library transformers  # the same with PEFT
     python -m benchmarks.training --steps 200 --scale 64 --variants float32 upcast float16
+    python benchmarks/run.py --suite training           # both libraries, 200 steps, the stress test, and the picture
 
 Every variant trains in a process of its own, in interleaved steps, on the same text from the same adapters. The step is
 that of `litgpt finetune_lora`: logits in chunks, AdamW on what learns, clipping.
@@ -12,6 +13,7 @@ import argparse
 import ctypes
 import gc
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -42,6 +44,11 @@ class Job:
     scale: int = 1
     threads: int = 2
     rate: float = 1e-3
+
+    @property
+    def name(self) -> str:
+        """The variant, and the scale of its stress test."""
+        return self.variant if self.scale == 1 else f"{self.variant} x{self.scale}"
 
 
 @dataclass
@@ -190,14 +197,18 @@ class Process:
 
 
 def measure(jobs: list[Job], steps: int) -> dict[str, Course]:
-    """Train every job for so many steps, a step of each in turn."""
+    """Train every job for so many steps, a step of each in turn; return name -> what it measured.
+
+    A job whose loss is not finite is left there.
+    """
     os.environ["UPCAST_VERBOSE"] = "0"
-    processes = {job.variant: Process(job) for job in jobs}
+    processes = {job.name: Process(job) for job in jobs}
     rows: dict[str, list[Any]] = {name: [] for name in processes}
     try:
         for step in range(steps):
             for name in list(processes)[:: 1 if step % 2 else -1]:
-                rows[name].append(processes[name].ask("step"))
+                if not rows[name] or math.isfinite(rows[name][-1][0]):
+                    rows[name].append(processes[name].ask("step"))
         courses = {}
         for name, process in processes.items():
             losses, seconds, resident = (list(column) for column in zip(*rows[name], strict=True))
@@ -220,9 +231,9 @@ def summary(courses: dict[str, Course], skip: int = 2) -> str:
             f"step {seconds * 1e3:7.0f} ms  loss {course.losses[-1]:.4f}"
         )
         if base is not None and course is not base:
-            ratios = [a / b for a, b in zip(course.seconds, base.seconds, strict=True)][skip:]
+            ratios = [a / b for a, b in zip(course.seconds, base.seconds, strict=False)][skip:]
             saved = base.peak_bytes - course.peak_bytes
-            apart = max(abs(a - b) for a, b in zip(course.losses, base.losses, strict=True))
+            apart = max(abs(a - b) for a, b in zip(course.losses, base.losses, strict=False))
             line += (
                 f"  saved {saved / 1e6:.1f} MB ({saved / base.weight_bytes:.0%} of float32's weights)  "
                 f"time {statistics.median(ratios or [float('nan')]):.3f}  losses at most {apart:.1e} apart"

@@ -13,7 +13,9 @@ import upcast
 from tests.conftest import relative_error
 from tests.fused_models import IDS, NAMES, fused_of, pair, without_fusion
 from upcast import kernels
+from upcast.integrations.litgpt_lora import FusedLoRAQKV
 from upcast.integrations.litgpt_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.kernels import gradients as gradients_module
 from upcast.kernels import portable, reference
 
 TOLERANCE = 1e-5
@@ -78,6 +80,19 @@ FUNCTIONS: list[tuple[str, Function, Function, tuple[Tensor, ...]]] = [
 EACH = pytest.mark.parametrize(
     ("function", "twin", "inputs"), [pytest.param(*rest, id=name) for name, *rest in FUNCTIONS]
 )
+
+
+def test_every_autograd_function_has_its_check() -> None:
+    """Linear's is in test_learning.py, where its product is one of doubles."""
+    functions = {name for name, each in vars(gradients_module).items() if isinstance(each, type)}
+    functions = {name for name in functions if issubclass(getattr(gradients_module, name), torch.autograd.Function)}
+    found = {"Linear"}
+    for _, function, _, inputs in FUNCTIONS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernels, "_active", portable)
+            found.add(type(function(*(each.clone().requires_grad_() for each in inputs)).grad_fn).__name__)
+    assert functions == {name.removesuffix("Backward") for name in found}
+    assert len(functions) == 5
 
 
 def _as(tensor: Tensor, other: Tensor) -> Tensor:
@@ -203,6 +218,42 @@ def test_lora_s_modules_are_fused_and_an_adapter_s_attention_is_not() -> None:
         assert all(forward.calls == 1 for forward in fused_of(model).values() if forward.module is not model)
     assert {FusedRMSNorm, FusedGatedMLP, FusedAttention} <= kinds[lora]
     assert FusedAttention not in kinds[adapter]
+
+
+# name, the settings of LoRA, heads and groups of keys
+QKV: list[tuple[str, dict[str, Any], int, int]] = [
+    ("q and v", {"lora_query": True, "lora_value": True}, 4, 2),
+    ("q, k and v", {"lora_query": True, "lora_key": True, "lora_value": True}, 4, 2),
+    ("k alone", {"lora_key": True}, 4, 4),
+    ("q and v, no groups", {"lora_query": True, "lora_value": True}, 4, 4),
+    ("one group", {"lora_query": True, "lora_key": True, "lora_value": True}, 4, 1),
+    ("dropout", {"lora_query": True, "lora_value": True, "lora_dropout": 0.5}, 4, 2),
+]
+
+
+@pytest.mark.parametrize(("settings", "heads", "groups"), [pytest.param(*rest, id=name) for name, *rest in QKV])
+def test_lora_on_q_k_and_v_is_litgpt_s(settings: dict[str, Any], heads: int, groups: int) -> None:
+    from litgpt.lora import GPT, Config, mark_only_lora_as_trainable
+
+    shape = {"n_layer": 2, "n_embd": 48, "n_head": heads, "n_query_groups": groups, "head_size": 16, "block_size": 32}
+    model = GPT(Config(**shape, padded_vocab_size=97, lora_r=3, lora_alpha=5, **settings))
+    mark_only_lora_as_trainable(model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter.data)
+    upcast.patch(model.train())
+    plain = without_fusion(model)
+    logits = []
+    for each in (model, plain):
+        torch.manual_seed(3)
+        logits.append(each(IDS % 97))
+        F.cross_entropy(logits[-1][:, :-1].flatten(0, 1), IDS[:, 1:].flatten() % 97).backward()
+    assert relative_error(*logits) < TOLERANCE
+    fused = {n: f for n, f in fused_of(model).items() if isinstance(f, FusedLoRAQKV)}
+    assert [forward.calls for forward in fused.values()] == [1, 1]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "qkv" in name:
+            assert relative_error(parameter.grad, plain.get_parameter(name).grad) < TOLERANCE, name
 
 
 def test_a_norm_that_learns_runs_its_own_forward() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import upcast
-from tests.conftest import Run
+from tests.conftest import Run, relative_error
 from upcast import kernels
 from upcast.half_weight import HalfWeight
 from upcast.kernels import native, portable
@@ -107,3 +107,35 @@ def test_without_a_compiler_the_install_succeeds_and_says_why(tmp_path: Path) ->
         without_site, env={"PYTHONPATH": os.pathsep.join(packages)}, capture_output=True, text=True, check=True
     )
     assert "portable (no C++ compiler was found when upcast was installed)" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("level", "rows", "columns", "by_torch"),
+    [
+        ("x86-64-v3", kernels.LONG, 40, True),
+        ("x86-64-v3", kernels.LONG - 1, 40, False),
+        ("x86-64-v3", kernels.LONG, 51, False),
+        ("x86-64-v4", kernels.LONG, 40, False),
+    ],
+)
+def test_on_avx2_torch_multiplies_many_rows_with_a_small_transposed_weight(
+    monkeypatch: pytest.MonkeyPatch, level: str, rows: int, columns: int, by_torch: bool
+) -> None:
+    if not native.available():
+        pytest.skip("no native kernels to choose against")
+    calls: list[str] = []
+
+    def counted(name: str) -> None:
+        module = {"native": native, "portable": portable}[name]
+        product = module.matmul
+        monkeypatch.setattr(module, "matmul", lambda *args: calls.append(name) or product(*args))
+
+    monkeypatch.setattr(kernels, "_active", native)
+    monkeypatch.setattr(native, "level", lambda: level)
+    monkeypatch.setattr(portable, "TILE", 24 * 50)
+    counted("native")
+    counted("portable")
+    x, weight = torch.randn(rows, 24), torch.randn(24, columns).half()
+    got = kernels.linear(x, weight.t())
+    assert calls == ["portable" if by_torch else "native"]
+    assert relative_error(got, x.double() @ weight.double()) < 1e-6

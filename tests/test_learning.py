@@ -146,6 +146,12 @@ def test_adapters_of_another_dtype_become_float32() -> None:
     assert len(learning(model)) == 2 * LAYERS
 
 
+def test_a_quantized_base_without_adapters_is_left_as_it_is() -> None:
+    model = upcast.patch(_quantized("parameter")().requires_grad_(False))
+    assert model[2].up.weight.dtype == torch.int8
+    assert half_weights(model)
+
+
 def test_unpatch_gives_back_what_was_trained() -> None:
     model = upcast.patch(adapted())
     train(model, torch.optim.SGD(learning(model).values(), lr=0.1))
@@ -164,16 +170,37 @@ def _with_optimizer(everything: bool) -> Callable[[], nn.Module]:
     return make
 
 
+def _quantized(kind: str) -> Callable[[], nn.Module]:
+    """Adapters on a base of which one layer holds integers: as a parameter, as GPTQ's buffer, as torch's own layer."""
+
+    def make() -> nn.Module:
+        model = adapted()
+        integers = torch.zeros(3 * WIDTH, WIDTH, dtype=torch.int8)
+        if kind == "parameter":
+            model[2].up.weight = nn.Parameter(integers, requires_grad=False)
+        elif kind == "buffer":
+            model[2].up.register_buffer("qweight", integers.int())
+        else:
+            model[2].up = torch.ao.nn.quantized.dynamic.Linear(WIDTH, 3 * WIDTH)
+        return model
+
+    return make
+
+
 # name, the model, keywords, what the error says
 REFUSED: list[tuple[str, Callable[[], nn.Module], dict[str, Any], str]] = [
     ("all", lambda: adapted().requires_grad_(), {"trainable": ["*"]}, r"all weights of Sequential.*float32; or freeze"),
     ("nothing", adapted, {"trainable": ["*.up"]}, r"nothing to train.*requires_grad_\(True\)"),
     ("no such name", adapted, {"trainable": ["lora"]}, "trainable pattern 'lora' matches no parameter"),
     ("optimizer of all", _with_optimizer(True), {}, r"SGD optimizer holds 0\.weight, which is frozen.*if p\.requires"),
+    ("quantized", _quantized("parameter"), {}, r"2\.up\.weight of Sequential is quantized.*without quantization"),
+    ("GPTQ", _quantized("buffer"), {}, r"2\.up\.qweight of Sequential is quantized"),
+    ("torch's", _quantized("layer"), {}, r"2\.up of Sequential is quantized"),
     ("optimizer of halves", _with_optimizer(False), {}, "lora_a requires grad.*in float32, as a new parameter"),
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.ao:DeprecationWarning", "ignore:.*quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize(("make", "options", "message"), [pytest.param(*rest, id=name) for name, *rest in REFUSED])
 def test_refused(make: Callable[[], nn.Module], options: dict[str, Any], message: str) -> None:
     model = make()
@@ -274,6 +301,15 @@ def test_fabric_trains_as_float32() -> None:
             losses[-1].append(float(loss.detach()))
     assert losses[0][-1] < losses[0][0]
     assert max(abs(a - b) for a, b in zip(*losses, strict=True)) < 1e-4
+
+
+def test_fabric_refuses_to_train_everything() -> None:
+    fabric = pytest.importorskip("lightning").Fabric(accelerator="cpu", devices=1, plugins=upcast.FabricPrecision())
+    model = adapted().requires_grad_(True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(upcast.UpcastError, match=r"requires grad and a SGD optimizer holds it.*Delete the optimizer"):
+        fabric.setup(model, optimizer)
+    assert not half_weights(model)
 
 
 def test_fabric_takes_a_patched_module_as_it_is() -> None:

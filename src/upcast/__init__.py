@@ -1,5 +1,6 @@
 """float16 weights, float32 math, no NaNs: one line, on any PyTorch model, on CPU."""
 
+from importlib import import_module as _import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
@@ -16,6 +17,7 @@ from upcast.certify import Certificate, certify
 from upcast.diagnose import Diagnosis, diagnose
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
+from upcast.headroom import Headroom
 from upcast.integrations.litgpt import load_litgpt
 from upcast.integrations.loading import from_pretrained
 from upcast.patching import patch, patched, report, unpatch
@@ -25,6 +27,8 @@ from upcast.search import Found, search
 
 if _TYPE_CHECKING:
     from upcast.integrations.fabric import FabricPrecision
+    from upcast.integrations.lightning import LightningHeadroomCallback
+    from upcast.integrations.transformers_trainer import HeadroomCallback
 
 __all__ = [
     "Ablation",
@@ -33,6 +37,9 @@ __all__ = [
     "FabricPrecision",
     "Found",
     "HalfWeight",
+    "Headroom",
+    "HeadroomCallback",
+    "LightningHeadroomCallback",
     "Plan",
     "Policy",
     "UpcastError",
@@ -62,14 +69,20 @@ del (
 )  # imported so that HalfWeight and torch.compile know the operations
 
 
+_LAZY = {  # name -> its module, and what that needs, which upcast does not
+    "FabricPrecision": ("fabric", "Lightning", "a plugin of lightning.Fabric", "lightning"),
+    "HeadroomCallback": ("transformers_trainer", "Transformers", "a callback of its Trainer", "transformers"),
+    "LightningHeadroomCallback": ("lightning", "Lightning", "a callback of its Trainer", "lightning"),
+}
+
+
 def __getattr__(name: str) -> _Any:
-    if name == "FabricPrecision":  # needs Lightning, which upcast does not
-        try:
-            from upcast.integrations.fabric import FabricPrecision
-        except ModuleNotFoundError as error:
-            raise UpcastError(
-                f"upcast.FabricPrecision without Lightning ({error}); it is a plugin of lightning.Fabric. "
-                "Run `pip install lightning`."
-            ) from None
-        return FabricPrecision
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, library, what, package = _LAZY[name]
+    try:
+        return getattr(_import_module(f"upcast.integrations.{module}"), name)
+    except ModuleNotFoundError as error:
+        raise UpcastError(
+            f"upcast.{name} without {library} ({error}); it is {what}. Run `pip install {package}`."
+        ) from None

@@ -35,13 +35,20 @@ def mark(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str]) -> No
 
 
 def check(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str] = ()) -> None:
-    """Raise UpcastError if all weights of the model are to be trained: then nothing is left for float16."""
+    """Raise UpcastError if all weights of the model are to be trained, or some on top of a quantized base."""
     weights = [slot for slot in found if slot.is_weight]
     if trainable and weights and all(slot.learns for slot in weights):
         raise UpcastError(
             f"trainable={list(trainable)!r} names all weights of {type(root).__name__}; small steps are lost in "
             "float16, so weights that learn stay in float32 and nothing would be stored in float16. Train it in "
             "float32; or freeze the base (requires_grad_(False)) and train adapters."
+        )
+    quantized = _quantized(root, found) if any(slot.learns for slot in found) else ""
+    if quantized:
+        raise UpcastError(
+            f"{quantized} of {type(root).__name__} is quantized, and adapters are to learn on top of it; upcast trains "
+            "on a base in float16, and leaves quantized weights as they are, with whatever gradients they give. Load "
+            "the base without quantization; or train it without upcast."
         )
 
 
@@ -56,6 +63,22 @@ def remarks(root: nn.Module, found: Sequence[Slot]) -> tuple[str, ...]:
     if _for_inference(root, found):
         return (_INFERENCE.format(share="all" if share == 1 else f"{share:.0%}"),)
     return ()
+
+
+def _quantized(root: nn.Module, found: Sequence[Slot]) -> str:
+    """Return the name of a weight that holds integers in place of numbers, or an empty string."""
+    for slot in found:
+        tensor = slot.tensor
+        integers = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dim() >= 2
+        packed = slot.name.rpartition(".")[2] == "qweight"  # GPTQ's and AWQ's are buffers
+        if (
+            tensor.is_quantized
+            or type(tensor).__module__.startswith("torchao")
+            or (integers and (slot.is_parameter or packed))
+        ):
+            return slot.name
+    ours = "torch.ao.nn.quantized"  # their weights are neither parameters nor buffers
+    return next((name for name, module in root.named_modules() if type(module).__module__.startswith(ours)), "")
 
 
 def _for_inference(root: nn.Module, found: Sequence[Slot]) -> bool:

@@ -67,7 +67,9 @@ def patch(
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
         kv_cache: what a LitGPT model's ``set_kv_cache`` makes unless it is given a dtype: ``"float16"`` (half the
             bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``. None: the policy's.
-        guard: raise an UpcastError that names the first module and operation when the result is not finite.
+        guard: raise an UpcastError that names the first module and operation when the result is not finite; in
+            training also when the loss or a gradient is not, and with the step. The gradient of the result is held
+            until the backward pass ends.
         heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
             cures it, run the step again, say so, and go on with that set.
         trainable: patterns of what learns, of the parameters that require grad; the others are frozen. Without it, all
@@ -139,6 +141,11 @@ def borrowed(
     finally:
         _clear(prepared[0])
         _put_back(undo)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether this module itself was given to `patch` (not one around or inside it)."""
+    return isinstance(module.__dict__.get(_RECORD), Record)
 
 
 def record_of(root: nn.Module) -> Record:

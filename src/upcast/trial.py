@@ -148,13 +148,13 @@ class Trial:
         self.root, self.selection = root, selection
         self.passes = 0
 
-    def run(self, policy: Policy, sample: Sample, observer: Observer | None = None) -> Any:
+    def run(self, policy: Policy, sample: Sample, observer: Observer | None = None, *, gradients: bool = False) -> Any:
         """Return the model's output under ``policy``."""
         tracking.change(self.root, self.selection, policy)
         self.selection.observer = observer
         self.passes += 1
         try:
-            with torch.no_grad(), paused():
+            with torch.set_grad_enabled(gradients), paused():
                 return self.root(*sample[0], **sample[1])
         finally:
             self.selection.observer = None
@@ -173,14 +173,16 @@ class Trial:
 
 
 @contextmanager
-def trial(model: object) -> Iterator[Trial]:
+def trial(model: object, *, training: bool = False) -> Iterator[Trial]:
     """Give the model, patched or not, as one that runs under any policy; afterwards it is as it was.
 
     Raises:
-        UpcastError: it cannot be patched, or it is in training mode with layers that draw at random or learn.
+        UpcastError: it cannot be patched; or it is in training mode with layers that draw at random or learn, and the
+            caller does not say, by ``training``, that it takes care of those.
     """
     root = unwrap(model)
-    _refuse_training(root)
+    if not training:
+        _refuse_training(root)
     if not any(isinstance(parameter, HalfWeight) for parameter in root.parameters()):
         with patching.borrowed(root, policy=NONE, trial=True) as record:
             assert record.selection is not None

@@ -1,7 +1,8 @@
 """guard and heal: a patched model whose result is not finite says where it comes from, or cures itself.
 
 The model's forward is wrapped; each call costs one sum over the logits. Only when that is not finite does anything
-else happen: the step is run again, from the state before it, to find or to avoid what went wrong.
+else happen: the step is run again, from the state before it, to find or to avoid what went wrong. In training, guard
+watches the gradients as well (`upcast.backward`).
 """
 
 import inspect
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import console
+from upcast.backward import Backward
 from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.policy import Policy, show
@@ -44,6 +46,7 @@ class Watch(Forward):
         self.guard, self.heal = guard, heal
         self.before = module.__dict__.get("forward")
         self.lenient = False  # infinite numbers are meant, as in masked logits: only NaN counts
+        self.backward = Backward(module)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -52,9 +55,13 @@ class Watch(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or getattr(_paused, "depth", 0) > 0:
             return self._run(args, kwargs)
-        state = State(args, kwargs)
+        state = State(args, kwargs, self.module)
         output = self._run(args, kwargs)
-        return output if self._fine(output) else self._mend(output, state, args, kwargs)
+        if not self._fine(output):
+            output = self._mend(output, state, args, kwargs)
+        if self.guard and torch.is_grad_enabled():
+            self.backward.follow(output, args, kwargs, state)
+        return output
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.before is not None:
@@ -62,10 +69,10 @@ class Watch(Forward):
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _fine(self, output: Any) -> bool:
-        value = _answer(output)
-        if value is None:
-            return True
-        if math.isfinite(float(value.detach().sum(dtype=torch.float32))):
+        return all(map(self._all_fine, output if _in_chunks(output) else [_answer(output)]))
+
+    def _all_fine(self, value: Tensor | None) -> bool:
+        if value is None or math.isfinite(float(value.detach().sum(dtype=torch.float32))):
             return True
         return not bool(value.isnan().any()) if self.lenient else bool(value.isfinite().all())
 
@@ -73,7 +80,7 @@ class Watch(Forward):
         from upcast.trial import SAFE, trial
 
         sample = (args, kwargs)
-        with trial(self.module) as run:
+        with trial(self.module, training=True) as run:
             findings = _findings()
             state.restore()
             wide = run.run(SAFE, sample, findings.in_float32)
@@ -84,7 +91,9 @@ class Watch(Forward):
             return self._heal(findings, state, args, kwargs)
         elif self.guard:
             state.restore()
-            raise self._error(state, sample, "" if curable else findings.first_nonfinite or "its inputs")
+            training = torch.is_grad_enabled() and _learns(output)
+            when = f" in training step {self.backward.steps + 1}" if training else ""
+            raise self._error(state, sample, "" if curable else findings.first_nonfinite or "its inputs", when)
         state.restore()
         return self._run(args, kwargs)
 
@@ -111,26 +120,33 @@ class Watch(Forward):
         )
         return output
 
-    def _error(self, state: "State", sample: Any, wide: str) -> UpcastError:
+    def _error(self, state: "State", sample: Any, wide: str, when: str) -> UpcastError:
         name = type(self.module).__name__
         if wide:
             return UpcastError(
-                f"{name}: the result is not finite, and in float32 it is not either, first in {wide}; no policy cures "
-                "that. Check weights and inputs."
+                f"{name}: the result is not finite{when}, and in float32 it is not either, first in {wide}; no policy "
+                "cures that. Check weights and inputs."
             )
         from upcast.patching import record_of
         from upcast.trial import SAFE, trial
 
-        policy = record_of(self.module).policy
+        record = record_of(self.module)
+        if record.selection is None:
+            return UpcastError(
+                f"{name}: the result is not finite{when}, and is when the same step is run again: the model does not "
+                "give the same twice. Look for state of its own that a step changes, and run it in eval mode if it is "
+                "not trained."
+            )
+        policy = record.policy
         findings = _findings()
-        with trial(self.module) as run:
+        with trial(self.module, training=True) as run:
             for each, observer in ((SAFE, findings.in_float32), (policy, findings.in_float16)):
                 state.restore()
                 run.run(each, sample, observer)
         state.restore()
         where = findings.culprit or "an unknown place"
         return UpcastError(
-            f"{name}: the result is not finite under policy {policy}; first in {where}. "
+            f"{name}: the result is not finite{when} under policy {policy}; first in {where}. "
             "Patch with heal=True, or with the policy that upcast.search finds."
         )
 
@@ -191,10 +207,12 @@ class State:
 
     Caches of keys and values grow by replacing their tensors, or are written at the positions of the step, which the
     repeated step writes again: references are enough, and nothing is copied. Other states (of state-space models, of
-    windows that move along in place) are copied. LitGPT's caches are written again, too, and need nothing.
+    windows that move along in place) are copied. LitGPT's caches are written again, too, and need nothing. In training
+    mode random numbers and the statistics of batch norms come back as well.
     """
 
-    def __init__(self, args: Any, kwargs: Any) -> None:
+    def __init__(self, args: Any, kwargs: Any, module: nn.Module) -> None:
+        self._random = torch.get_rng_state() if module.training else None
         self._objects: list[tuple[Any, Any]] = []
         self._kinds: list[tuple[Any, type]] = []  # a layer that gives up float16 changes its class
         self._tensors: list[tuple[Tensor, Tensor]] = []
@@ -202,9 +220,15 @@ class State:
         for value in (*args, *kwargs.values()):
             if not isinstance(value, (Tensor, *_PLAIN)):
                 self._take(value)
+        for norm in module.modules() if module.training else ():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                for buffer in norm.buffers():
+                    self._take(buffer)
 
     def restore(self) -> None:
         """Put everything back."""
+        if self._random is not None:
+            torch.set_rng_state(self._random)
         for owner, kind in self._kinds:
             owner.__class__ = kind
         for container, content in self._objects:
@@ -256,6 +280,16 @@ def _answer(output: Any) -> Tensor | None:
     from upcast.trial import find_answer
 
     return find_answer(output)
+
+
+def _in_chunks(output: Any) -> bool:
+    """Whether the result is LitGPT's logits in chunks, which need not be joined to be looked at."""
+    return isinstance(output, list) and bool(output) and all(isinstance(each, Tensor) for each in output)
+
+
+def _learns(output: Any) -> bool:
+    value = _answer(output)
+    return value is not None and value.requires_grad
 
 
 def _bad(output: Any) -> int:

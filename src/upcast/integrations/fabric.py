@@ -19,13 +19,21 @@ class FabricPrecision(Precision):  # type: ignore[misc]
         keep: as for `upcast.patch`.
         kv_cache: as for `upcast.patch`.
         trainable: as for `upcast.patch`.
+        guard: as for `upcast.patch`.
     """
 
     # Fabric compares this with its own precision= argument; to the math, that is what it is.
     precision = "32-true"
 
-    def __init__(self, *, keep: Sequence[str] = (), kv_cache: str = "float16", trainable: Sequence[str] = ()) -> None:
-        self.keep, self.kv_cache, self.trainable = keep, kv_cache, trainable
+    def __init__(
+        self,
+        *,
+        keep: Sequence[str] = (),
+        kv_cache: str = "float16",
+        trainable: Sequence[str] = (),
+        guard: bool = False,
+    ) -> None:
+        self.keep, self.kv_cache, self.trainable, self.guard = keep, kv_cache, trainable, guard
 
     def convert_module(self, module: nn.Module) -> nn.Module:
         """Patch ``module`` in place and return it; Fabric calls this in ``setup`` and ``setup_module``.
@@ -35,4 +43,6 @@ class FabricPrecision(Precision):  # type: ignore[misc]
         """
         if any(isinstance(parameter, HalfWeight) for parameter in module.parameters()):
             return module
-        return patching.patch(module, keep=self.keep, kv_cache=self.kv_cache, trainable=self.trainable)
+        return patching.patch(
+            module, keep=self.keep, kv_cache=self.kv_cache, trainable=self.trainable, guard=self.guard
+        )

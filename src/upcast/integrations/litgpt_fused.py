@@ -10,6 +10,7 @@ from torch import nn
 from upcast import planning
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_generation
+from upcast.integrations.litgpt_lora import FusedLoRAQKV
 from upcast.integrations.litgpt_mask import CacheSetter, restore
 from upcast.integrations.litgpt_modules import (
     CacheBuilder,
@@ -106,7 +107,9 @@ def _fuse(module: nn.Module, litgpt: Any, cache: torch.dtype | None) -> None:
 
 def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
     """Return type -> fused forward, for modules of which `_kind` says that they are of that type."""
+    lora = sys.modules.get("litgpt.lora")
     return {
+        **({lora.LoRAQKVLinear: FusedLoRAQKV} if lora else {}),
         litgpt.RMSNorm: FusedRMSNorm,
         nn.LayerNorm: FusedLayerNorm,
         litgpt.LLaMAMLP: lambda mlp: FusedGatedMLP(mlp, "silu"),

@@ -73,6 +73,11 @@ def info() -> dict[str, Any]:
     }
 
 
+def level() -> str:
+    """The instruction set in use."""
+    return str(_native.level())
+
+
 def set_isa(name: str) -> None:
     """Run the level `name`, one of `info()["available"]`, from the next call on."""
     if _module is None:
