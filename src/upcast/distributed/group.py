@@ -22,7 +22,18 @@ _POLL = 0.05  # seconds
 
 
 class RankError(UpcastError):
-    """Ranks cannot go on together: one is lost, has failed, or differs from the others."""
+    """Ranks cannot go on together: one is lost, has failed, or differs from the others.
+
+    ``broken``: a collective has failed, and no other will succeed.
+    """
+
+    broken = False
+
+
+class LostRank(RankError):
+    """A rank is lost, or has failed."""
+
+    broken = True
 
 
 class Group:
@@ -36,7 +47,6 @@ class Group:
 
     ``calls``, ``seconds`` and ``repeated`` count the collectives, the time in them, and those done again. ``shared`` is
     the memory through which ranks of one host reach each other, after `share`; otherwise everything goes through gloo.
-    ``broken`` says that a collective has failed.
     """
 
     def __init__(self, process_group: Any, wire: str = "float32", grace: float = 3.0) -> None:
@@ -47,7 +57,6 @@ class Group:
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.calls, self.seconds, self.repeated = 0, 0.0, 0
         self.shared: shared.Shared | None = None
-        self.broken = False
 
     @property
     def process_group(self) -> Any:
@@ -113,6 +122,12 @@ class Group:
         elif mine is not None:
             mine.close()
 
+    def explained(self, error: BaseException) -> BaseException:
+        """Return the RankError for an error of a collective that was not ours (of gloo), and any other as it is."""
+        if self.size == 1 or not isinstance(error, RuntimeError) or "gloo" not in str(error):
+            return error
+        return LostRank(self._verdict(error))
+
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one stops for a reason of its own; nothing for a RankError."""
         if self.size == 1 or isinstance(error, RankError):
@@ -160,8 +175,7 @@ class Group:
         try:
             collective(*args)
         except (RuntimeError, ValueError) as error:
-            self.broken = True
-            raise RankError(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
+            raise LostRank(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
         self.calls += 1
         self.seconds += time.perf_counter() - start
 

@@ -7,6 +7,7 @@ reads no more than that. Older versions load in the checkpoint's dtype, and what
 """
 
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -95,6 +96,7 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
     _check(call.arguments["load_config"])
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
+    _agree(model, tensors, ours, call.arguments["load_config"].device_mesh)
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     call.arguments["state_dict"] = {
         name: Arriving(name, tensor, ours, name.rpartition(".")[2] not in buffers, state is None)
@@ -110,6 +112,16 @@ def _check(settings: Any) -> None:
     places = {str(place).split(":")[0] for place in (settings.device_map or {}).values()}
     if places - {"cpu"}:
         raise NotOurs(f"parts of it go to {', '.join(sorted(places - {'cpu'}))}")
+
+
+def _agree(model: Any, tensors: dict[str, Tensor], ours: Loading, mesh: Any) -> None:
+    """Raise RankError where the ranks that divide the model are about to load different things."""
+    if mesh is not None:
+        from upcast.distributed import Group, agreement  # not every torch has it
+
+        options = {"policy": str(ours.policy), "kv_cache": str(ours.kv_cache)}
+        sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
+        Group(mesh.get_group()).agree(agreement.record(sizes, tensors, **options))
 
 
 def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
