@@ -4,6 +4,7 @@ usage: python -m benchmarks.distributed_worker CHECKPOINT_FOLDER TOKENS TIMEOUT
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 import upcast
-from upcast.distributed import join, leave
+from upcast.distributed import Group, join, leave
 from upcast.half_weight import HalfWeight
 
 PROMPT = 16
@@ -19,8 +20,12 @@ PROMPT = 16
 
 def main(folder: Path, tokens: int, timeout: float) -> None:
     mesh = join(timeout)
-    model = upcast.load_litgpt(folder, mesh=mesh)
-    group = model.parallel_group
+    if hasattr(os, "sched_setaffinity"):  # each rank keeps a processor, or two may begin on the same one
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[mesh.get_rank() % len(processors)]})
+    alone = mesh.size() == 1
+    model = upcast.load_litgpt(folder, mesh=None if alone else mesh)  # alone: whole blocks in one call
+    group = Group(mesh.get_group()) if alone else model.parallel_group
     with torch.inference_mode():
         model.set_kv_cache(1, PROMPT + tokens + 1)
         token = model(torch.arange(1, PROMPT + 1)[None], torch.arange(PROMPT))[:, -1:].argmax(-1)
