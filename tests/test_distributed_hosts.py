@@ -41,7 +41,9 @@ def test_two_hosts_take_the_time_that_the_link_needs(link: Link, folder: Path) -
     if reason := why_not(delay=bool(link.delay)):
         pytest.skip(reason)
     with hosts(link) as places:
-        ranks = [start(r, places, "benchmarks.distributed_worker", str(folder), "40", "100") for r in range(RANKS)]
+        ranks = [
+            start(r, places, "benchmarks.distributed_worker", str(folder), "40", "100", "float32") for r in range(RANKS)
+        ]
         outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     found = json.loads(outputs[0][0])

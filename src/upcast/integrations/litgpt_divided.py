@@ -23,7 +23,7 @@ class DividedBlock:
         mask: Tensor | None = None,
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
-    ) -> Tensor:
+    ) -> Any:
         block, settings = self.block, self.block.config
         normed = block.norm_1(x)
         attended = block.attn(normed, cos, sin, mask, input_pos, input_pos_maxp1)
