@@ -1,12 +1,18 @@
 """A model of what decoding one token costs on several hosts: weights read, and sums between ranks.
 
 Every rank reads its part of the active weights once, and between the halves of each block all ranks add up n_embd
-float32 numbers. Over a ring, as gloo does it, R ranks take 2 (R - 1) steps and send 2 (R - 1) / R of the vector each
-(Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002); the gather of the logits takes half of both. The KV cache
-and computation are left out: a short context, one sequence.
+float32 numbers. Short vectors go from each of R ranks to all others in one step; longer ones are added up on their way
+around a ring, in 2 (R - 1) steps with an R-th of the vector each (Patarasuk and Yuan 2009,
+doi:10.1016/j.jpdc.2008.09.002). The parts of the logits go in one step, or around the ring in R - 1. A step of
+gloo's is two messages one after the other: the receiver says that it is ready, then the numbers come. The KV cache and
+computation are left out: a short context, one sequence.
 """
 
 from dataclasses import dataclass
+
+from upcast.distributed.group import SHORT
+
+MESSAGES = 2  # in each step
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,19 @@ def communication(shape: Shape, ranks: int, network: Network) -> float:
     """Return the seconds that one token spends between ``ranks``."""
     if ranks == 1:
         return 0.0
-    steps, share = 2 * (ranks - 1), 2 * (ranks - 1) / ranks
-    one = steps * network.latency + share * 4 * shape.width * 8 / network.rate + network.overhead
-    logits = steps / 2 * network.latency + share / 2 * 4 * shape.vocabulary * 8 / network.rate + network.overhead
-    return collectives(shape) * one + logits
+    others, vector, part = ranks - 1, 4 * shape.width, 4 * shape.vocabulary / ranks
+    direct, ring = _step(others * vector, network), 2 * others * _step(vector / ranks, network)
+    one = direct if _short(vector, ranks) else ring
+    logits = _step(others * part, network) if _short(part, ranks) else others * _step(part, network)
+    return collectives(shape) * (one + network.overhead) + logits + network.overhead
+
+
+def _short(size: float, ranks: int) -> bool:
+    return ranks == 2 or size <= SHORT
+
+
+def _step(size: float, network: Network) -> float:
+    return MESSAGES * network.latency + 8 * size / network.rate
 
 
 def seconds_per_token(shape: Shape, ranks: int, network: Network, memory_rate: float = MEMORY_RATE) -> float:

@@ -1,10 +1,12 @@
 """The distributed suite: decoding by one rank, by two on the loopback, and by two hosts in network namespaces.
 
-One thread per rank. The cost model (cost.py) gets the memory rate from one rank and the collectives' cost from the
-loopback, and predicts the runs over a limited link, with the error shown.
+One thread per rank. The cost model (cost.py) gets the memory rate from the run of one rank, the latency from round
+trips over the link, gloo's own work per collective from the run over the link without limits, and the rest from the
+link's settings. It predicts the runs over all other links; the error is shown.
 """
 
 import json
+import math
 import os
 import socket
 import statistics
@@ -12,6 +14,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,15 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import cost, machine
-from benchmarks.namespaces import Host, Link, hosts, why_not
+from benchmarks.namespaces import Host, Link, hosts, latency, why_not
+from upcast.distributed.group import WIRES as DTYPES
 
-RANKS = (1, 2)
-LINKS = (Link(), Link(rate=1e9), Link(rate=1e8), Link(rate=1e8, delay=1e-3), Link(rate=1e9, delay=2e-4))
+RANKS, WIRES = (1, 2), tuple(DTYPES)
+ROUNDS = 3  # of one process and of ranks on one host, taking turns; the median counts
+FREE = Link()
+LATE = (Link(delay=2e-4), Link(delay=1e-3), Link(delay=5e-3))
+LINKS = (FREE, Link(rate=1e9), Link(rate=1e8), *LATE, Link(rate=1e9, delay=2e-4), Link(rate=1e8, delay=1e-3))
+SLOW = Link(rate=1e8)  # where smaller sums could pay
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 120.0  # seconds
 
@@ -35,7 +43,11 @@ class DistributedError(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One measured setting: medians of seconds per token and of those in collectives; weight bytes of each rank."""
+    """One measured setting: medians of seconds per token and of those in collectives; weight bytes of each rank.
+
+    ``latency``: seconds of one small message between the hosts. ``error``: of the logits, relative to the run of one
+    process. ``logits``: of the first tokens of the vocabulary, after the prompt.
+    """
 
     name: str
     ranks: int
@@ -43,12 +55,17 @@ class Run:
     collective_seconds: float
     calls: float
     weight_bytes: tuple[int, ...]
+    latency: float | None = None
     predicted: float | None = None
+    error: float | None = None
+    logits: tuple[float, ...] = ()
 
 
 def run(checkpoint: Path, tokens: int) -> tuple[list[Run], list[str]]:
     """Measure every setting that this machine allows; return the runs and what was left out, with the reason."""
-    runs, left_out = [_measure(f"{n} on the loopback", n, checkpoint, tokens, None) for n in RANKS], []
+    rounds = [[_measure(_ranks(n), n, checkpoint, tokens, None) for n in RANKS] for _ in range(ROUNDS)]
+    runs = [sorted(same, key=attrgetter("seconds"))[ROUNDS // 2] for same in zip(*rounds, strict=True)]
+    left_out, overhead = [], 0.0
     shape = shape_of(checkpoint, runs[0])
     for link in LINKS:
         reason = why_not(delay=bool(link.delay))
@@ -56,8 +73,18 @@ def run(checkpoint: Path, tokens: int) -> tuple[list[Run], list[str]]:
             left_out.append(f"{_named(link)}: {reason}")
             continue
         measured = _measure(_named(link), 2, checkpoint, tokens, link)
-        runs.append(replace(measured, predicted=_predicted(shape, runs, link)))
-    return runs, left_out
+        if link == FREE:
+            overhead = _overhead(shape, measured)
+        else:
+            measured = replace(measured, predicted=_predicted(shape, runs[0], measured, link, overhead))
+        runs.append(measured)
+        if link == SLOW:
+            runs += [_measure(f"{_named(link)}, {wire}", 2, checkpoint, tokens, link, wire) for wire in WIRES[1:]]
+    return [replace(each, error=_error(each, runs[0])) for each in runs], left_out
+
+
+def _error(run: Run, alone: Run) -> float:
+    return math.dist(run.logits, alone.logits) / math.hypot(*alone.logits)
 
 
 def shape_of(checkpoint: Path, alone: Run) -> cost.Shape:
@@ -69,23 +96,32 @@ def shape_of(checkpoint: Path, alone: Run) -> cost.Shape:
     return cost.Shape(config.name, size, size, *sizes, sums_per_layer=1 if once else 2)
 
 
-def _predicted(shape: cost.Shape, runs: list[Run], link: Link) -> float:
-    """Return seconds per token: computation and collectives as on the loopback, and what the link adds."""
-    base = runs[1]
-    if link.rate is None and not link.delay:
-        return base.seconds
-    return base.seconds + cost.communication(shape, 2, cost.Network(link.rate or float("inf"), link.delay))
+def _overhead(shape: cost.Shape, free: Run) -> float:
+    """Return what a collective takes over a link without limits, beyond its messages."""
+    messages = cost.communication(shape, 2, cost.Network(float("inf"), free.latency or 0.0))
+    return max(0.0, free.collective_seconds - messages) / free.calls
+
+
+def _predicted(shape: cost.Shape, alone: Run, measured: Run, link: Link, overhead: float) -> float:
+    """Return the model's seconds per token; of the run it takes the latency of the link alone."""
+    network = cost.Network(link.rate or float("inf"), measured.latency or 0.0, overhead)
+    return cost.seconds_per_token(shape, 2, network, shape.active_bytes / alone.seconds)
+
+
+def _ranks(count: int) -> str:
+    return "1 process" if count == 1 else f"{count} ranks on one host"
 
 
 def _named(link: Link) -> str:
     rate = "unlimited" if link.rate is None else f"{link.rate / 1e6:,.0f} Mbit/s"
-    return f"2 hosts, {rate}" + (f", {1e6 * link.delay:.0f} us" if link.delay else "")
+    return f"2 hosts, {rate}" + (f", {1e3 * link.delay:g} ms" if link.delay else "")
 
 
-def _measure(name: str, ranks: int, checkpoint: Path, tokens: int, link: Link | None) -> Run:
+def _measure(name: str, ranks: int, checkpoint: Path, tokens: int, link: Link | None, wire: str = "float32") -> Run:
     with ExitStack() as stack:
         places: tuple[Host, ...] = stack.enter_context(hosts(link)) if link else ()
-        processes = [stack.enter_context(_start(rank, ranks, port, places, checkpoint, tokens))
+        delay = latency(places) if link else None
+        processes = [stack.enter_context(_start(rank, ranks, port, places, checkpoint, tokens, wire))
                      for port in [_free_port()] for rank in range(ranks)]  # fmt: skip
         results = []
         for process in processes:
@@ -94,19 +130,26 @@ def _measure(name: str, ranks: int, checkpoint: Path, tokens: int, link: Link | 
                 raise DistributedError(f"{name}: {errors.strip().splitlines()[-1] if errors.strip() else 'no message'}")
             results.append(json.loads(out.strip().splitlines()[-1]))
     first = results[0]
-    weights = tuple(each["weight_bytes"] for each in results)
-    per_token = statistics.median(first["collective_samples"])
-    return Run(name, ranks, statistics.median(first["samples"]), per_token, first["calls"] / tokens, weights)
+    return Run(
+        name,
+        ranks,
+        seconds=statistics.median(first["samples"]),
+        collective_seconds=statistics.median(first["collective_samples"]),
+        calls=first["calls"] / tokens,
+        weight_bytes=tuple(each["weight_bytes"] for each in results),
+        latency=delay,
+        logits=tuple(first["logits"]),
+    )
 
 
 def _start(
-    rank: int, ranks: int, port: int, places: tuple[Host, ...], checkpoint: Path, tokens: int
+    rank: int, ranks: int, port: int, places: tuple[Host, ...], checkpoint: Path, tokens: int, wire: str
 ) -> "subprocess.Popen[str]":
     host = places[rank] if places else Host((), "127.0.0.1", "lo")
     address = places[0].address if places else host.address
     where = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     fixed = {"OMP_NUM_THREADS": "1", "UPCAST_VERBOSE": "0", "GLOO_SOCKET_IFNAME": host.interface}
-    arguments = ["-m", "benchmarks.distributed_worker", str(checkpoint.resolve()), str(tokens), str(TIMEOUT)]
+    arguments = ["-m", "benchmarks.distributed_worker", str(checkpoint.resolve()), str(tokens), str(TIMEOUT), wire]
     command = [*host.prefix, sys.executable, *arguments]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **where, **fixed}, **pipes)
@@ -122,26 +165,30 @@ def record(title: str, tokens: int, runs: list[Run], left_out: list[str]) -> dic
     """Return the content of the JSON file, in seconds and bytes."""
     facts = {"machine": machine.describe(), "versions": machine.versions(), "commit": machine.commit()}
     return {"suite": "distributed", "model": title, "tokens": tokens, "left_out": left_out, **facts,
-            "runs": [asdict(each) for each in runs]}  # fmt: skip
+            "runs": [asdict(replace(each, logits=())) for each in runs]}  # fmt: skip
 
 
 def show(runs: list[Run], left_out: list[str]) -> None:
     """Print the table and what was left out."""
     table = Table(title="decoding, one thread per rank", title_justify="left")
-    for title in ("setting", "ms/token", "against 1 rank", "us per collective", "MB per rank", "model", "its error"):
+    titles = ("setting", "us a message", "ms/token", "tokens/s", "against 1", "us a collective", "MB per rank")
+    for title in (*titles, "model, ms", "its error", "logits error"):
         table.add_column(title, justify="left" if title == "setting" else "right")
     for each in runs:
         table.add_row(
             each.name,
+            f"{1e6 * each.latency:.0f}" if each.latency else "",
             f"{1e3 * each.seconds:.2f}",
+            f"{1 / each.seconds:.1f}",
             f"{runs[0].seconds / each.seconds:.2f}x",
             f"{1e6 * each.collective_seconds / each.calls:.0f}" if each.calls else "",
-            ", ".join(f"{size / 1e6:.1f}" for size in each.weight_bytes),
+            " + ".join(f"{size / 1e6:.0f}" for size in each.weight_bytes),
             f"{1e3 * each.predicted:.2f}" if each.predicted else "",
             f"{100 * (each.predicted / each.seconds - 1):+.0f} %" if each.predicted else "",
+            f"{each.error:.0e}",
         )
     console = Console()
-    console.width = max(console.width, 110)
+    console.width = max(console.width, 150)
     console.print(table)
     for line in left_out:
         print(f"left out: {line}")

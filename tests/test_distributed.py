@@ -4,8 +4,9 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -54,11 +55,14 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     return {**clean, **place, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
 
 
-def run_ranks(ranks: int, arguments: Sequence[object], timeout: float = 240) -> list[Any]:
+def run_ranks(
+    ranks: int, arguments: Sequence[object], timeout: float = 240, environment: Mapping[str, str] = MappingProxyType({})
+) -> list[Any]:
     """Start one process per rank, wait for all, and return each one's output, errors and exit code."""
     port, command = free_port(), [sys.executable, *map(str, arguments)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [subprocess.Popen(command, env=rank_environment(rank, ranks, port), **pipes) for rank in range(ranks)]
+    places = [{**rank_environment(rank, ranks, port), **environment} for rank in range(ranks)]
+    started = [subprocess.Popen(command, env=place, **pipes) for place in places]
     try:
         return [(*process.communicate(timeout=timeout), process.returncode) for process in started]
     finally:

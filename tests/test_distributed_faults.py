@@ -43,14 +43,16 @@ FAULTS = {
     "version": Fault(r"rank \d: rank 2 has upcast version '0.0.1', rank 0 has '\d", None),
     "policy": Fault(r"rank \d: rank 2 has policy 'none', rank 0 has 'safe'", None),
     "checkpoint": Fault(r"rank \d: rank 2 has checkpoint '\w{8}', rank 0 has '\w{8}'", None),
-    "no-checkpoint": Fault(r"rank \d: rank 2 failed: no file .*-missing"),
+    "no-checkpoint": Fault(r"rank \d: rank 2 failed: .*-missing"),
     "option": Fault(r"rank \d: rank 2 has kv_cache 'float32', rank 0 has 'float16'", None),
 }
 QUICK = ("killed", "version")
+TRANSFORMERS = ("killed", "killed-loading", "stopped", "raises", "version", "policy", "checkpoint", "no-checkpoint")
+CASES = [("litgpt", name) for name in FAULTS] + [("transformers", name) for name in TRANSFORMERS]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("fault")
     config = small_config("pythia-14m")
 
@@ -58,7 +60,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         state["lm_head.weight"][0, 0] += 1
 
     write_checkpoint(home / "model-other", config, spoil=change)
-    return write_checkpoint(home / "model", config)
+    found = {"litgpt": write_checkpoint(home / "model", config)}
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 6}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=99, eos_token_id=None))
+    found["transformers"] = home / "llama"
+    model.save_pretrained(home / "llama")
+    model.lm_head.weight.data[0, 0] += 1
+    model.save_pretrained(home / "llama-other")
+    return found
 
 
 def end_of(process: "subprocess.Popen[str]") -> tuple[str, int, float]:
@@ -67,10 +77,17 @@ def end_of(process: "subprocess.Popen[str]") -> tuple[str, int, float]:
     return errors, process.returncode, time.monotonic()
 
 
-@pytest.mark.parametrize("name", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in FAULTS])
-def test_survivors_name_the_rank(name: str, folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        case if case[0] == "litgpt" and case[1] in QUICK else pytest.param(*case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+)
+def test_survivors_name_the_rank(door: str, name: str, folders: dict[str, Path]) -> None:
+    folder = folders[door]
     fault, port, before = FAULTS[name], free_port(), sorted(folder.parent.rglob("*"))
-    command = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), str(folder), f"{fault.timeout:g}", name]
+    command = [sys.executable, str(ROOT / "tests" / "fault_worker.py"), door, str(folder), f"{fault.timeout:g}", name]
     started = [
         subprocess.Popen(
             command, env=rank_environment(rank, RANKS, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -96,11 +113,12 @@ def test_survivors_name_the_rank(name: str, folder: Path) -> None:
     assert sorted(folder.parent.rglob("*")) == before  # nothing written, nothing half-written
 
 
-def test_a_sample_of_numbers_tells_checkpoints_apart(folder: Path) -> None:
+def test_a_sample_of_numbers_tells_checkpoints_apart(folders: dict[str, Path]) -> None:
     from upcast import checkpoint
-    from upcast.integrations.litgpt_parallel import _fingerprint
+    from upcast.distributed.agreement import fingerprint
 
+    folder = folders["litgpt"]
     same, other = (checkpoint.read(f / "lit_model.pth") for f in (folder, folder.with_name("model-other")))
     assert sum(not torch.equal(same[name], other[name]) for name in same) == 1
-    assert _fingerprint(same) != _fingerprint(other)
-    assert _fingerprint(same) == _fingerprint(checkpoint.read(folder / "lit_model.pth"))
+    assert fingerprint(same) != fingerprint(other)
+    assert fingerprint(same) == fingerprint(checkpoint.read(folder / "lit_model.pth"))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import cost
-from benchmarks.namespaces import Host, Link, cut, hosts, why_not
+from benchmarks.namespaces import Host, Link, cut, hosts, latency, why_not
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_distributed import ROOT
 
@@ -36,19 +36,32 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_two_hosts_take_the_time_that_the_link_needs(folder: Path) -> None:
-    link = Link(rate=2e6)
+@pytest.mark.parametrize("link", [Link(rate=2e6), Link(delay=3e-3), Link(rate=2e6, delay=3e-3)], ids=str)
+def test_two_hosts_take_the_time_that_the_link_needs(link: Link, folder: Path) -> None:
+    if reason := why_not(delay=bool(link.delay)):
+        pytest.skip(reason)
     with hosts(link) as places:
-        ranks = [start(r, places, "benchmarks.distributed_worker", str(folder), "40", "100") for r in range(RANKS)]
+        ranks = [
+            start(r, places, "benchmarks.distributed_worker", str(folder), "40", "100", "float32") for r in range(RANKS)
+        ]
         outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     found = json.loads(outputs[0][0])
     config = small_config("pythia-14m")
     shape = cost.Shape("", 0, 0, config.n_layer, config.n_embd, config.padded_vocab_size, sums_per_layer=1)
-    least = cost.communication(shape, RANKS, cost.Network(link.rate or 0, 0.0))
+    # of a step's two messages the first may be on its way already
+    least = cost.communication(shape, RANKS, cost.Network(link.rate or float("inf"), link.delay / 2))
     assert found["calls"] == 40 * (cost.collectives(shape) + 1)
-    # the bucket lets a burst of 16 kB pass at once, and the time of the bytes is a lower bound
-    assert sum(found["collective_samples"]) > 0.5 * (40 * least - 2 * 16_000 * 8 / 2e6)
+    burst = 2 * 16_000 * 8 / link.rate if link.rate and not link.delay else 0.0  # the bucket lets it pass at once
+    assert sum(found["collective_samples"]) > 0.5 * (40 * least - burst)
+
+
+@pytest.mark.slow
+def test_a_message_takes_as_long_as_the_link_delays_it() -> None:
+    if reason := why_not(delay=True):
+        pytest.skip(f"no delay here: {reason}")
+    with hosts(Link(delay=2e-3)) as places:
+        assert latency(places, 20) >= 2e-3
 
 
 @pytest.mark.slow

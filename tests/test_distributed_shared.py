@@ -68,3 +68,20 @@ def test_the_late_rank_is_named() -> None:
     assert native.meet(counters, 1, 5, 1_000_000) == -1
     with pytest.raises(UpcastError, match="for rank 3"):
         native.meet(counters, 3, 5, 0)
+
+
+def test_sums_into_places_that_do_not_fit_are_refused() -> None:
+    counters, places = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 4)
+    for x, where in ((torch.zeros(5), places), (torch.zeros(4), torch.zeros(3, 4)), (torch.zeros(4).half(), places)):
+        with pytest.raises(UpcastError):
+            native.add_up(x, where, counters, 0, 1, 0)
+
+
+def test_a_sum_that_waits_changes_nothing_yet() -> None:
+    counters, places, x = torch.zeros(2, 8, dtype=torch.int64), torch.zeros(2, 4), torch.arange(3.0)
+    assert native.add_up(x, places, counters, 0, 1, 1000) == 1
+    assert x.tolist() == [0.0, 1.0, 2.0] == places[0, :3].tolist()
+    counters[1, 0] = 1
+    places[1] = 10
+    assert native.add_up(x, places, counters, 0, 1, 1000) == -1
+    assert x.tolist() == [10.0, 11.0, 12.0]

@@ -10,7 +10,7 @@ import upcast
 from tests.kernels.test_block_threads import HEAD, TIME, WIDTH, arguments
 from upcast.kernels import native
 
-QKV = 12  # where the matrices begin in the plan: query, bias, key, bias, value, bias
+QKV = 13  # where the matrices begin in the plan: query, bias, key, bias, value, bias
 
 
 def run(x: Tensor, cos: Tensor, sin: Tensor, plan: tuple[Any, ...]) -> Tensor:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from upcast import console
-from upcast.distributed.group import WIRES, Group, RankError
-from upcast.distributed.joining import abandon, join, leave
+from upcast.distributed.group import WIRES
+from upcast.distributed.joining import joined
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt
 from upcast.integrations.litgpt_fused import KV_CACHES
@@ -49,17 +49,8 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Join the other ranks, load, generate and print; raise UpcastError when a rank is lost or fails."""
-    mesh = join(arguments.timeout)
-    group = Group(mesh.get_group())
-    try:
-        _generate(arguments, mesh if group.size > 1 else None, group.rank)
-    except BaseException as error:
-        group.fail(error)
-        if isinstance(error, RankError):
-            (abandon if group.broken else leave)(mesh)  # gloo's threads must not outlive the interpreter
-            raise RankError(f"rank {group.rank}: {error}") from None
-        raise
-    leave(mesh)
+    with joined(arguments.timeout) as mesh:
+        _generate(arguments, mesh if mesh.size() > 1 else None, mesh.get_rank())
     return 0
 
 

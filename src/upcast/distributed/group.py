@@ -17,12 +17,27 @@ from upcast.errors import UpcastError
 
 WIRES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Bytes up to which ranks on other hosts send what they have to each other directly: one step, where a ring of R ranks
+# takes up to 2 (R - 1), each of which waits for the network. Two ranks send no more bytes by it, whatever the length.
+SHORT = 32 * 1024
+
 _LOST = "upcast/lost"  # + /rank: written to the store by a rank that stops, with its reason if it is to blame
 _POLL = 0.05  # seconds
 
 
 class RankError(UpcastError):
-    """Ranks cannot go on together: one is lost, has failed, or differs from the others."""
+    """Ranks cannot go on together: one is lost, has failed, or differs from the others.
+
+    ``broken``: a collective has failed, and no other will succeed.
+    """
+
+    broken = False
+
+
+class LostRank(RankError):
+    """A rank is lost, or has failed."""
+
+    broken = True
 
 
 class Group:
@@ -36,7 +51,6 @@ class Group:
 
     ``calls``, ``seconds`` and ``repeated`` count the collectives, the time in them, and those done again. ``shared`` is
     the memory through which ranks of one host reach each other, after `share`; otherwise everything goes through gloo.
-    ``broken`` says that a collective has failed.
     """
 
     def __init__(self, process_group: Any, wire: str = "float32", grace: float = 3.0) -> None:
@@ -47,7 +61,6 @@ class Group:
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
         self.calls, self.seconds, self.repeated = 0, 0.0, 0
         self.shared: shared.Shared | None = None
-        self.broken = False
 
     @property
     def process_group(self) -> Any:
@@ -63,13 +76,13 @@ class Group:
             return x
         x = x.contiguous()
         if self.wire == "float32":
-            self._run("all-reduce", self._all_reduce, x)
+            self._run("sum", self._add_up, x)
             return x
         total = self._gathered(x.to(WIRES[self.wire])).float().sum(0)
         if bool(total.isfinite().all()):
             return total
         self.repeated += 1
-        self._run("all-reduce", self._all_reduce, x)
+        self._run("sum", self._add_up, x)
         return x
 
     def concatenate(self, x: Tensor, sizes: list[int]) -> Tensor:
@@ -113,6 +126,12 @@ class Group:
         elif mine is not None:
             mine.close()
 
+    def explained(self, error: BaseException) -> BaseException:
+        """Return the RankError for an error of a collective that was not ours (of gloo), and any other as it is."""
+        if self.size == 1 or not isinstance(error, RuntimeError) or "gloo" not in str(error):
+            return error
+        return LostRank(self._verdict(error))
+
     def fail(self, error: BaseException) -> None:
         """Tell the other ranks that this one stops for a reason of its own; nothing for a RankError."""
         if self.size == 1 or isinstance(error, RankError):
@@ -133,17 +152,36 @@ class Group:
         self._run("gather", self._all_gather, x, out)
         return out
 
-    def _all_reduce(self, x: Tensor) -> None:
+    def _add_up(self, x: Tensor) -> None:
         if self.shared is not None:
             self.shared.sum(x)
+        elif self._short(x):
+            every = x.new_empty((self.size, *x.shape))
+            self._exchange(x, every)
+            torch.sum(every, 0, out=x)
         else:
             dist.all_reduce(x, group=self.process_group)
 
     def _all_gather(self, x: Tensor, out: Tensor) -> None:
         if self.shared is not None:
             self.shared.gather(x, out)
+        elif self._short(x):
+            self._exchange(x, out)
         else:
             dist.all_gather(list(out.unbind(0)), x, group=self.process_group)
+
+    def _short(self, x: Tensor) -> bool:
+        return self.size == 2 or x.nbytes <= SHORT
+
+    def _exchange(self, x: Tensor, out: Tensor) -> None:
+        """Send ``x`` to every rank and receive theirs in ``out``, from this thread: gloo's collectives run in others."""
+        group = self.process_group
+        others = [(out[rank], dist.get_global_rank(group, rank)) for rank in range(self.size) if rank != self.rank]
+        works = [dist.irecv(part, rank, group=group) for part, rank in others]
+        works += [dist.isend(x, rank, group=group) for _, rank in others]
+        out[self.rank] = x
+        for work in works:
+            work.wait()
 
     def _told(self, what: str, thing: Any) -> list[Any]:
         """Return what each rank tells the others."""
@@ -160,8 +198,7 @@ class Group:
         try:
             collective(*args)
         except (RuntimeError, ValueError) as error:
-            self.broken = True
-            raise RankError(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
+            raise LostRank(f"{self._verdict(error)} (in {what} {self.calls + 1})") from None
         self.calls += 1
         self.seconds += time.perf_counter() - start
 

@@ -4,15 +4,15 @@ import contextlib
 import datetime
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
-import torch.distributed.nn.functional  # noqa: F401 (imported later it would hold the process group: its defaults)
 from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from upcast import config
+from upcast.distributed.group import Group, RankError
 from upcast.errors import UpcastError
 
 _JOINED = "upcast/joined"
@@ -31,6 +31,8 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
     Raises:
         UpcastError: a rank did not join in time (it is named), or a variable is missing or not a number.
     """
+    import torch.distributed.nn.functional  # noqa: F401 (imported later it would hold the process group: its defaults)
+
     place = config.rank_of(environ)
     if dist.is_initialized():
         return init_device_mesh("cpu", (dist.get_world_size(),))
@@ -54,6 +56,34 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
             "host must reach every other. Set GLOO_SOCKET_IFNAME to the network interface between them."
         ) from None
     return init_device_mesh("cpu", (place.ranks,))
+
+
+@contextlib.contextmanager
+def joined(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Iterator[DeviceMesh]:
+    """`join` for a block and `leave` at its end; if a rank is lost in between, all the others say which, and why.
+
+    An error that leaves the block is told to the other ranks. An error of a collective, ours or not, becomes a
+    RankError that names the rank that is gone, silent or has failed, with its reason.
+
+    Args:
+        timeout, environ: as for `join`.
+
+    Raises:
+        UpcastError: as `join` does.
+        RankError: another rank is lost, has failed or differs from this one.
+    """
+    mesh = join(timeout, environ)
+    group = Group(mesh.get_group())
+    try:
+        yield mesh
+    except BaseException as error:
+        found = group.explained(error)
+        group.fail(found)
+        if not isinstance(found, RankError):
+            raise
+        (abandon if found.broken else leave)(mesh)  # gloo's threads must not outlive the interpreter
+        raise RankError(f"rank {group.rank}: {found}") from None
+    leave(mesh)
 
 
 def leave(mesh: DeviceMesh) -> None:

@@ -1,7 +1,8 @@
 """Ranks of one host add and gather through memory that they share: messages take longer than a small model's block.
 
-Each rank writes to its own place, all meet at counters (`kernels.native.meet`), and each reads every place. Two sets of
-places take turns: a rank that writes again has met the others once more, and so they have read what was there.
+Each rank writes to its own place, all meet at counters (`kernels.native.meet`), and each reads every place; of a sum
+all this is one call (`add_up`). Two sets of places take turns: a rank that writes again has met the others once
+more, and so they have read what was there.
 
 The memory has no name in any folder, so nothing is left behind. Each rank holds a lock on one byte of it, which the
 system takes from a process that ends in whatever way: a rank that is late and holds no lock is gone.
@@ -11,6 +12,7 @@ import contextlib
 import mmap
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,14 @@ class Shared:
         start += _counter_bytes(size)
         places = torch.frombuffer(self._memory, dtype=torch.uint8, count=2 * size * PLACE, offset=start)
         self._bytes = places.view(2, size, PLACE)
-        self._floats = places.view(torch.float32).view(2, size, PLACE // 4)
+        self._floats = places.view(torch.float32).view(2, size, PLACE // 4).unbind()
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     def sum(self, x: Tensor) -> None:
         """Make ``x`` (float32, contiguous) the sum of every rank's, added in the order of ranks."""
-        for piece in x.view(-1).split(PLACE // 4):
+        for piece in (x,) if x.numel() <= PLACE // 4 else x.view(-1).split(PLACE // 4):
             self._turn += 1
-            places = self._floats[self._turn % 2, :, : len(piece)]
-            places[self.rank].copy_(piece)
-            self._meet()
-            torch.sum(places, 0, out=piece)
+            self._wait(native.add_up, piece, self._floats[self._turn % 2])
 
     def gather(self, x: Tensor, out: Tensor) -> None:
         """Fill ``out`` (ranks, *x.shape) with every rank's ``x``; both contiguous, of any dtype."""
@@ -61,7 +60,7 @@ class Shared:
             end = min(start + PLACE, len(mine))
             places = self._bytes[self._turn % 2, :, : end - start]
             places[self.rank].copy_(mine[start:end])
-            self._meet()
+            self._wait(native.meet)
             all_of_them[:, start:end].copy_(places)
 
     def close(self) -> None:
@@ -70,11 +69,12 @@ class Shared:
             os.close(self.file)  # and with it the lock
             self.file = -1
 
-    def _meet(self) -> None:
+    def _wait(self, call: Callable[..., int], *args: Tensor) -> None:
+        """Call ``call``, and again until no rank is late."""
         if self.file < 0:
             raise RuntimeError("this rank has left")
         end = time.monotonic() + self.timeout
-        while (late := native.meet(self._counters, self.rank, self._turn, _LOOK)) >= 0:
+        while (late := call(*args, self._counters, self.rank, self._turn, _LOOK)) >= 0:
             if not self._lives(late):
                 raise RuntimeError(f"rank {late} let go of the shared memory")
             if time.monotonic() > end:

@@ -4,13 +4,11 @@ Column-parallel layers (qkv, the MLP's first) hold rows of their weight, row-par
 the ranks' partial results are added up in float32 between the halves of a block, once per block where both halves
 read the same input. The bias of a projection belongs to rank 0. The scheme is Megatron-LM's (arXiv:1909.08053).
 
-Each layer is LitGPT's own on smaller tensors, with the communication in forward hooks: attention, norms and MLPs keep
-their fused forwards, while the whole-block call, which hooks turn off, stays out.
+Each layer is LitGPT's own on smaller tensors, and each block a `DividedBlock`, which has the communication: attention,
+norms and MLPs keep their fused forwards, and the native call of a block is made for each of its halves.
 """
 
 import copy
-import zlib
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from upcast import checkpoint, config, patching
+from upcast.distributed import agreement
 from upcast.distributed.group import Group
 from upcast.distributed.shares import Cut, divide_heads, even, turned
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_stack
+from upcast.integrations.litgpt_divided import DividedBlock
 
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
 
@@ -30,7 +30,9 @@ Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: n
 def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh, kv_cache: str, wire: str) -> Any:
     """Make ``model`` (built without memory) this rank's part of it, with its part of the mapped ``weights``."""
     group = Group(_group_of(mesh), wire)
-    group.agree(_record(folder, weights, kv_cache, wire))
+    config_file = (folder / "model_config.yaml").read_bytes()
+    options = {"policy": config.read().policy, "kv_cache": kv_cache, "wire": wire}
+    group.agree(agreement.record(config_file, weights, **options))
     group.share()
     local, known = take(weights, divide(model, group))
     model.load_state_dict(local, assign=True)
@@ -68,30 +70,6 @@ def _group_of(mesh: Any) -> Any:
     return mesh.get_group()
 
 
-def _record(folder: Path, weights: dict[str, Tensor], kv_cache: str, wire: str) -> dict[str, str]:
-    """Return what must be the same on every rank."""
-    return {
-        "upcast version": version("upcast"),
-        "torch version": torch.__version__,
-        "model_config.yaml": f"{zlib.crc32((folder / 'model_config.yaml').read_bytes()):08x}",
-        "checkpoint": _fingerprint(weights),
-        "policy": config.read().policy,
-        "kv_cache": kv_cache,
-        "wire": wire,
-    }
-
-
-def _fingerprint(weights: dict[str, Tensor]) -> str:
-    """Return a checksum of names, shapes, dtypes and a few numbers from the start, middle and end of each tensor."""
-    crc = 0
-    for name, tensor in sorted(weights.items()):
-        crc = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
-        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:16]
-        for start in {0, flat.numel() // 2, max(0, flat.numel() - 16)}:
-            crc = zlib.crc32(str(flat[start : start + 16].tolist()).encode(), crc)
-    return f"{crc:08x}"
-
-
 # --- who takes what ---------------------------------------------------------------------------------------------------
 
 
@@ -105,16 +83,9 @@ def divide(gpt: Any, group: Group) -> Cuts:
     cuts: Cuts = {}
     for index, block in enumerate(gpt.transformer.h):
         prefix = f"transformer.h.{index}"
-        together = bool(gpt.config.parallel_residual) and all(
-            isinstance(norm, nn.Identity) for norm in (block.post_attention_norm, block.post_mlp_norm)
-        )
         _divide_attention(block.attn, f"{prefix}.attn", index, group, cuts)
         _divide_mlp(block.mlp, f"{prefix}.mlp", index, group, cuts)
-        if together:
-            block.__dict__["forward"] = ParallelBlock(block, group)
-        else:
-            block.attn.register_forward_hook(Sum(group))
-            block.mlp.register_forward_hook(Sum(group))
+        block.__dict__["forward"] = DividedBlock(block, group)
     _divide_vocabulary(gpt, group, cuts)
     return cuts
 
@@ -207,16 +178,6 @@ def _cut_columns(linear: nn.Linear, name: str, part: tuple[int, int], group: Gro
 # --- what runs --------------------------------------------------------------------------------------------------------
 
 
-class Sum:
-    """Forward hook: the sum over the ranks of what the module returns."""
-
-    def __init__(self, group: Group) -> None:
-        self.group = group
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return self.group.sum(output)
-
-
 class Concatenate:
     """Forward hook: the results of all ranks side by side, where rank r gives ``sizes[r]`` of them."""
 
@@ -235,29 +196,6 @@ class LastPosition:
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         return (args[0][:, -1:],) if litgpt_stack.wants_last(self.gpt) else args
-
-
-class ParallelBlock:
-    """The forward of a block whose halves read the same input: one sum for both."""
-
-    def __init__(self, block: Any, group: Group) -> None:
-        self.block, self.group = block, group
-
-    def __call__(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None = None,
-        input_pos: Tensor | None = None,
-        input_pos_maxp1: int | None = None,
-    ) -> Tensor:
-        block = self.block
-        normed = block.norm_1(x)
-        attended = block.attn(normed, cos, sin, mask, input_pos, input_pos_maxp1)
-        if not block.config.shared_attention_norm:
-            normed = block.norm_2(x)
-        return self.group.sum(attended + block.mlp(normed)) + x
 
 
 class Elsewhere(nn.Module):

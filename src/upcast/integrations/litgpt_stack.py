@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.half_weight import HalfWeight
+from upcast.integrations.litgpt_divided import DividedBlock
 from upcast.integrations.litgpt_mask import CausalMask
 from upcast.integrations.litgpt_modules import (
     Fused,
@@ -75,9 +76,12 @@ class Step:
 
     def run(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
         """Return the block's output for x (B, T, C), widening its cache if a value asks for it."""
+        return self._call(native.WHOLE, x, cos, sin, place)
+
+    def _call(self, part: int, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
         if place is None:
-            return native.block(x, cos, sin, None, None, (*self.sizes, 0, 0, *self.rest))
-        arguments = (*self.sizes, *place, *self.rest)
+            return native.block(x, cos, sin, None, None, (part, *self.sizes, 0, 0, *self.rest))
+        arguments = (part, *self.sizes, *place, *self.rest)
         y = native.block(x, cos, sin, *self._cache(x), arguments)
         if y is None:
             self.attn.build_kv_cache.widen(self.cache)
@@ -88,6 +92,23 @@ class Step:
         buffers = self.cache._buffers
         k, v = buffers["k"], buffers["v"]
         return (k, v) if x.shape[0] == self.batch else (k[: x.shape[0]], v[: x.shape[0]])
+
+
+class DividedStep(Step):
+    """A block of which this rank has a part: a call for each half, or for both where one sum serves both."""
+
+    def __init__(self, divided: DividedBlock, *args: Any) -> None:
+        super().__init__(*args)
+        self.divided = divided
+
+    def run(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
+        """Return the block's output for x (B, T, C), as all ranks have it."""
+        divided = self.divided
+        if divided.together:
+            return divided.group.sum(self._call(native.BOTH, x, cos, sin, place)).add_(x)
+        attended = divided.after_attention(self._call(native.ATTENTION, x, cos, sin, place), x)
+        read = x if divided.block.config.parallel_residual else attended
+        return divided.after_mlp(self._call(native.MLP, read, cos, sin, None), attended)
 
 
 class Stack:
@@ -240,16 +261,18 @@ class FusedGPT(Fused):
 
 def _step(block: Any, index: int) -> Step | None:
     """Return the native call for ``block``, or None if it needs what the kernel does not know."""
-    attn, config = block.attn, block.config
-    forward = attn.__dict__.get("forward")
-    if not _plain(block) or not isinstance(forward, FusedAttention) or config.rope_interleave:
+    attn, config = block.attn, block.attn.config  # of a divided block, with the heads that are here
+    forward, divided = attn.__dict__.get("forward"), _divided(block)
+    if not (_plain(block) or divided) or not isinstance(forward, FusedAttention) or config.rope_interleave:
         return None
     if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
         return None
     mlp = _mlp(block.mlp)
     matrices = [_matrix(each) for each in (attn.qkv, None, None, attn.proj, *mlp[1:])] if mlp else [None]
     norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
-    norms += [_norm(each) for each in (block.post_attention_norm, block.post_mlp_norm, attn.norm_q, attn.norm_k)]
+    # of a divided block these follow the ranks' sum
+    norms += [_norm(None if divided else each) for each in (block.post_attention_norm, block.post_mlp_norm)]
+    norms += [_norm(each) for each in (attn.norm_q, attn.norm_k)]
     if mlp is None or None in matrices or None in norms:
         return None
     window = config.sliding_window_size if attn.apply_sliding_window_attention else 0
@@ -258,7 +281,13 @@ def _step(block: Any, index: int) -> Step | None:
     scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
     rest = tuple(item for group in (*matrices, *norms) if group for item in group)
     rope = None if config.rope_indices is None else config.rope_indices[index]
-    return Step(attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
+    step = (attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
+    return DividedStep(divided, *step) if divided else Step(*step)
+
+
+def _divided(block: Any) -> DividedBlock | None:
+    forward = block.__dict__.get("forward")
+    return forward if isinstance(forward, DividedBlock) else None
 
 
 def _plain(module: nn.Module) -> bool:

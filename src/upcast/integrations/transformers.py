@@ -8,6 +8,7 @@ reads no more than that. Older versions load in the checkpoint's dtype, and what
 
 import functools
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -98,6 +99,7 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
     _check(call.arguments["load_config"])
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
+    _agree(model, tensors, ours, call.arguments["load_config"].device_mesh)
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     parts = _parts(tensors, call.arguments["load_config"])
     call.arguments["state_dict"] = {
@@ -155,6 +157,16 @@ def _merges(converter: Any) -> bool:
 
 
 _MERGING = {"MergeModulelist", "Concatenate", "ErnieFuseAndSplitTextVisionExperts"}
+
+
+def _agree(model: Any, tensors: dict[str, Tensor], ours: Loading, mesh: Any) -> None:
+    """Raise RankError where the ranks that divide the model are about to load different things."""
+    if mesh is not None:
+        from upcast.distributed import Group, agreement  # not every torch has it
+
+        options = {"policy": str(ours.policy), "kv_cache": str(ours.kv_cache)}
+        sizes = json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode()
+        Group(mesh.get_group()).agree(agreement.record(sizes, tensors, **options))
 
 
 def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ class FusedDecoderLayer(Fused):
             return None
         keys, values, rows = room
         sizes, rest = plan
-        y = native.block(x, *angles, keys, values, (*sizes, rows, rows, *rest))
+        y = native.block(x, *angles, keys, values, (native.WHOLE, *sizes, rows, rows, *rest))
         if y is not None:
             layer.advance(rows + 1)
         return y

@@ -18,6 +18,7 @@ from upcast.errors import UpcastError
 
 _COPY_FIRST, _COPY_SECOND = 1, 2
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+WHOLE, ATTENTION, MLP, BOTH = range(4)  # parts of a block, as block.hpp numbers them
 _CPU = torch.device("cpu")
 _empty = torch.empty
 _float32 = torch.float32
@@ -261,9 +262,9 @@ def block(
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
     x: (B, T, C) float32, contiguous. cos, sin: ([B,] T, n) float32. keys, values: the cache (B, Hkv, S, D), both
-    float16 or both float32, or None. plan: sizes, matrices and norms in the order that `py_block` lists.
-    Returns (B, T, C) float32, or None if a finite value would become infinite in the float16 cache; nothing else was
-    written then.
+    float16 or both float32, or None. plan: part, sizes, matrices and norms in the order that `py_block` lists; any part
+    but WHOLE gives a branch alone, without residual. Returns (B, T, C) float32, or None if a finite value would become
+    infinite in the float16 cache; nothing else was written then.
     """
     out = _empty(x.shape, dtype=_float32, device=_CPU)
     if _exchange:
@@ -288,4 +289,14 @@ def meet(counters: Tensor, rank: int, turn: int, nanoseconds: int) -> int:
     late. What a rank wrote before it called is seen by those that have met it.
     """
     late: int = _native.meet(_describe(counters), rank, turn, nanoseconds)
+    return late
+
+
+def add_up(x: Tensor, places: Tensor, counters: Tensor, rank: int, turn: int, nanoseconds: int) -> int:
+    """As `meet`, with ``x`` (float32, contiguous) in ``places[rank]`` before, and every rank's sum in ``x`` after.
+
+    places: (ranks, n) float32 in memory that the ranks share, n at least the numbers in x. If a rank was late x is as
+    it was, and the call may be made again.
+    """
+    late: int = _native.add_up(_describe(x), _describe(places), _describe(counters), rank, turn, nanoseconds)
     return late

@@ -37,6 +37,6 @@ Fast py_linear, py_embedding, py_grouped;                       // bind_linear.c
 Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cpp
 Fast py_block;                                                  // bind_block.cpp
 Fast py_unchanged;                                              // bind_state.cpp
-Fast py_meet;                                                   // bind_shared.cpp
+Fast py_meet, py_add_up;                                        // bind_shared.cpp
 
 } // namespace upcast

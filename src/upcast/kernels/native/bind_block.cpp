@@ -138,11 +138,15 @@ bool check_caches(const Tensor &keys, const Tensor &values, Block &b) {
 }
 
 bool read_sizes(Arguments &args, Block &b) {
-    int64_t activation;
-    if (!args.integer(b.heads) || !args.integer(b.groups) || !args.integer(b.head_width)) return false;
+    int64_t activation, part;
+    if (!args.integer(part) || !args.integer(b.heads) || !args.integer(b.groups) || !args.integer(b.head_width)) return false;
     if (!args.flag(b.norm_heads) || !args.flag(b.parallel) || !args.flag(b.shared)) return false;
     if (!args.integer(activation) || !args.number(b.scale) || !args.number(b.softcap)) return false;
     if (!args.integer(b.window) || !args.integer(b.start) || !args.integer(b.write)) return false;
+    if (part < 0 || part > 3) return refuse("unknown part; a block has 0 (all of it) to 3. Use one.");
+    b.part = static_cast<BlockPart>(part);
+    if (b.part == BlockPart::both && !b.parallel) return refuse("both branches at once, of a block whose MLP reads what "
+                                                                "attention gave; take one after the other.");
     if (activation < 0 || activation > 2) return refuse("unknown activation; use silu, gelu or gelu_tanh.");
     if (b.window < 0 || b.softcap < 0) return refuse("window or softcap is negative; 0 stands for none.");
     b.activation = static_cast<Activation>(activation);
@@ -155,20 +159,26 @@ bool read_matrices(Arguments &args, Block &b) {
            args.matrix(b.down, "down") && check_matrices(b);
 }
 
+bool check_part(const Block &b) {
+    const bool post = b.post_attention.kind != NormKind::none || b.post_mlp.kind != NormKind::none;
+    return b.part == BlockPart::whole || !post || refuse("a norm after a part of a block; it follows the sum of the "
+                                                         "parts. Leave it out.");
+}
+
 bool read_norms(Arguments &args, Block &b) {
     const int64_t query = b.norm_heads ? b.head_width : b.heads * b.head_width;
     const int64_t key = b.norm_heads ? b.head_width : b.groups * b.head_width;
     return args.norm(b.norm_1, b.width) && args.norm(b.norm_2, b.width) && args.norm(b.post_attention, b.width) &&
-           args.norm(b.post_mlp, b.width) && args.norm(b.norm_q, query) && args.norm(b.norm_k, key);
+           args.norm(b.post_mlp, b.width) && args.norm(b.norm_q, query) && args.norm(b.norm_k, key) && check_part(b);
 }
 
 } // namespace
 
-// block(out, x, cos, sin, keys | None, values | None, threads, heads, groups, head width, norm heads, parallel, shared,
-//       activation, scale, softcap, window, start, write, 7 matrices (weight, bias), 6 norms (weight, bias, kind, eps,
-//       offset)) -> 0 done, 1 a value does not fit the float16 cache
+// block(out, x, cos, sin, keys | None, values | None, threads, part, heads, groups, head width, norm heads, parallel,
+//       shared, activation, scale, softcap, window, start, write, 7 matrices (weight, bias), 6 norms (weight, bias, kind,
+//       eps, offset)) -> 0 done, 1 a value does not fit the float16 cache
 PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    constexpr Py_ssize_t SIZES = 19, MATRICES = 14, NORMS = 30;
+    constexpr Py_ssize_t SIZES = 20, MATRICES = 14, NORMS = 30;
     if (!take_count("block", count, SIZES + MATRICES + NORMS)) return nullptr;
     Arguments each(args);
     Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");

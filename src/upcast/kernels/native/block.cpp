@@ -48,22 +48,37 @@ class Run {
 
     BlockOutcome run() {
         if (own_.failed()) return BlockOutcome::no_memory;
-        const float *first = norm(b_.norm_1, b_.x, own_.normed);
-        project(first);
-        norm_heads(b_.norm_q, 0, b_.heads);
-        norm_heads(b_.norm_k, b_.heads, b_.groups);
-        rope(0, b_.heads, own_.queries);
-        rope(b_.heads, b_.groups, own_.keys);
-        if (b_.keys && !append()) return BlockOutcome::overflow;
-        attention();
-        residual(b_.proj, b_.post_attention, own_.attended, b_.x, own_.middle);
-        if (!b_.shared) first = norm(b_.norm_2, b_.parallel ? b_.x : own_.middle, own_.normed);
-        hidden(first);
-        residual(b_.down, b_.post_mlp, own_.gate, own_.middle, b_.out);
+        const bool last = b_.part == BlockPart::attention;
+        const float *input = b_.x, *middle = nullptr;
+        if (b_.part != BlockPart::mlp) {
+            input = norm(b_.norm_1, b_.x, own_.normed);
+            if (!attend(input)) return BlockOutcome::overflow;
+            const float *from = b_.part == BlockPart::whole ? b_.x : nullptr;
+            residual(b_.proj, b_.post_attention, own_.attended, from, last ? b_.out : own_.middle);
+            middle = own_.middle;
+        }
+        if (!last) {
+            if (!b_.shared) input = norm(b_.norm_2, b_.parallel || !middle ? b_.x : middle, own_.normed);
+            else if (!middle) input = norm(b_.norm_1, b_.x, own_.normed);
+            hidden(input);
+            residual(b_.down, b_.post_mlp, own_.gate, middle, b_.out);
+        }
         return failed_ ? BlockOutcome::no_memory : BlockOutcome::done;
     }
 
   private:
+    // Attention up to its last matrix, left in own_.attended; false where the cache does not take a value.
+    bool attend(const float *x) {
+        project(x);
+        norm_heads(b_.norm_q, 0, b_.heads);
+        norm_heads(b_.norm_k, b_.heads, b_.groups);
+        rope(0, b_.heads, own_.queries);
+        rope(b_.heads, b_.groups, own_.keys);
+        if (b_.keys && !append()) return false;
+        attention();
+        return true;
+    }
+
     int64_t qkv_width() const { return (b_.heads + 2 * b_.groups) * b_.head_width; }
 
     // The rows of x normalised into `out`, or x itself where there is no norm.
@@ -93,7 +108,8 @@ class Run {
         into(b_.value, x, values, qkv_width(), nullptr);
     }
 
-    // out = from + post(matrix x); the residual is added after the sum over K, which keeps its accuracy.
+    // out = from + post(matrix x); the residual is added after the sum over K, which keeps its accuracy. Without a norm
+    // `from` may be null.
     void residual(const Matrix &matrix, const BlockNorm &post, const float *x, const float *from, float *out) {
         if (post.kind == NormKind::none) return linear(matrix, x, out, from);
         linear(matrix, x, own_.branch, nullptr);

@@ -21,9 +21,14 @@ struct BlockNorm {
     float eps, offset;
 };
 
+// A block divided between processes runs in parts, whose results the processes add up before anything else: the branch
+// of attention or of the MLP alone, or both branches of a parallel block, without residual and without post norms.
+enum class BlockPart { whole, attention, mlp, both };
+
 // Sequential: h = x + post_attention(attention(norm_1(x))), out = h + post_mlp(mlp(norm_2(h))).
 // Parallel: the MLP reads norm_2(x), or norm_1(x) when shared. x and out are contiguous [batch, time, width].
 struct Block {
+    BlockPart part;
     const float *x;
     float *out;
     int64_t batch, time, width;

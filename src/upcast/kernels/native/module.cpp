@@ -111,6 +111,7 @@ PyMethodDef METHODS[] = {
     {"block", fast(py_block), METH_FASTCALL, nullptr},
     {"unchanged", fast(py_unchanged), METH_FASTCALL, nullptr},
     {"meet", fast(py_meet), METH_FASTCALL, nullptr},
+    {"add_up", fast(py_add_up), METH_FASTCALL, nullptr},
     {"setup", fast(py_setup), METH_FASTCALL, nullptr},
     {"attach_pool", py_attach_pool, METH_O, nullptr},
     {"pool", py_pool, METH_NOARGS, nullptr},
