@@ -63,7 +63,7 @@ def mark(tensor: Tensor, kind: str | None) -> Tensor:
 
 def mark_of(tensor: Tensor) -> str | None:
     """Return the mark of a tensor."""
-    return tensor.__dict__.get("_upcast")
+    return getattr(tensor, "_upcast", None)  # not by __dict__, which a tensor without marks has none of until asked
 
 
 def mark_buffers(module: nn.Module) -> None:
