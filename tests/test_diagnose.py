@@ -3,12 +3,14 @@
 import copy
 import json
 import math
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import upcast
 from tests.conftest import assert_patched
@@ -225,6 +227,37 @@ def test_products_of_the_diagnosing_pass_are_float16_s_to_the_last_rounding(name
     both = want.isfinite()
     assert float((got[both].float() - want[both].float()).abs().max() / want[both].float().abs().max()) < 2**-10
     assert float((got[both] != want[both]).float().mean()) < 0.02
+
+
+class Alive(TorchDispatchMode):
+    """Counts the bytes of new tensors: how many are alive at once, and all together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.all = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if type(result) is Tensor and not func.is_view:
+            self.now, self.all = self.now + result.nbytes, self.all + result.nbytes
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(result, self._gone, result.nbytes)
+        return result
+
+    def _gone(self, size: int) -> None:
+        self.now -= size
+
+
+def test_activations_are_never_held_all_at_once() -> None:
+    model, x = nn.Sequential(*(Block(1.0) for _ in range(16))), torch.randn(8192, 16)
+    with Alive() as plain, torch.no_grad():
+        model(x)
+    with Alive() as diagnosing:
+        assert upcast.diagnose(model, x).finite
+    assert plain.all > 16 * x.nbytes
+    assert diagnosing.all > 2 * plain.all  # both passes were seen
+    assert diagnosing.peak < 3 * plain.peak
+    assert diagnosing.peak < diagnosing.all / 10
 
 
 # --- refusals, of all that measures ----------------------------------------------------------------------------------
