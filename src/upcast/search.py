@@ -259,10 +259,14 @@ class _Judge:
 
 
 def _blocks(run: Trial) -> list[str]:
-    """Return the names of the model's blocks: the longest list of modules in it."""
+    """Return the names of the model's blocks: the list of modules with most of the weights, not a block's experts."""
     lists = [(name, module) for name, module in run.root.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    name, modules = max(lists, key=lambda item: len(item[1]), default=("", torch.nn.ModuleList()))
+    name, modules = max(lists, key=lambda item: _weights(item[1]), default=("", torch.nn.ModuleList()))
     return [f"{name}.{index}" for index in range(len(modules))]
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _confined(policy: Policy, blocks: list[str]) -> Policy:
