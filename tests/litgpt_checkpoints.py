@@ -22,7 +22,7 @@ def small_config(name: str, **changes: Any) -> Any:
         sizes["intermediate_size"] = 96
     for listed in ("sliding_window_indices", "rope_indices"):
         if getattr(config, listed, None) is not None:
-            sizes[listed] = getattr(config, listed)[: SMALL["n_layer"]]
+            sizes[listed] = getattr(config, listed)[: changes.get("n_layer", SMALL["n_layer"])]
     if config.n_expert:
         sizes["n_expert"] = 8
     if config.sliding_window_size:

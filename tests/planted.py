@@ -6,6 +6,7 @@ model's own weights.
 """
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from tests.test_transformers import FAMILIES, make
 from upcast.policy import CLASSES
 
 IDS = torch.arange(1, 13)[None]
+DEPTH = 6  # blocks of a model with a fault
 LITGPT = ("pythia-14m", "Llama-3.2-1B", "Gemma-2-2b", "Qwen3-0.6B", "phi-2")
 TRANSFORMERS = ("GPT2LMHeadModel", "GPTNeoXForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "FalconForCausalLM")
 
@@ -83,15 +85,16 @@ class Fault:
     module: str
 
 
-def build(family: str, seed: int) -> nn.Module:
-    """Return a tiny seeded model of LitGPT or Transformers."""
+def build(family: str, seed: int, depth: int = 0) -> nn.Module:
+    """Return a tiny seeded model of LitGPT or Transformers, with as many blocks as asked for (by default a few)."""
     torch.manual_seed(seed)
     if family in LITGPT:
         from litgpt import GPT
 
-        return GPT(small_config(family)).eval()
-    row = next(row for row in FAMILIES if row[0] == family)
-    model: nn.Module = make(*row[:3])
+        return GPT(small_config(family, **({"n_layer": depth} if depth else {}))).eval()
+    kind, config, sizes, _ = next(row for row in FAMILIES if row[0] == family)
+    layers = "n_layer" if "n_layer" in sizes else "num_hidden_layers"
+    model: nn.Module = make(kind, config, {**sizes, layers: depth or sizes[layers]})
     return model
 
 
@@ -100,13 +103,13 @@ def plant(seed: int) -> Fault:
     chance = random.Random(seed)
     op_class = list(CLASSES)[seed % len(CLASSES)]
     family = chance.choice(LITGPT if seed // len(CLASSES) % 2 else TRANSFORMERS)
-    model = build(family, seed)
+    model = build(family, seed, DEPTH)
     name = chance.choice(_inside(model, nn.Linear, "Conv1D"))
     if op_class in ("linear", "norm") and chance.random() < 0.5:
         natural = name if op_class == "linear" else chance.choice(_inside(model, nn.LayerNorm, "RMSNorm"))
         if _scaled(model, natural):
             return Fault(model, op_class, natural)
-        model = build(family, seed)
+        model = build(family, seed, DEPTH)
     parent, _, leaf = name.rpartition(".")
     inner = model.get_submodule(name)
     width = getattr(inner, "out_features", None) or inner.weight.shape[1]
@@ -117,7 +120,7 @@ def plant(seed: int) -> Fault:
 def _inside(model: nn.Module, kind: type[nn.Module], name: str) -> list[str]:
     """Return the names of such modules inside the blocks."""
     found = [each for each, m in model.named_modules() if isinstance(m, kind) or type(m).__name__.endswith(name)]
-    return [each for each in found if ".0." in each or ".1." in each or ".2." in each]
+    return [each for each in found if re.search(r"\.\d+\.", each)]
 
 
 def _scaled(model: nn.Module, name: str) -> bool:

@@ -15,6 +15,7 @@ from tests.conftest import Run, half_weights, rounded
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.planted import build, plant
 from tests.test_patching import snapshot
+from tests.test_transformers import FAMILIES, make
 from upcast import UpcastError
 from upcast.cli import main
 
@@ -95,11 +96,37 @@ def test_bad_texts_are_refused(model: Any) -> None:
         upcast.certify(model, "some text")
     with pytest.raises(UpcastError, match="3 tokens; at least 34"):
         upcast.certify(model, IDS[:3])
+    with pytest.raises(UpcastError, match=r"token ids are on meta; .* Move them with .to\('cpu'\)"):
+        upcast.certify(model, IDS.to("meta"))
+    with pytest.raises(UpcastError, match="GPT fails in float32 already, on 64 token ids: IndexError"):
+        upcast.certify(model, torch.full((80,), 5000), window=64)
+    with pytest.raises(UpcastError, match=r"fails in float32 already, on 199 token ids: .* window= is how many"):
+        upcast.certify(model, IDS, window=500)
     broken = copy.deepcopy(model)
     with torch.no_grad():
         broken.lm_head.weight[0, 0] = float("nan")
     with pytest.raises(UpcastError, match="not finite in float32 already"):
         upcast.certify(broken, IDS[:80])
+
+
+@pytest.mark.parametrize("setting", [{"window": 0}, {"windows": 0}, {"greedy": -1}], ids=str)
+def test_sizes_that_are_none_are_refused(model: Any, setting: dict[str, int]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(UpcastError, match=f"{name} is {value}; it must be at least {value + 1}"):
+        upcast.certify(model, IDS[:80], **setting)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "T5ForConditionalGeneration"])
+def test_what_is_no_causal_language_model_is_refused(kind: str) -> None:
+    model = make(*next(row for row in FAMILIES if row[0] == kind)[:3])
+    with pytest.raises(UpcastError, match="causal language model"):
+        upcast.certify(model, IDS % 100, window=64)
+
+
+def test_lists_of_ids_are_texts(model: Any) -> None:
+    options = {"window": 64, "windows": 1, "greedy": 0}
+    given = upcast.certify(model, IDS.tolist(), **options), upcast.certify(model, IDS[None], **options)
+    assert row(given[0], "float16").kl == row(given[1], "float16").kl > 0
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

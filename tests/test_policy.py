@@ -33,6 +33,9 @@ MISTAKES = {
     "none; kv_cache=float8": "float8",
     "none; foo": "foo",
     "none; =norm": "=norm",
+    "none,norm": ",norm",
+    "norm linear": "linear",
+    "none; h.1=norm-linear": "-linear",
 }
 PATTERNS = st.text("abch.*0123456789_", min_size=1).filter(lambda p: p not in ("kv_cache", "storage"))
 SETS = st.sets(st.sampled_from(sorted(CLASSES))).map(frozenset)
@@ -70,6 +73,11 @@ def test_the_valid_names_are_listed_and_the_nearest_is_offered() -> None:
     assert all(name in str(caught.value) for name in (*CLASSES, *PRESETS))
 
 
+def test_capitals_are_no_names_and_the_nearest_is_offered() -> None:
+    with pytest.raises(UpcastError, match="did you mean 'safe'"):
+        Policy.parse("SAFE")
+
+
 def test_the_last_override_that_matches_counts() -> None:
     policy = Policy.parse("none; h.*=norm; h.1*=linear; h.12=safe")
     names = ("wte", "h.0.attn", "h.1", "h.11.mlp", "h.12.mlp.proj")
@@ -105,8 +113,11 @@ def test_a_saved_policy_for_another_architecture_is_refused(tmp_path: Path) -> N
     upcast.patch(net(), policy=saved)
     other = nn.Sequential(nn.Linear(8, 9), nn.LayerNorm(9))
     before = dict(other.named_parameters())
-    with pytest.raises(UpcastError, match=r"measured on a Sequential of 88 parameters .* Run upcast.search"):
-        upcast.patch(other, policy=saved)
+    found = upcast.search(net(), torch.randn(2, 8), verbose=False)
+    diagnosed = upcast.diagnose(net(), torch.randn(2, 8))
+    for choice in (saved, str(saved), found, diagnosed):
+        with pytest.raises(UpcastError, match=r"measured on a Sequential of 88 parameters .* Run upcast.search"):
+            upcast.patch(other, policy=choice)
     assert all(p is before[name] for name, p in other.named_parameters())
     assert fingerprint.of(upcast.patch(net())) == fingerprint.of(net())
 
@@ -127,7 +138,9 @@ def test_what_is_no_policy_is_refused(policy: object, message: str) -> None:
     assert all(type(p) is nn.Parameter for p in model.parameters())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"policy": 3}', '{"policy": "nroom"}'])
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"policy": 3}', '{"policy": "nroom"}', '{"policy": "none", "architecture": 3}']
+)
 def test_files_that_hold_no_policy_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "p.json").write_text(text)
     with pytest.raises(UpcastError):

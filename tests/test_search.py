@@ -237,3 +237,33 @@ def test_the_policy_is_confined_to_the_blocks_that_need_it() -> None:
     found = upcast.search(Chain(), torch.full((1, 8), 10.0) + torch.rand(1, 8), verbose=False)
     assert str(found.policy) == "none; blocks.3..4=linear"
     assert upcast.search(Chain(), torch.full((1, 8), 10.0), modules=False, verbose=False).policy.overrides == ()
+
+
+def test_blocks_are_the_model_s_and_not_an_inner_list_of_experts() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(8, 8, bias=False) for _ in range(5))
+            with torch.no_grad():
+                for expert in self.experts:
+                    expert.weight.copy_(torch.eye(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return sum(expert(x) for expert in self.experts) / 5
+
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Experts() for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            first, loud, last = self.layers
+            return last(loud(first(x)) * 1e-4)
+
+    model = Mixture()
+    with torch.no_grad():
+        for expert in model.layers[1].experts:
+            expert.weight.mul_(1e4)
+    found = upcast.search(model, torch.full((1, 8), 10.0) + torch.rand(1, 8), verbose=False)
+    assert found.policy.overrides
+    assert {pattern.rpartition(".")[0] for pattern, _ in found.policy.overrides} == {"layers"}

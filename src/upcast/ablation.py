@@ -8,7 +8,6 @@ from typing import Any
 
 from upcast import console, fingerprint
 from upcast.diagnose import relative_error
-from upcast.errors import UpcastError
 from upcast.findings import all_finite
 from upcast.policy import ALL, CLASSES, PRESETS, Policy
 from upcast.trial import Sample, Samples, Trial, answer, trial
@@ -59,12 +58,12 @@ class Ablation:
         return plots.ablation(self.rows, f"{self.model}: one op class alone, or all but one", Path(path))
 
 
-def ablate(model: object, inputs: Any, *, extra: tuple[str, ...] = (), **kwargs: Any) -> Ablation:
+def ablate(model: object, inputs: Any = None, *, extra: tuple[str, ...] = (), **kwargs: Any) -> Ablation:
     """Return finite or not and the error for each op class upcast alone, dropped alone, and for the presets.
 
     Args:
         model: any module on the CPU, patched or not; afterwards it is as it was.
-        inputs: one sample or an iterable of samples, as for `upcast.search`.
+        inputs: one sample or an iterable of samples, as for `upcast.search`; None: ``kwargs`` are the sample.
         extra: further policy strings to measure.
         kwargs: keyword arguments of every sample.
 
@@ -75,7 +74,7 @@ def ablate(model: object, inputs: Any, *, extra: tuple[str, ...] = (), **kwargs:
         policies = _policies(extra)
         errors = [0.0] * len(policies)  # the worst sample's, infinite where a result was not
         for sample in Samples(inputs, kwargs):  # one at a time, under all policies
-            reference = _reference(run, sample)
+            reference = run.finite_reference(sample)
             errors = [max(e, _error(run, each[1], sample, reference)) for e, each in zip(errors, policies, strict=True)]
             del sample, reference  # before the next one is made
         rows = [
@@ -91,15 +90,6 @@ def _policies(extra: tuple[str, ...]) -> list[tuple[str, Policy, str, bool]]:
     chosen += [(f"all but {name}", Policy(ALL - {name}), name, True) for name in CLASSES]
     chosen += [(text, Policy.parse(text), "", False) for text in ("sensitive", *extra)]
     return [*chosen, ("everything (safe)", Policy(), "", False)]
-
-
-def _reference(run: Trial, sample: Sample) -> Any:
-    reference = answer(run.reference(sample)).float()
-    if not all_finite(reference):
-        raise UpcastError(
-            "the result in float32 is not finite; no policy can cure that. See upcast.diagnose(model, ...)."
-        )
-    return reference.clone()
 
 
 def _error(run: Trial, policy: Policy, sample: Sample, reference: Any) -> float:

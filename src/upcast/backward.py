@@ -33,16 +33,20 @@ class Step:
         self.gradients: dict[str, Tensor] = {}
         self.bad_input = False  # the gradient of something learned outside the model
 
-    def locate(self, module: nn.Module) -> str:
-        """Run the step again and return which module and operation made the first gradient that is not finite."""
+    def locate(self, module: nn.Module, root: nn.Module) -> str:
+        """Run the step of ``module`` again, under the policy of ``root``, the patched model that it is in or is.
+
+        Return which module and operation made the first gradient that is not finite.
+        """
         from upcast.patching import record_of
         from upcast.trial import trial
 
         trace = Trace()
         self.state.restore()
         sample = pytree.tree_map_only(Tensor, _leaf, (self.args, self.kwargs))
-        with trial(module, training=True) as run, _gradients_kept(module), torch.enable_grad():
-            output = run.run(record_of(module).policy, sample, trace.note, gradients=True)
+        with trial(root, training=True) as run, _gradients_kept(root), torch.enable_grad():
+            run.module = module
+            output = run.run(record_of(root).policy, sample, trace.note, gradients=True)
             results = dict(tensors(output))
             names = ["loss"] if "loss" in self.gradients else list(self.gradients)
             used = [name for name in names if name in results and results[name].requires_grad]
@@ -53,10 +57,10 @@ class Step:
 
 
 class Backward:
-    """The backward passes of one watched module. ``steps`` counts its forward passes in training."""
+    """The backward passes of one watched module in ``root``. ``steps`` counts its forward passes in training."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: nn.Module, root: nn.Module) -> None:
+        self.module, self.root = module, root
         self.steps = 0
         self._arrived: list[Step] = []
 
@@ -109,11 +113,11 @@ class Backward:
 
     def _end(self) -> None:
         steps, self._arrived = self._arrived, []
-        bad = next((name for name, p in self.module.named_parameters() if _bad(p.grad)), "")
+        bad = next((name for name, p in self.root.named_parameters() if _bad(p.grad)), "")
         if not bad and any(step.bad_input for step in steps):
             bad = "its inputs"
         if bad:
-            places = [(step.number, step.locate(self.module)) for step in steps]
+            places = [(step.number, step.locate(self.module, self.root)) for step in steps]
             number, where = next((place for place in places if place[1]), (steps[0].number, ""))
             raise UpcastError(
                 f"{self._name}: the gradient of {bad} is not finite in training step {number}; "

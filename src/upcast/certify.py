@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -107,7 +107,7 @@ class Certificate:
 
 def certify(
     model: object,
-    text: str | Tensor,
+    text: str | Tensor | Sequence[int],
     *,
     tokenizer: Any = None,
     policy: Choice = "safe",
@@ -121,7 +121,7 @@ def certify(
 
     Args:
         model: a causal language model on the CPU, patched or not: called with token ids (1, T), it gives logits.
-        text: text, or token ids of shape (T,) or (1, T).
+        text: text, or token ids: a list, or a tensor of shape (T,) or (1, T).
         tokenizer: what encodes the text; not needed for token ids nor for a litgpt ``LLM``.
         policy: upcast's policy, as for `upcast.patch`.
         window: positions per forward pass.
@@ -129,9 +129,13 @@ def certify(
         greedy: tokens to decode after the first 32 of the text.
 
     Raises:
-        UpcastError: the text is too short or there is no tokenizer; float32's logits are not finite.
+        UpcastError: the text is too short or there is no tokenizer; ids on another device; a window that is no positive
+            number; the model is no causal language model, fails in float32, or its logits there are not finite.
     """
     root, ids = unwrap(model), _encode(model, text, tokenizer)
+    for name, value, least in (("window", window, 1), ("windows", windows, 1), ("greedy", greedy, 0)):
+        if value < least:
+            raise UpcastError(f"{name} is {value}; it must be at least {least}.")
     pieces = list(_windows(ids, window, windows))
     prompt = ids[:32]
     with torch.no_grad():
@@ -152,9 +156,11 @@ def certify(
     )
 
 
-def _encode(model: Any, text: str | Tensor, tokenizer: Any) -> Tensor:
-    if isinstance(text, Tensor):
-        ids = text.reshape(-1)
+def _encode(model: Any, text: str | Tensor | Sequence[int], tokenizer: Any) -> Tensor:
+    if isinstance(text, Tensor) and text.device.type != "cpu":
+        raise UpcastError(f"the token ids are on {text.device}; upcast computes on the CPU. Move them with .to('cpu').")
+    if not isinstance(text, str):
+        ids = torch.as_tensor(text).reshape(-1)
     else:
         tokenizer = tokenizer or getattr(getattr(model, "preprocessor", None), "tokenizer", None)
         if tokenizer is None:
@@ -194,18 +200,37 @@ class _Reference:
 
     def __init__(self, root: nn.Module, pieces: list[Tensor], prompt: Tensor, greedy: int) -> None:
         self.model, self.pieces, self.prompt, self.greedy = _plain(root).float(), pieces, prompt, greedy
+        self.logits(pieces[0])  # also warms up, before anything is timed
         self.continuation = _decode(self.model, prompt, greedy)
         self.row = _judged("float32", self.model, self)
 
     def logits(self, piece: Tensor) -> Tensor:
         """Return float32's logits (T, vocabulary) for a window."""
-        logits = _logits(self.model, piece[:-1])
+        logits = self._attempt(piece[:-1])
         if not bool(logits.isfinite().all()):
             raise UpcastError(
                 f"{type(self.model).__name__} is not finite in float32 already; there is nothing to compare with. "
                 "Run upcast.diagnose(model, ids) to see where."
             )
+        if logits.dim() != 2 or len(logits) != len(piece) - 1 or int(piece.max()) >= logits.shape[1]:
+            raise UpcastError(
+                f"{type(self.model).__name__} gives a tensor of shape {tuple(logits.shape)} for {len(piece) - 1} token "
+                f"ids up to {int(piece.max())}; a causal language model gives logits (positions, vocabulary), which a "
+                "certificate compares. For other models use upcast.ablate or upcast.search."
+            )
         return logits
+
+    def _attempt(self, ids: Tensor) -> Tensor:
+        try:
+            return _logits(self.model, ids)
+        except UpcastError:
+            raise
+        except Exception as error:
+            raise UpcastError(
+                f"{type(self.model).__name__} fails in float32 already, on {len(ids)} token ids: "
+                f"{type(error).__name__}: {error}. It must be a causal language model whose context and vocabulary "
+                "hold them; window= is how many are given at once."
+            ) from error
 
 
 def _logits(model: nn.Module, ids: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ def add(commands: Any) -> None:
     certify.add_argument("--policy", default="safe", help="upcast's policy (%(default)s)")
     certify.add_argument("--window", type=int, default=256, help="positions per pass (%(default)s)")
     certify.add_argument("--windows", type=int, default=8, help="how many passes at most (%(default)s)")
+    certify.add_argument("--greedy", type=int, default=16, help="tokens to decode (%(default)s)")
     certify.add_argument("--markdown", type=Path, metavar="FILE", help="write the table in Markdown")
     _outputs(certify)
     certify.set_defaults(command=_certify)
@@ -78,7 +79,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     policy.resolve(arguments.policy)  # a typo is told before a model is loaded
     text = _plain_text() if arguments.text is None else _read(arguments.text)
     model, tokenizer = load(arguments.checkpoint)
-    sizes = {"window": arguments.window, "windows": arguments.windows}
+    sizes = {"window": arguments.window, "windows": arguments.windows, "greedy": arguments.greedy}
     text = text[: 8 * arguments.window * (arguments.windows + 1)]  # a token is hardly ever longer than 8 characters
     certificate = certify(model, text, tokenizer=tokenizer, policy=arguments.policy, **sizes)
     print(certificate)

@@ -19,7 +19,7 @@ from upcast.findings import Culprit, Findings, Site, all_finite
 from upcast.half_weight import FLOAT16_MAX
 from upcast.policy import Policy
 from upcast.rounding import CHUNK
-from upcast.trial import NONE, Sample, Trial, answer, samples, trial
+from upcast.trial import NONE, answer, samples, trial
 
 SHOWN = 20  # rows of the printed table
 MARGIN = 1.0  # bits of headroom that the suggested policy asks for
@@ -89,7 +89,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
         found = Findings(tolerance)
         errors, sound = [], True
         for sample in samples(inputs, kwargs):
-            reference = _float32_pass(run, sample, found)
+            reference = run.finite_reference(sample, found.in_float32)
             try:
                 got = answer(run.run(NONE, sample, found.in_float16)).float()
             except (RuntimeError, ValueError, IndexError) as problem:  # NaN where an index or a probability is due
@@ -112,19 +112,8 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
             error,
             tolerance,
             run.passes,
-            suggested(sites),
+            suggested(sites, found.culprit),
         )
-
-
-def _float32_pass(run: Trial, sample: Sample, found: Findings) -> Tensor:
-    reference = answer(run.reference(sample, found.in_float32)).float()
-    if not all_finite(reference):
-        where = found.first_nonfinite or "its inputs or weights"
-        raise UpcastError(
-            f"{type(run.root).__name__} is not finite in float32 already, first in {where}; no policy can cure that. "
-            "Check weights and inputs."
-        )
-    return reference.clone()
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -135,10 +124,11 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return off / max(size, 1e-30)
 
 
-def suggested(sites: list[Site]) -> Policy:
-    """Return the classes whose results, or whose inputs, come within a bit of float16's end."""
+def suggested(sites: list[Site], culprit: Culprit | None = None) -> Policy:
+    """Return the culprit's class, and those whose results, or whose inputs, come within a bit of float16's end."""
     limit = FLOAT16_MAX / 2**MARGIN
     needed = {site.op_class for site in sites if max(site.largest, site.largest_input) > limit}
+    needed.add(culprit.op_class if culprit is not None else None)
     return Policy(frozenset(op_class for op_class in needed if op_class is not None))
 
 

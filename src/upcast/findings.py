@@ -21,6 +21,7 @@ from upcast.selective import STORED, Session, mark_of, reported
 TINY = 2.0**-25  # and below, float16 rounds to zero
 KEPT = 256  # numbers of each result that are kept for comparison
 LOOKED_AT = 4096  # numbers of each result that are looked at for what float16 flushes to zero
+EXPONENT = 0x7C00  # of float16: all ones where a number is not finite
 AT_ONCE = 1 << 20  # scores that may be in memory at once
 
 _MOVES = frozenset(
@@ -211,7 +212,7 @@ def _note(value: Tensor, name: str, number: float) -> None:
 
 def _entering(tensors: list[Tensor], name: str) -> float:
     """Return the largest of the numbers that were left on an operation's inputs."""
-    return max((t.__dict__.get(name, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
+    return max((getattr(t, name, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
 
 
 def _floats(result: Any) -> Iterator[Tensor]:
@@ -248,7 +249,12 @@ def _nonfinite(value: Tensor) -> int:
     if type(value) is HalfWeight or not value.is_floating_point() or not value.numel():
         return 0
     low, high = _bounds(value)
-    return 0 if math.isfinite(low) and math.isfinite(high) else int((~value.isfinite()).sum())
+    if math.isfinite(low) and math.isfinite(high):
+        return 0
+    if value.dtype == torch.float16:  # by their exponents: several times faster than isfinite, and mostly asked after a
+        exponents = value.view(torch.int16).bitwise_and(EXPONENT)  # first overflow, when all numbers are NaN
+        return int((exponents == EXPONENT).count_nonzero())
+    return value.numel() - int(value.isfinite().count_nonzero())
 
 
 def _flushed(value: Tensor) -> float:

@@ -24,6 +24,7 @@ def check(root: nn.Module, saved: dict[str, Any]) -> None:
     theirs, ours = saved.get("architecture"), of(root)
     if theirs is None or theirs == ours:
         return
+    theirs = theirs if isinstance(theirs, dict) else {}
     raise UpcastError(
         f"the saved policy {saved['policy']!r} was measured on {_shown(theirs)}, and this is {_shown(ours)}; what is "
         "enough for one architecture need not be for another. Run upcast.search on this model."

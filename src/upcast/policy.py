@@ -153,8 +153,10 @@ def resolve(value: object, *, check: Any = None) -> Policy:
         return _parse(fields["policy"])
     if isinstance(value, str):
         return _parse(value)
-    policy = getattr(value, "policy", None)  # what upcast.search returns
+    policy = getattr(value, "policy", None)  # what upcast.search and upcast.diagnose return
     if isinstance(policy, Policy):
+        if check is not None:
+            check({"policy": str(policy), "architecture": getattr(value, "architecture", None)})
         return policy
     raise UpcastError(
         f"policy is a {type(value).__name__}; it must be an upcast.Policy, a policy string or the path of a saved one. "
@@ -223,14 +225,23 @@ def _classes(text: str, start: int, part: str) -> frozenset[str]:
     for raw in part.split("+"):
         word = raw.strip()
         if word not in PRESETS and word not in CLASSES:
-            close = difflib.get_close_matches(word, [*PRESETS, *CLASSES], n=1)
-            hint = f"did you mean {close[0]!r}? " if close else ""
-            raise _fault(
-                text, start + len(raw) - len(raw.lstrip()), f"{word!r} is no op class", f"{hint}valid are {_valid()}"
-            )
+            raise _no_class(text, start + len(raw) - len(raw.lstrip()), word)
         found |= PRESETS.get(word, {word})
         start += len(raw) + 1
     return frozenset(found)
+
+
+def _no_class(text: str, at: int, word: str) -> UpcastError:
+    name = re.match(r"\w*", word)
+    length = name.end() if name else 0
+    if word[:length] in PRESETS or word[:length] in CLASSES:  # a good name, and then something that is no +
+        length += len(word[length:]) - len(word[length:].lstrip())
+        return _fault(
+            text, at + length, f"{word[length:]!r} follows {word[:length].strip()!r}", f"valid are {_valid()}"
+        )
+    close = difflib.get_close_matches(word.lower(), [*PRESETS, *CLASSES], n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return _fault(text, at, f"{word!r} is no op class", f"{hint}valid are {_valid()}")
 
 
 def _valid() -> str:

@@ -76,7 +76,7 @@ class Found:
 
 def search(
     model: object,
-    inputs: Any,
+    inputs: Any = None,
     *,
     tolerance: float = 1e-2,
     metric: Metric | None = None,
@@ -91,7 +91,8 @@ def search(
         inputs: one sample (a tensor, a mapping of keyword arguments, a tuple of positional ones), or what gives samples
             each time it is iterated, the same ones in the same order: a list, a Dataset, a DataLoader. One sample is
             held at a time. Of float32's results only the first sample's is kept; the others' are computed again for
-            every policy that gets that far, which is one more pass each, and needs neither memory nor disk.
+            every policy that gets that far, which is one more pass each, and needs neither memory nor disk. None:
+            ``kwargs`` are the sample.
         tolerance: the largest error allowed.
         metric: (output, float32's output) -> error, of the model's outputs as they are; by default the relative error
             of the logits (or of the first floating-point tensor).
@@ -169,17 +170,10 @@ class _Judge:
 
     def _reference(self, sample: Sample, index: int) -> Any:
         """Run float32 on a sample; the first one's ranges rank the classes."""
-        output = self.run.reference(sample, self.findings.in_float32 if index == 0 else None)
+        observer = self.findings.in_float32 if index == 0 else None
         if self.metric is not None:
-            return output
-        reference = answer(output).float()
-        if not all_finite(reference):
-            where = self.findings.first_nonfinite or "its inputs or weights"
-            raise UpcastError(
-                f"{type(self.run.root).__name__} is not finite in float32 already (sample {index + 1}), first in "
-                f"{where}; no policy can cure that. Check weights and inputs."
-            )
-        return reference.clone()
+            return self.run.reference(sample, observer)
+        return self.run.finite_reference(sample, observer, f" (sample {index + 1})")
 
     # --- classes ---
 
@@ -265,10 +259,14 @@ class _Judge:
 
 
 def _blocks(run: Trial) -> list[str]:
-    """Return the names of the model's blocks: the longest list of modules in it."""
+    """Return the names of the model's blocks: the list of modules with most of the weights, not a block's experts."""
     lists = [(name, module) for name, module in run.root.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    name, modules = max(lists, key=lambda item: len(item[1]), default=("", torch.nn.ModuleList()))
+    name, modules = max(lists, key=lambda item: _weights(item[1]), default=("", torch.nn.ModuleList()))
     return [f"{name}.{index}" for index in range(len(modules))]
+
+
+def _weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _confined(policy: Policy, blocks: list[str]) -> Policy:

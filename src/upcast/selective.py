@@ -63,7 +63,7 @@ def mark(tensor: Tensor, kind: str | None) -> Tensor:
 
 def mark_of(tensor: Tensor) -> str | None:
     """Return the mark of a tensor."""
-    return tensor.__dict__.get("_upcast")
+    return getattr(tensor, "_upcast", None)  # not by __dict__, which a tensor without marks has none of until asked
 
 
 def mark_buffers(module: nn.Module) -> None:
@@ -95,13 +95,13 @@ class Session(TorchFunctionMode):
     """One call of a patched model under a policy.
 
     Args:
-        owner: what tells the sessions of different models apart.
-        observer: called after each operation with (session, op class, function's name, its tensors, its result).
+        owner: what tells the sessions of different models apart. Its ``observer``, if not None, is called after each
+            operation with (session, op class, function's name, its tensors, its result); it may come and go.
     """
 
-    def __init__(self, owner: object, observer: Observer | None = None) -> None:
+    def __init__(self, owner: Any) -> None:
         super().__init__()
-        self.owner, self.observer = owner, observer
+        self.owner = owner
         self.frames: list[Frame] = []
         self.before: Session | None = None
 
@@ -121,19 +121,19 @@ class Session(TorchFunctionMode):
             return func(*args, **kwargs)
         if func == _DTYPE:
             return reported(args[0])
-        name, frame = opclasses.name_of(func), self.frames[-1]
+        name, frame, observer = opclasses.name_of(func), self.frames[-1], self.owner.observer
         if name in _CONVERSIONS:
             result = _converted(frame, func, args, kwargs)
-            if self.observer is not None:
-                self.observer(self, frame.op_class, name, [args[0]], result)
+            if observer is not None:
+                observer(self, frame.op_class, name, [args[0]], result)
             return result
         if name in _ASKS:
             return _answered(func, args, kwargs)
         call = Call(frame, func, name, args, kwargs)
-        call.observed = self.observer is not None
+        call.observed = observer is not None
         result = call.run()
-        if self.observer is not None:
-            self.observer(self, call.op_class, name, call.tensors, result)
+        if observer is not None:
+            observer(self, call.op_class, name, call.tensors, result)
         return result
 
 

@@ -1,5 +1,6 @@
 """Running a model under one policy after another, on the user's inputs: for diagnosis, search and certificate."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -12,6 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from upcast import patching, tracking
 from upcast.errors import UpcastError
+from upcast.findings import Findings, all_finite
 from upcast.half_weight import HalfWeight
 from upcast.policy import Policy
 from upcast.selective import Observer
@@ -46,7 +48,8 @@ class Samples:
     """The samples of ``inputs``, one at a time and as often as they are asked for.
 
     Args:
-        inputs: one sample, or what gives samples each time it is iterated: a list, a Dataset, a DataLoader.
+        inputs: one sample, or what gives samples each time it is iterated: a list, a Dataset, a DataLoader. None: the
+            keyword arguments are the sample.
         kwargs: keyword arguments of every sample.
 
     Raises:
@@ -71,6 +74,8 @@ class Samples:
 
     def _each(self) -> Iterator[Any]:
         inputs = self.inputs
+        if inputs is None:
+            return
         if isinstance(inputs, (Tensor, Mapping, tuple, str, bytes)):
             yield inputs
         elif isinstance(inputs, Iterable):
@@ -94,9 +99,15 @@ def _sample(value: Any, kwargs: Mapping[str, Any]) -> Sample:
     elif isinstance(value, Tensor):
         sample = ((value,), dict(kwargs))
     else:
+        text = isinstance(value, (str, bytes)) or (isinstance(value, list) and isinstance(next(iter(value), None), str))
+        remedy = (
+            "Encode text with the model's tokenizer first"
+            if text
+            else "Pass several samples as diagnose(model, *samples)"
+        )
         raise UpcastError(
             f"an input is a {type(value).__name__}; it must be a tensor, a mapping of keyword arguments or a tuple of "
-            "positional ones. Encode text with the model's tokenizer first."
+            f"positional ones. {remedy}."
         )
     for leaf in pytree.tree_leaves(sample):
         if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
@@ -141,28 +152,38 @@ class Trial:
 
     Attributes:
         root: the module.
+        module: what is called: the root, unless one of its modules is to be tried by itself.
         passes: forward passes so far.
     """
 
     def __init__(self, root: nn.Module, selection: Selection) -> None:
-        self.root, self.selection = root, selection
+        self.root, self.module, self.selection = root, root, selection
         self.passes = 0
+        self._seed: Tensor | None = None  # the random state in which every pass begins, of a model that draws
 
     def run(self, policy: Policy, sample: Sample, observer: Observer | None = None, *, gradients: bool = False) -> Any:
         """Return the model's output under ``policy``."""
         tracking.change(self.root, self.selection, policy)
         self.selection.observer = observer
         self.passes += 1
+        if self._seed is not None:
+            torch.set_rng_state(self._seed)
         try:
             with torch.set_grad_enabled(gradients), paused():
-                return self.root(*sample[0], **sample[1])
+                return self.module(*sample[0], **sample[1])
         finally:
             self.selection.observer = None
 
     def reference(self, sample: Sample, observer: Observer | None = None) -> Any:
-        """Return the model's output in float32; if that fails, it is not float16's fault: say so and stop."""
+        """Return the model's output in float32; if that fails, it is not float16's fault: say so and stop.
+
+        Raises:
+            UpcastError: it fails, or it draws random numbers in training mode. Those of a model in eval mode are drawn
+                from the same random state in every pass.
+        """
+        before = torch.get_rng_state()
         try:
-            return self.run(SAFE, sample, observer)
+            output = self.run(SAFE, sample, observer)
         except UpcastError:
             raise
         except Exception as error:
@@ -170,6 +191,28 @@ class Trial:
                 f"{type(self.root).__name__} fails in float32 already: {type(error).__name__}: {error}. Make "
                 "model(...) run with these inputs first."
             ) from error
+        if self._seed is None and not torch.equal(before, torch.get_rng_state()):
+            _refuse_drawing(self.root)
+            self._seed = before
+        return output
+
+    def finite_reference(self, sample: Sample, observer: Observer | None = None, which: str = "") -> Tensor:
+        """Return the tensor that float32's output is judged by, a copy in float32.
+
+        Raises:
+            UpcastError: as `reference`; some of its numbers are not finite: the message names where, and the sample
+                as ``which`` has it.
+        """
+        value = answer(self.reference(sample, observer)).float()
+        if all_finite(value):
+            return value.clone()
+        findings = Findings(math.inf)
+        self.run(SAFE, sample, findings.in_float32)
+        raise UpcastError(
+            f"{type(self.root).__name__} is not finite in float32 already{which}, first in "
+            f"{findings.first_nonfinite or 'its inputs'}{_broken_weights(self.root)}; no policy can cure that. Check "
+            "weights and inputs."
+        )
 
 
 @contextmanager
@@ -212,3 +255,20 @@ def _refuse_training(root: nn.Module) -> None:
                 f"{type(root).__name__} is in training mode, where {name} ({type(module).__name__}) gives another "
                 "result each time; two passes can be compared only if they do the same. Call model.eval() first."
             )
+
+
+def _refuse_drawing(root: nn.Module) -> None:
+    """Refuse dropout that is no layer: a function, or inside attention and recurrent layers."""
+    if any(module.training for module in root.modules()):
+        raise UpcastError(
+            f"{type(root).__name__} is in training mode and draws random numbers, as dropout does; two passes can be "
+            "compared only if they do the same. Call model.eval() first."
+        )
+
+
+def _broken_weights(root: nn.Module) -> str:
+    for name, tensor in root.named_parameters():
+        plain = tensor.stored if isinstance(tensor, HalfWeight) else tensor
+        if plain.is_floating_point() and not all_finite(plain):
+            return f" ({name} itself is not finite)"
+    return ""

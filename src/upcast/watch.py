@@ -1,8 +1,9 @@
 """guard and heal: a patched model whose result is not finite says where it comes from, or cures itself.
 
-The model's forward is wrapped; each call costs one sum over the logits. Only when that is not finite does anything
-else happen: the step is run again, from the state before it, to find or to avoid what went wrong. In training, guard
-watches the gradients as well (`upcast.backward`).
+The model's forward is wrapped, and those of the modules inside it that generation loops call by themselves; each call
+costs one sum over the logits. Only when that is not finite does anything else happen: the step is run again, from the
+state before it, to find or to avoid what went wrong. In training, guard watches the gradients as
+well (`upcast.backward`).
 """
 
 import inspect
@@ -10,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.policy import Policy, show
 
-_paused: Any = threading.local()  # .depth: blocks of `paused` in this thread
+_local: Any = threading.local()  # .paused: blocks of `paused` in this thread; .roots: models whose forward it is in
 # Of a cache: replaced by longer ones, or written where the step will write again. `_buffers` are our float16 twins'.
 _APPENDED = frozenset({"keys", "values", "_buffers"})
 _SHIFTED = "StaticSlidingWindowLayer"  # of Transformers: moves its rows along in place, so that they must be copied
@@ -31,34 +33,45 @@ _PLAIN = (bool, int, float, str, type, type(None), torch.dtype, torch.device)
 @contextmanager
 def paused() -> Iterator[None]:
     """Within the block, no model of this thread is watched."""
-    _paused.depth = getattr(_paused, "depth", 0) + 1
+    _local.paused = getattr(_local, "paused", 0) + 1
     try:
         yield
     finally:
-        _paused.depth -= 1
+        _local.paused -= 1
 
 
 class Watch(Forward):
-    """The forward of a watched model, around the one that it has."""
+    """The forward of a watched model, around the one that it has; also of a module inside it that is called by itself.
 
-    def __init__(self, module: nn.Module, guard: bool, heal: bool) -> None:
+    Of the watched modules of one model that are inside one another, the outermost that is called watches.
+    """
+
+    def __init__(self, module: nn.Module, root: nn.Module, guard: bool, heal: bool) -> None:
         self.module: Any = module
+        self.root = root
         self.guard, self.heal = guard, heal
         self.before = module.__dict__.get("forward")
         self.lenient = False  # infinite numbers are meant, as in masked logits: only NaN counts
-        self.backward = Backward(module)
+        self.backward = Backward(module, root)
 
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or getattr(_paused, "depth", 0) > 0:
+        if torch.compiler.is_compiling() or getattr(_local, "paused", 0) > 0:
             return self._run(args, kwargs)
-        state = State(args, kwargs, self.module)
-        output = self._run(args, kwargs)
-        if not self._fine(output):
-            output = self._mend(output, state, args, kwargs)
+        roots = _local.__dict__.setdefault("roots", [])
+        if any(root is self.root for root in roots):
+            return self._run(args, kwargs)
+        roots.append(self.root)
+        try:
+            state = State(args, kwargs, self.module)
+            output = self._run(args, kwargs)
+            if not self._fine(output):
+                output = self._mend(output, state, args, kwargs)
+        finally:
+            roots.pop()
         if self.guard and torch.is_grad_enabled():
             self.backward.follow(output, args, kwargs, state)
         return output
@@ -80,7 +93,8 @@ class Watch(Forward):
         from upcast.trial import SAFE, trial
 
         sample = (args, kwargs)
-        with trial(self.module, training=True) as run:
+        with trial(self.root, training=True) as run:
+            run.module = self.module
             findings = _findings()
             state.restore()
             wide = run.run(SAFE, sample, findings.in_float32)
@@ -102,26 +116,26 @@ class Watch(Forward):
         from upcast import tracking
         from upcast.patching import record_of
 
-        selection = record_of(self.module).selection
+        selection = record_of(self.root).selection
         assert selection is not None
         base = selection.policy
 
         def attempt(added: frozenset[str]) -> tuple[bool, Any]:
-            tracking.change(self.module, selection, widened(base, added))
+            tracking.change(self.root, selection, widened(base, added))
             state.restore()
             output = self._run(args, kwargs)
             return self._fine(output), output
 
         added, output = smallest(findings.ranked(), findings.beyond(), attempt)
-        record_of(self.module).policy = selection.policy
+        record_of(self.root).policy = selection.policy
         console.say(
-            f"{type(self.module).__name__}: a value that is not finite under policy {base}; from this step on "
+            f"{type(self.root).__name__}: a value that is not finite under policy {base}; from this step on "
             f"{show(added)} runs in float32 too: policy {selection.policy}"
         )
         return output
 
     def _error(self, state: "State", sample: Any, wide: str, when: str) -> UpcastError:
-        name = type(self.module).__name__
+        name = type(self.root).__name__
         if wide:
             return UpcastError(
                 f"{name}: the result is not finite{when}, and in float32 it is not either, first in {wide}; no policy "
@@ -130,7 +144,7 @@ class Watch(Forward):
         from upcast.patching import record_of
         from upcast.trial import SAFE, trial
 
-        record = record_of(self.module)
+        record = record_of(self.root)
         if record.selection is None:
             return UpcastError(
                 f"{name}: the result is not finite{when}, and is when the same step is run again: the model does not "
@@ -139,7 +153,8 @@ class Watch(Forward):
             )
         policy = record.policy
         findings = _findings()
-        with trial(self.module, training=True) as run:
+        with trial(self.root, training=True) as run:
+            run.module = self.module
             for each, observer in ((SAFE, findings.in_float32), (policy, findings.in_float16)):
                 state.restore()
                 run.run(each, sample, observer)
@@ -180,17 +195,34 @@ def widened(policy: Policy, added: frozenset[str]) -> Policy:
 
 
 def install(root: nn.Module, guard: bool, heal: bool) -> None:
-    """Have ``root`` watched."""
-    root.__dict__["forward"] = Watch(root, guard, heal)
+    """Have ``root`` watched, by whichever door it is entered."""
+    for module in list(_doors(root)):
+        module.__dict__["forward"] = Watch(module, root, guard, heal)
+
+
+def _doors(root: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that are called from outside: the root, and what generation loops call instead of it.
+
+    A litgpt ``LLM`` and PEFT's models have their inner model generate; Transformers' ``generate`` calls the encoder.
+    """
+    found = {id(root): root}
+    for module in root.modules():
+        if any(hasattr(type(module), name) for name in ("generate", "set_kv_cache")):
+            found[id(module)] = module
+            if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+                encoder: nn.Module = module.get_encoder()  # type: ignore[operator]
+                found[id(encoder)] = encoder
+    yield from found.values()
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    watch = root.__dict__.get("forward")
-    if isinstance(watch, Watch):
-        del root.__dict__["forward"]
-        if watch.before is not None:
-            root.__dict__["forward"] = watch.before
+    for module in root.modules():
+        watch = module.__dict__.get("forward")
+        if isinstance(watch, Watch) and watch.root is root:
+            del module.__dict__["forward"]
+            if watch.before is not None:
+                module.__dict__["forward"] = watch.before
 
 
 def unwatched(module: nn.Module) -> Any:
@@ -270,8 +302,13 @@ class State:
 
 
 def _is_state(value: Any) -> bool:
-    """Whether an argument can be a cache: a mapping, or an object whose kind says so; not configs and the like."""
-    return isinstance(value, Mapping) or any(word in type(value).__name__ for word in ("Cache", "Layer", "State"))
+    """Whether an argument can be a cache: a mapping, or an object whose kind says so; not configs and the like.
+
+    What another module returned (a dataclass of Transformers, as the encoder's result) is read and not changed.
+    """
+    if isinstance(value, Mapping):
+        return not is_dataclass(value)
+    return any(word in type(value).__name__ for word in ("Cache", "Layer", "State"))
 
 
 def _answer(output: Any) -> Tensor | None:

@@ -20,7 +20,7 @@ import wrapt
 from torch import Tensor
 
 from upcast.integrations import loading
-from upcast.integrations.loading import NotOurs
+from upcast.integrations.loading import Loading, NotOurs
 
 
 class Arriving:
