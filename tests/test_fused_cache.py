@@ -73,7 +73,10 @@ def test_a_watched_head_sees_every_position() -> None:
         assert shapes == [(1, 7)]
 
 
-def test_a_compiled_next_token_runs_fused_and_says_so_once(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("before", [False, True], ids=["patched first", "compiled first"])
+def test_a_compiled_next_token_runs_fused_and_says_so_once(
+    before: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from litgpt.generate import base
 
     graphs: list[Any] = []
@@ -82,18 +85,20 @@ def test_a_compiled_next_token_runs_fused_and_says_so_once(capsys: pytest.Captur
         graphs.append(graph)
         return graph.forward
 
+    gc.collect()  # models of other tests, never unpatched
+    own, unpatched = base.next_token, make(LLAMA)
+    if before:  # as LitGPT's scripts do
+        own = getattr(own, "_upcast_original", own)
+        monkeypatch.setattr(base, "next_token", torch.compile(own, backend=keep))
     model, plain = pair(LLAMA, "float32")
-    unpatched = make(LLAMA)
-    compiled = torch.compile(base.next_token, backend=keep)
+    compiled = base.next_token if before else torch.compile(base.next_token, backend=keep)
     for each in (model, plain, unpatched):
         each.set_kv_cache(1, 40)
-    before = calls(model)
+    ran = calls(model)
     for positions in (torch.arange(7), torch.tensor([7])):
         ids = IDS[:1, : len(positions)]
-        assert compiled(model, positions, ids, temperature=0.0) == base.next_token(
-            plain, positions, ids, temperature=0.0
-        )
-    assert calls(model) > before
+        assert compiled(model, positions, ids, temperature=0.0) == own(plain, positions, ids, temperature=0.0)
+    assert calls(model) > ran
     assert not graphs
     assert capsys.readouterr().err.count("GPT is not compiled") == 1
     compiled(unpatched, torch.arange(7), IDS[:1, :7], temperature=0.0)

@@ -70,11 +70,13 @@ def _within(
     what would be compiled, and whether a value fits float16 is asked of numbers, which a graph does not have.
     """
 
+    own = _uncompiled(original)  # LitGPT's scripts compile before they load, and so before this wraps
+
     def run(gpt: nn.Module, compiling: bool, *args: Any, **kwargs: Any) -> Any:
-        if compiling:
+        if compiling or own is not original:
             _say_once(gpt)
         with block(gpt):
-            return original(*args, **kwargs)
+            return own(*args, **kwargs)
 
     eager: Callable[..., Any] = torch.compiler.disable(run)
 
@@ -87,6 +89,12 @@ def _within(
 
     wrapper._upcast_original = original  # type: ignore[attr-defined]
     return wrapper
+
+
+def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what torch.compile was given to make ``function``, or the function itself."""
+    made_of: Callable[..., Any] = getattr(function, "_torchdynamo_orig_callable", function)
+    return made_of
 
 
 def _say_once(gpt: nn.Module) -> None:
