@@ -76,7 +76,7 @@ def _curves(axis: Axes, losses: dict[str, list[float]]) -> None:
         if not finite:
             axis.plot([1], [max(losses["float32"])], "x", color=COLOURS.get(name))
     axis.set_ylabel("loss")
-    axis.legend(frameon=False, fontsize=8, loc="upper right")
+    axis.legend(frameon=False, fontsize=8, loc="lower left")
     axis.tick_params(labelbottom=False)
 
 
