@@ -1,6 +1,6 @@
 """One rank of the tests of memory: loads one model, and prints by how much its peak grew, and its weights, in bytes.
 
-usage: rss_worker.py DOOR SMALL_FOLDER FOLDER, where DOOR is litgpt, UPCAST=1 (which the environment opens) or from_pretrained
+usage: rss_worker.py DOOR SMALL_FOLDER FOLDER; DOOR: litgpt, UPCAST=1 (which the environment opens), from_pretrained
 """
 
 import json
