@@ -1,11 +1,10 @@
 """A model of what decoding one token costs on several hosts: weights read, and sums between ranks.
 
 Every rank reads its part of the active weights once, and between the halves of each block all ranks add up n_embd
-float32 numbers. Short vectors go from each of R ranks to all others in one step; longer ones are added up on their way
-around a ring, in 2 (R - 1) steps with an R-th of the vector each (Patarasuk and Yuan 2009,
-doi:10.1016/j.jpdc.2008.09.002). The parts of the logits go in one step, or around the ring in R - 1. A step of
-gloo's is two messages one after the other: the receiver says that it is ready, then the numbers come. The KV cache and
-computation are left out: a short context, one sequence.
+float32 numbers. Short vectors are gathered, in R - 1 steps of a ring of R ranks; longer ones are added up on their way
+around, in 2 (R - 1) steps with an R-th of the vector each (Patarasuk and Yuan 2009, doi:10.1016/j.jpdc.2008.09.002).
+The logits are gathered. A step of gloo's is two messages one after the other: the receiver says that it is ready, then
+the numbers come. The KV cache and computation are left out: a short context, one sequence.
 """
 
 from dataclasses import dataclass
@@ -59,15 +58,13 @@ def communication(shape: Shape, ranks: int, network: Network) -> float:
     """Return the seconds that one token spends between ``ranks``."""
     if ranks == 1:
         return 0.0
-    others, vector, part = ranks - 1, 4 * shape.width, 4 * shape.vocabulary / ranks
-    direct, ring = _step(others * vector, network), 2 * others * _step(vector / ranks, network)
-    one = direct if _short(vector, ranks) else ring
-    logits = _step(others * part, network) if _short(part, ranks) else others * _step(part, network)
+    steps, vector = ranks - 1, 4 * shape.width
+    if ranks == 2 or vector <= SHORT:
+        one = steps * _step(vector, network)
+    else:
+        one = 2 * steps * _step(vector / ranks, network)
+    logits = steps * _step(4 * shape.vocabulary / ranks, network)
     return collectives(shape) * (one + network.overhead) + logits + network.overhead
-
-
-def _short(size: float, ranks: int) -> bool:
-    return ranks == 2 or size <= SHORT
 
 
 def _step(size: float, network: Network) -> float:

@@ -45,6 +45,7 @@ def results(model: Any) -> dict[str, Any]:
         "copy": copy.deepcopy(model)(ids).clone(),
         "bytes": weight_bytes(model),
         "fused": calls(model),
+        "blocks": model.forward.calls,  # of the model with one native call for each block or half of it
         "float32": floats,
     }
 

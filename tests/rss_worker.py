@@ -1,16 +1,14 @@
 """One rank of the tests of memory: loads one model, and prints by how much its peak grew, and its weights, in bytes.
 
-usage: rss_worker.py DOOR FOLDER, where DOOR is litgpt, UPCAST=1 (which the environment opens) or from_pretrained
+usage: rss_worker.py DOOR SMALL_FOLDER FOLDER; DOOR: litgpt, UPCAST=1 (which the environment opens), from_pretrained
 """
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-import litgpt.model  # noqa: F401 (what is imported while loading would count)
-import torch
 from transformers import AutoModelForCausalLM
-from transformers.models.llama import modeling_llama  # noqa: F401
 
 import upcast
 from benchmarks import memory
@@ -18,17 +16,21 @@ from tests.distributed_worker import weight_bytes
 from upcast.distributed import join, leave
 from upcast.half_weight import HalfWeight
 
-door, folder = sys.argv[1], Path(sys.argv[2])
+
+def load(door: str, folder: Path) -> Any:
+    if door == "litgpt":
+        return upcast.load_litgpt(folder, mesh=mesh)
+    if door == "UPCAST=1":
+        return AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
+    return upcast.from_pretrained(AutoModelForCausalLM, folder, tp_plan="auto")
+
+
+door, small, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
 mesh = join(timeout=120)
-torch.nn.functional.linear(torch.ones(1, 8), torch.ones(8, 8))
+load(door, small)  # what is imported and made once would count
 memory.reset_peak()
 before = memory.peak_bytes()
-if door == "litgpt":
-    model = upcast.load_litgpt(folder, mesh=mesh)
-elif door == "UPCAST=1":
-    model = AutoModelForCausalLM.from_pretrained(folder, tp_plan="auto")
-else:
-    model = upcast.from_pretrained(AutoModelForCausalLM, folder, tp_plan="auto")
+model = load(door, folder)
 grown = memory.peak_bytes() - before
 halves = sum(isinstance(p, HalfWeight) for p in model.parameters())
 wide = sum(p.numel() for p in model.parameters() if p.dim() > 1 and not isinstance(p, HalfWeight))

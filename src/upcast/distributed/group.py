@@ -17,9 +17,9 @@ from upcast.errors import UpcastError
 
 WIRES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Bytes up to which ranks on other hosts send what they have to each other directly: one step, where a ring of R ranks
-# takes up to 2 (R - 1), each of which waits for the network. Two ranks send no more bytes by it, whatever the length.
-SHORT = 32 * 1024
+# Bytes up to which ranks on other hosts gather and add up for themselves: half the steps of a ring that adds up on its
+# way, and each step waits for the network. Two ranks send no more bytes by it, whatever the length.
+SHORT = 16 * 1024
 
 _LOST = "upcast/lost"  # + /rank: written to the store by a rank that stops, with its reason if it is to blame
 _POLL = 0.05  # seconds
@@ -155,9 +155,9 @@ class Group:
     def _add_up(self, x: Tensor) -> None:
         if self.shared is not None:
             self.shared.sum(x)
-        elif self._short(x):
+        elif self.size == 2 or x.nbytes <= SHORT:
             every = x.new_empty((self.size, *x.shape))
-            self._exchange(x, every)
+            self._all_gather(x, every)
             torch.sum(every, 0, out=x)
         else:
             dist.all_reduce(x, group=self.process_group)
@@ -165,23 +165,8 @@ class Group:
     def _all_gather(self, x: Tensor, out: Tensor) -> None:
         if self.shared is not None:
             self.shared.gather(x, out)
-        elif self._short(x):
-            self._exchange(x, out)
         else:
             dist.all_gather(list(out.unbind(0)), x, group=self.process_group)
-
-    def _short(self, x: Tensor) -> bool:
-        return self.size == 2 or x.nbytes <= SHORT
-
-    def _exchange(self, x: Tensor, out: Tensor) -> None:
-        """Send ``x`` to every rank and receive theirs in ``out``, from this thread: gloo's collectives run in others."""
-        group = self.process_group
-        others = [(out[rank], dist.get_global_rank(group, rank)) for rank in range(self.size) if rank != self.rank]
-        works = [dist.irecv(part, rank, group=group) for part, rank in others]
-        works += [dist.isend(x, rank, group=group) for _, rank in others]
-        out[self.rank] = x
-        for work in works:
-            work.wait()
 
     def _told(self, what: str, thing: Any) -> list[Any]:
         """Return what each rank tells the others."""
