@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,23 @@ REFUSED: list[tuple[str, Any, int, str]] = [
 def test_refused(make: Any, every: int, message: str) -> None:
     with pytest.raises(upcast.UpcastError, match=message):
         upcast.Headroom(make(), every=every)
+
+
+@pytest.mark.parametrize(
+    ("name", "library", "module"),
+    [
+        ("HeadroomCallback", "transformers", "transformers_trainer"),
+        ("LightningHeadroomCallback", "lightning", "lightning"),
+        ("FabricPrecision", "lightning", "fabric"),
+    ],
+)
+def test_without_its_library(monkeypatch: pytest.MonkeyPatch, name: str, library: str, module: str) -> None:
+    monkeypatch.delitem(sys.modules, f"upcast.integrations.{module}", raising=False)
+    for each in [each for each in sys.modules if each.partition(".")[0] == library]:
+        monkeypatch.setitem(sys.modules, each, None)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(upcast.UpcastError, match=rf"upcast\.{name} without .*Run `pip install {library}`"):
+        getattr(upcast, name)
 
 
 # --- Transformers' Trainer --------------------------------------------------------------------------------------------
