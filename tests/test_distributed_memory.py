@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers")
 
 WIDTH, INNER, LAYERS, HEADS, VOCABULARY = 1024, 2816, 8, 16, 2048
 LARGEST = 3 * WIDTH * WIDTH  # elements of LitGPT's fused qkv, the largest tensor
-SLACK = 10_000_000  # bytes: what the allocator, the configuration and the modules themselves take
+SLACK = 30_000_000  # bytes: the allocator, the modules, and pages of every tensor that its checksum reads
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 DOORS = ("litgpt", "UPCAST=1", "from_pretrained")
 pytestmark = pytest.mark.skipif(not memory.supported(), reason="the peak is read from /proc")
