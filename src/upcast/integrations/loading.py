@@ -44,6 +44,7 @@ class Loading:
     policy: patching.Choice = "safe"
     strict: bool = False
     lost: dict[int, tuple[torch.dtype, Rounding]] = field(default_factory=dict)
+    _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def arrive(self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True) -> Tensor:
         """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits.
@@ -53,6 +54,10 @@ class Loading:
         """
         if not tensor.is_floating_point():
             return tensor
+        with self._turn:  # Transformers loads with several threads: that many tensors would be in memory at once
+            return self._arrived(name, tensor, ours)
+
+    def _arrived(self, name: str, tensor: Tensor, ours: bool) -> Tensor:
         action, _ = decide(Slot(name, tensor, True, []), (), False)
         if action == CONVERT and survey(tensor).fits:
             half, rounding = to_half(tensor)
