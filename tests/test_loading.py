@@ -318,3 +318,28 @@ def test_pipelines_of_diffusers(tmp_path: Path) -> None:
     pipeline.set_progress_bar_config(disable=True)
     picture = pipeline(num_inference_steps=2, output_type="np").images
     assert picture.shape == (1, 16, 16, 3)
+
+
+DIFFUSERS = """
+import warnings
+warnings.simplefilter("ignore")
+import torch
+from diffusers import DDPMPipeline, UNet2DModel
+unet = UNet2DModel.from_pretrained("unet")
+pipe = DDPMPipeline.from_pretrained(".")
+kinds = {type(p).__name__ for model in (unet, pipe.unet) for p in model.parameters() if p.dim() >= 2}
+print("#", kinds, unet.dtype, bool(unet(torch.randn(1, 3, 16, 16), 1).sample.isfinite().all()))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_diffusers_under_upcast_1(tmp_path: Path, python: Run) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    pytest.importorskip("accelerate")
+    from tests.coverage_table.diffusion import BLOCKS
+
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    unet = diffusers.UNet2DModel(**BLOCKS, sample_size=16, **blocks)
+    diffusers.DDPMPipeline(unet=unet.half(), scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    result = python("-c", DIFFUSERS, UPCAST="1")
+    assert "# {'HalfWeight'} torch.float32 True" in result.stdout, result.stderr
