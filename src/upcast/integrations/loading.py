@@ -55,9 +55,9 @@ class Loading:
         if not tensor.is_floating_point():
             return tensor
         with self._turn:  # Transformers loads with several threads: that many tensors would be in memory at once
-            return self._arrived(name, tensor, ours)
+            return self._arrived(name, tensor, ours, in_place)
 
-    def _arrived(self, name: str, tensor: Tensor, ours: bool) -> Tensor:
+    def _arrived(self, name: str, tensor: Tensor, ours: bool, in_place: bool) -> Tensor:
         action, _ = decide(Slot(name, tensor, True, []), (), False)
         if action == CONVERT and survey(tensor).fits:
             half, rounding = to_half(tensor)
