@@ -37,6 +37,14 @@ class LinearForward(Forward):
         return nn.Linear.forward(self.module, input)
 
 
+def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """Return (float16 weight, float32 bias or None) of a patched ``nn.Linear`` as kernels take them, or None."""
+    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    if not isinstance(weight, HalfWeight) or not weight.row_major:
+        return None
+    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+
+
 def install(root: nn.Module) -> None:
     """Give every plain ``nn.Linear`` with a HalfWeight its short forward, unless something else replaced it."""
     for module in root.modules():

@@ -32,7 +32,7 @@ from upcast.integrations.litgpt_modules import (
 from upcast.integrations.litgpt_prefix import Held, MadeWith
 from upcast.integrations.members import Members
 from upcast.kernels import native
-from upcast.shortcut import LinearForward
+from upcast.shortcut import LinearForward, operands
 
 _EPS = attrgetter("eps")
 _NO_NORM = (None, None, 0, 0.0, 0.0)
@@ -301,10 +301,7 @@ def _matrix(linear: Any) -> tuple[Any, Any] | None:
         return (None, None)
     if type(linear) is not nn.Linear or not _plain(linear):
         return None
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if not isinstance(weight, HalfWeight) or not weight.row_major:
-        return None
-    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+    return operands(linear)
 
 
 def _norm(norm: Any) -> tuple[Any, ...] | None:

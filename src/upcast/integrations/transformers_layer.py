@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt_modules import Fused
 from upcast.integrations.members import Members
 from upcast.integrations.transformers_cache import growing
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
 from upcast.kernels import native
-from upcast.shortcut import LinearForward
+from upcast.shortcut import LinearForward, operands
 
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
@@ -115,10 +114,7 @@ def _matrix(linear: Any) -> tuple[Any, Any] | None:
     """Return (float16 weight, bias) of a plain patched Linear."""
     if type(linear) is not nn.Linear or not isinstance(linear.__dict__.get("forward"), LinearForward):
         return None
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if not isinstance(weight, HalfWeight) or not weight.row_major:
-        return None
-    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+    return operands(linear)
 
 
 def _norm(norm: Any) -> tuple[Any, ...] | None:
