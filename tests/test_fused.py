@@ -9,6 +9,7 @@ from torch import Tensor
 from tests.conftest import relative_error
 from tests.fused_models import IDS, LENGTH, LIMITS, NAMES, PROMPT, calls, fused_of, modules_only, pair, steps
 from upcast import kernels
+from upcast.integrations.litgpt_experts import FusedMoE
 from upcast.integrations.litgpt_modules import FusedAttention
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
@@ -49,6 +50,9 @@ def test_what_can_be_fused_ran_fused(name: str) -> None:
     attentions = [forward for forward in fused_of(modular).values() if isinstance(forward, FusedAttention)]
     assert [forward.calls for forward in attentions] == [expected] * len(model.transformer.h)
     moe = model.config.mlp_class_name == "LLaMAMoE"
+    mixtures = [forward for forward in fused_of(modular).values() if isinstance(forward, FusedMoE)]
+    dense = model.config.first_k_dense_replace or 0
+    assert [forward.calls for forward in mixtures] == [1 + LENGTH - PROMPT + 1] * moe * (len(attentions) - dense)
     assert model.__dict__["forward"].calls == (0 if moe else expected)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from upcast import planning
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_generation
+from upcast.integrations.litgpt_experts import FusedMoE
 from upcast.integrations.litgpt_lora import FusedLoRAQKV
 from upcast.integrations.litgpt_mask import CacheSetter, restore
 from upcast.integrations.litgpt_modules import (
@@ -114,6 +115,7 @@ def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
         nn.LayerNorm: FusedLayerNorm,
         litgpt.LLaMAMLP: lambda mlp: FusedGatedMLP(mlp, "silu"),
         litgpt.GemmaMLP: lambda mlp: FusedGatedMLP(mlp, _GELU[mlp.config.gelu_approximate]),
+        litgpt.LLaMAMoE: FusedMoE,
         litgpt.CausalSelfAttention: FusedAttention,
         litgpt.GPT: FusedGPT,
     }
@@ -138,8 +140,6 @@ def _reason(module: Any, litgpt: Any) -> str:
     """Return why ``module`` cannot be fused though its kind can, or an empty string."""
     if isinstance(module, litgpt.MultiheadLatentAttention):
         return "latent attention"
-    if isinstance(module, litgpt.LLaMAMoE):
-        return "routing between experts; the experts themselves are fused"
     if isinstance(module, litgpt.CausalSelfAttention):
         if _kind(module, litgpt) is not litgpt.CausalSelfAttention:
             return f"a {type(module).__module__} layer"

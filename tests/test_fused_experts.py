@@ -1,0 +1,86 @@
+"""LitGPT's mixture of experts, fused: only the chosen experts run, and the sums are LitGPT's."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import relative_error
+from tests.fused_models import IDS, make, pair, without_fusion
+from upcast.integrations.litgpt_experts import FusedMoE
+
+pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
+
+MIXTRAL = "Mixtral-8x7B-v0.1"
+# DeepSeek's kind: experts in groups, shared ones, weights scaled.
+GROUPED = {
+    "n_expert": 8,
+    "n_expert_per_token": 2,
+    "n_expert_groups": 4,
+    "n_topk_groups": 2,
+    "n_topk_scores_per_group": 2,
+    "n_shared_expert": 1,
+    "routed_scaling_factor": 2.5,
+    "norm_topk_prob": True,
+    "moe_intermediate_size": 24,
+}
+
+
+def rows_of_experts(model: Any, block: int) -> dict[int, list[int]]:
+    """Rows that each expert of a block gets, by wrapping what runs rather than by hooks."""
+    seen: dict[int, list[int]] = {}
+    for index, expert in enumerate(model.transformer.h[block].mlp.experts):
+        forward = expert.forward
+
+        def count(x: torch.Tensor, index: int = index, forward: Any = forward) -> torch.Tensor:
+            seen.setdefault(index, []).append(len(x))
+            return forward(x)  # type: ignore[no-any-return]
+
+        expert.__dict__["forward"] = count
+    return seen
+
+
+@pytest.mark.parametrize("changes", [{}, GROUPED], ids=["softmax of the chosen", "groups, shared, scaled"])
+def test_it_is_litgpt_s_mixture_bit_for_bit(changes: dict[str, Any]) -> None:
+    model, plain = pair(MIXTRAL, "float32", **changes)
+    x = torch.randn(2, 7, model.config.n_embd, generator=torch.Generator().manual_seed(3))
+    for got, want in zip(model.transformer.h, plain.transformer.h, strict=True):
+        assert isinstance(got.mlp.forward, FusedMoE)
+        assert relative_error(got.mlp(x), want.mlp(x)) < 1e-6
+        assert got.mlp.forward.calls == 1
+    assert relative_error(model(IDS), plain(IDS)) < 1e-5
+
+
+def test_a_token_calls_the_experts_it_chose_and_no_other() -> None:
+    model, _ = pair(MIXTRAL, "float16")
+    chosen = model.config.n_expert_per_token
+    seen = rows_of_experts(model, 1)
+    model.set_kv_cache(1, 30)
+    model(IDS[:1, :7], torch.arange(7))
+    assert sum(map(sum, seen.values())) == 7 * chosen
+    seen.clear()
+    model(IDS[:1, 7:8], torch.tensor([7]))
+    assert len(seen) == chosen < model.config.n_expert
+    assert all(rows == [1] for rows in seen.values())
+
+
+def test_a_hook_on_an_expert_is_called_as_without_fusion() -> None:
+    model = without_fusion(pair(MIXTRAL, "float16")[0])
+    fused = pair(MIXTRAL, "float16")[0]
+    calls: list[list[int]] = []
+    for each in (model, fused):
+        seen: list[int] = []
+        for expert in each.transformer.h[0].mlp.experts:
+            expert.fc_1.register_forward_hook(lambda _, args, output, seen=seen: seen.append(len(output)))
+        each(IDS[:1, :3])
+        calls.append(seen)
+    assert calls[0] == calls[1]
+    assert len(calls[0]) == make(MIXTRAL).config.n_expert
+
+
+def test_an_expert_that_is_replaced_is_called() -> None:
+    model, plain = pair(MIXTRAL, "float32")
+    model(IDS[:1])
+    for each in (model, plain):
+        each.transformer.h[0].mlp.experts[0] = torch.nn.Identity()
+    assert relative_error(model(IDS), plain(IDS)) < 1e-5
