@@ -22,6 +22,7 @@ from upcast.rounding import CHUNK
 from upcast.trial import NONE, answer, samples, trial
 
 SHOWN = 20  # rows of the printed table
+_SMALL = 1e-20  # of a sum of squares: below, some may have become zero in float32
 MARGIN = 1.0  # bits of headroom that the suggested policy asks for
 
 
@@ -118,10 +119,18 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """Return the norm of the difference relative to the norm of ``want``."""
+    off = size = 0.0
     pieces = zip(got.detach().reshape(-1).split(CHUNK), want.detach().reshape(-1).split(CHUNK), strict=True)
-    sums = [((a - b).double().square().sum(), b.double().square().sum()) for a, b in pieces]  # no copy of the whole
-    off, size = (math.sqrt(float(sum(each))) for each in zip(*sums, strict=True))
-    return off / max(size, 1e-30)
+    for a, b in pieces:  # no copy of the whole
+        off += _squares(a - b)
+        size += _squares(b)
+    return math.sqrt(off) / max(math.sqrt(size), 1e-30)
+
+
+def _squares(piece: Tensor) -> float:
+    """Return the sum of the squares, in double where float32 does not hold it (several times slower)."""
+    found = float(piece.dot(piece))
+    return found if math.isfinite(found) and found > _SMALL else float(piece.double().square().sum())
 
 
 def suggested(sites: list[Site], culprit: Culprit | None = None) -> Policy:
