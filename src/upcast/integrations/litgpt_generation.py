@@ -69,7 +69,6 @@ def _within(
     Where torch.compile traces it (LitGPT's ``--compile``), the fused forwards run as they are: they are faster than
     what would be compiled, and whether a value fits float16 is asked of numbers, which a graph does not have.
     """
-
     own = _uncompiled(original)  # LitGPT's scripts compile before they load, and so before this wraps
 
     def run(gpt: nn.Module, compiling: bool, *args: Any, **kwargs: Any) -> Any:
