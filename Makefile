@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+JOBS ?= 2
+# A worker per core, each with its files' fixtures; threads that wait give their core to the other worker.
+PARALLEL := --numprocesses $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 include kernels.mk
@@ -13,7 +16,7 @@ include kernels.mk
 help:
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
 	@echo "make bench-quick  the same in under a minute"
-	@echo "make test         set up, then lint, types and tests (what CI runs)"
+	@echo "make test         set up, then lint, types and tests (what CI runs; JOBS=2 tests at a time)"
 	@echo "make check        lint and types only"
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
@@ -44,10 +47,10 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not slow and not real" $(ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow and not real" $(PARALLEL) $(ARGS)
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -4,6 +4,8 @@ import copy
 import json
 import math
 import weakref
+from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +178,37 @@ def test_tuples_and_keyword_arguments_are_samples() -> None:
 
     found = upcast.diagnose(Two(), (torch.ones(1, 4), torch.ones(1, 4)), scale=2.0)
     assert found.finite
+
+
+OUTPUTS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dict": lambda hidden, logits: {"hidden": hidden, "logits": logits},
+    "dict without logits": lambda hidden, logits: {"ids": hidden.argmax(-1), "scores": logits},
+    "nested": lambda hidden, logits: {"logits": {"last": logits}, "hidden": (hidden,)},
+    "tuple": lambda hidden, logits: (None, logits, hidden),
+    "namedtuple": lambda hidden, logits: namedtuple("Output", ["logits", "hidden"])(logits, hidden),
+}
+
+
+@pytest.mark.parametrize("kind", OUTPUTS)
+def test_outputs_of_every_kind(kind: str) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.head = nn.Linear(4, 4), nn.Linear(4, 6)
+
+        def forward(self, x: Tensor) -> Any:
+            hidden = self.inner(x)
+            return OUTPUTS[kind](hidden, self.head(hidden))
+
+    model = Model()
+    assert upcast.diagnose(model, torch.ones(2, 4)).error < 1e-2
+    with torch.no_grad():  # the answer, and it alone, is what overflows
+        model.head.weight.fill_(4e4)
+        model.inner.weight.fill_(1.0)
+    found = upcast.diagnose(model, torch.ones(2, 4))
+    assert not found.finite
+    assert found.culprit is not None
+    assert found.culprit.module == "head"
 
 
 def test_an_optimizer_made_earlier_is_in_nobody_s_way() -> None:

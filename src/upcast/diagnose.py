@@ -17,8 +17,8 @@ from upcast import console, fingerprint
 from upcast.errors import UpcastError
 from upcast.findings import Culprit, Findings, Site, all_finite
 from upcast.half_weight import FLOAT16_MAX
+from upcast.kernels.portable import CHUNK
 from upcast.policy import Policy
-from upcast.rounding import CHUNK
 from upcast.trial import NONE, answer, samples, trial
 
 SHOWN = 20  # rows of the printed table

@@ -6,22 +6,20 @@ each result are kept between the two.
 
 import functools
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upcast import opclasses
+from upcast import kernels, opclasses
 from upcast.half_weight import FLOAT16_MAX, HalfWeight
+from upcast.kernels.reference import TINY
 from upcast.policy import CLASSES
 from upcast.selective import STORED, Session, mark_of, reported
 
-TINY = 2.0**-25  # and below, float16 rounds to zero
 KEPT = 256  # numbers of each result that are kept for comparison
-LOOKED_AT = 4096  # numbers of each result that are looked at for what float16 flushes to zero
-EXPONENT = 0x7C00  # of float16: all ones where a number is not finite
+MASK = 1e30  # numbers beyond it are no scores but masks, which are filled with the type's own lowest
 AT_ONCE = 1 << 20  # scores that may be in memory at once
 
 _MOVES = frozenset(
@@ -52,7 +50,7 @@ class Site:
         order: its place in the order of execution.
         largest: largest magnitude of its results in float32 (of attention: of the scores inside).
         largest_input: largest magnitude of what it gets.
-        flushed: share of its results, over sampled numbers, that are not zero and would be zero in float16.
+        flushed: share of its results that are not zero and would be zero in float16.
         nonfinite: numbers that are not finite in plain float16, and are in float32.
         drift: relative error of its results in plain float16, over sampled numbers.
     """
@@ -121,12 +119,12 @@ class Findings:
     def in_float32(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
         """Note range and a few numbers of one operation's results."""
         entering = _entering(tensors, _LARGEST)
+        if _moves(name):
+            return _pass_on(result, _LARGEST, entering)
         module = session.frames[-1].name
         for value in _floats(result):
-            if _moves(name):
-                _note(value, _LARGEST, entering)
-                continue
-            largest, bad = _range(value)
+            numbers = kernels.survey(value)
+            largest, bad = numbers.largest, numbers.nonfinite
             _note(value, _LARGEST, largest)
             if bad and not self.first_nonfinite and not any(_nonfinite(t) for t in tensors if mark_of(t) != STORED):
                 self.first_nonfinite = f"{module or '(the model itself)'}: {op_class or name}"
@@ -134,29 +132,29 @@ class Findings:
             inner = _scores_inside(name, tensors)
             if reported(value) == torch.float16:  # what the model itself computes in float32 has its range
                 site.largest = max(site.largest, largest, inner)
-                site.flushed = max(site.flushed, _flushed(value))
-            if any(reported(t) == torch.float16 for t in tensors):
-                site.largest_input = max(site.largest_input, entering)
+                site.flushed = max(site.flushed, numbers.flushed / value.numel())
+            if entering > site.largest_input and any(reported(t) == torch.float16 for t in tensors):
+                site.largest_input = entering
             self._kept[self._key(0, module, name)] = (_sampled(value), bad, max(largest, inner))
+        return None
 
     def in_float16(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
         """Compare one operation's results with what the float32 pass noted."""
         entering = _entering(tensors, _DRIFT)
+        if _moves(name):
+            return _pass_on(result, _DRIFT, entering)
         module = session.frames[-1].name
         for value in _floats(result):
-            if _moves(name):
-                _note(value, _DRIFT, entering)
-                continue
             kept = self._kept.pop(self._key(1, module, name), None)
             if kept is None:  # the passes took different ways
                 _note(value, _DRIFT, entering)
                 continue
             reference, expected, largest = kept
             bad = _nonfinite(value) - expected
-            got = _sampled(value)
-            drift = math.inf if bad > 0 else _drift(got, reference)
+            drift = math.inf if bad > 0 else _drift(_sampled(value), reference)
             _note(value, _DRIFT, drift)
             self._note(self._site(module, op_class, name), bad, drift, entering, largest)
+        return None
 
     def _note(self, site: Site, bad: int, drift: float, entering: float, largest: float) -> None:
         site.nonfinite += max(bad, 0)
@@ -210,68 +208,44 @@ def _note(value: Tensor, name: str, number: float) -> None:
         value.__dict__[name] = number
 
 
+def _pass_on(result: Any, name: str, number: float) -> None:
+    for value in _floats(result):
+        _note(value, name, number)
+
+
 def _entering(tensors: list[Tensor], name: str) -> float:
     """Return the largest of the numbers that were left on an operation's inputs."""
-    return max((getattr(t, name, 0.0) for t in tensors if type(t) is not HalfWeight), default=0.0)
+    largest = 0.0
+    for tensor in tensors:
+        if type(tensor) is not HalfWeight:
+            largest = max(largest, getattr(tensor, name, 0.0))
+    return largest
 
 
-def _floats(result: Any) -> Iterator[Tensor]:
-    """Yield the floating-point activations among an operation's results."""
+def _floats(result: Any) -> list[Tensor]:
+    """Return the floating-point activations among an operation's results."""
     if isinstance(result, Tensor):
-        if type(result) is not HalfWeight and result.is_floating_point() and result.numel():
-            yield result
-    elif isinstance(result, (tuple, list)):
-        for each in result:
-            yield from _floats(each)
-
-
-def _bounds(value: Tensor) -> tuple[float, float]:
-    low, high = torch.aminmax(value.detach())
-    return float(low), float(high)
+        usable = type(result) is not HalfWeight and result.is_floating_point() and result.numel()
+        return [result] if usable else []
+    return [value for each in result for value in _floats(each)] if isinstance(result, (tuple, list)) else []
 
 
 def all_finite(value: Tensor) -> bool:
     """Whether all numbers are finite, in one pass and without a copy."""
-    return not value.numel() or all(map(math.isfinite, _bounds(value)))
-
-
-def _range(value: Tensor) -> tuple[float, int]:
-    """Return (largest finite magnitude, how many numbers are not finite)."""
-    low, high = _bounds(value)
-    if math.isfinite(low) and math.isfinite(high):
-        return max(-low, high), 0
-    finite = value.isfinite()
-    bad = value.numel() - int(finite.sum())
-    return float(torch.where(finite, value, 0).abs().max()), bad
+    return not value.numel() or all(math.isfinite(bound) for bound in torch.aminmax(value.detach()))
 
 
 def _nonfinite(value: Tensor) -> int:
-    if type(value) is HalfWeight or not value.is_floating_point() or not value.numel():
+    if type(value) is HalfWeight or not value.is_floating_point():
         return 0
-    low, high = _bounds(value)
-    if math.isfinite(low) and math.isfinite(high):
-        return 0
-    if value.dtype == torch.float16:  # by their exponents: several times faster than isfinite, and mostly asked after a
-        exponents = value.view(torch.int16).bitwise_and(EXPONENT)  # first overflow, when all numbers are NaN
-        return int((exponents == EXPONENT).count_nonzero())
-    return value.numel() - int(value.isfinite().count_nonzero())
-
-
-def _flushed(value: Tensor) -> float:
-    magnitude = _some(value, LOOKED_AT).abs()
-    return (int(torch.count_nonzero(magnitude)) - int(torch.count_nonzero(magnitude > TINY))) / len(magnitude)
+    return kernels.survey(value).nonfinite
 
 
 def _sampled(value: Tensor) -> Tensor:
-    return _some(value, KEPT).to(torch.float32, copy=True)  # it may be changed in place later
-
-
-def _some(value: Tensor, count: int) -> Tensor:
-    """Return about ``count`` numbers of a tensor, evenly spread over rows and columns."""
-    value = value.detach().contiguous()
+    """Return a copy of about KEPT numbers of a tensor in float32, evenly spread over rows and columns."""
     total = value.numel()
-    step = _step(total, value.shape[-1] if value.dim() else 1, count)
-    return value.as_strided((min(count, -(-total // step)),), (step,))
+    step = _step(total, value.shape[-1] if value.dim() else 1, KEPT)
+    return kernels.sample(value, step, min(KEPT, -(-total // step)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -283,12 +257,7 @@ def _step(total: int, width: int, count: int) -> int:
 def _drift(got: Tensor, want: Tensor) -> float:
     if got.shape != want.shape:
         return 0.0
-    difference = got - want
-    off, size = float(difference.dot(difference)), float(want.dot(want))
-    if not math.isfinite(off) or not math.isfinite(size):
-        usable = got.isfinite() & (want.abs() <= FLOAT16_MAX)  # masks are filled with the type's own lowest number
-        got, want = got[usable].double(), want[usable].double()
-        off, size = float((got - want).square().sum()), float(want.square().sum())
+    off, size = kernels.apart(got, want, MASK)
     return math.sqrt(off / max(size, TINY**2 * max(len(want), 1)))
 
 
@@ -298,8 +267,8 @@ def _scores_inside(name: str, tensors: list[Tensor]) -> float:
         return 0.0
     q, k = tensors[0].detach().float(), tensors[1].detach().float()
     if q.dim() != 4 or k.dim() != 4:
-        return _range(q @ k.mT)[0] / math.sqrt(q.shape[-1])
+        return kernels.survey(q @ k.mT).largest / math.sqrt(q.shape[-1])
     batch, width = q.shape[0], q.shape[-1]
     rows = q.reshape(batch, k.shape[1], -1, width)  # the heads of a group share their keys
     step = max(1, AT_ONCE // max(1, batch * k.shape[1] * k.shape[2]))
-    return max(_range(part @ k.mT)[0] for part in rows.split(step, dim=2)) / math.sqrt(width)
+    return max(kernels.survey(part @ k.mT).largest for part in rows.split(step, dim=2)) / math.sqrt(width)

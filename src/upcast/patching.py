@@ -15,9 +15,9 @@ from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
 from upcast.integrations import litgpt_fused, transformers_fused
-from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, Change, Plan, change_of, remarks, settle
+from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
-from upcast.rounding import Rounding, to_half
+from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
 from upcast.targets import prepare, slots, unwrap
 from upcast.tracking import Selection
@@ -132,10 +132,10 @@ def borrowed(
     """As `patched`, without a word; yields the record.
 
     A trial runs forward passes and nothing else: an optimizer that holds the parameters does not matter then, because
-    they come back before it can step, and what rounding loses is not measured.
+    they come back before it can step.
     """
     prepared = _prepared(model, policy, keep, kv_cache, trial=trial)
-    record, undo = _patch(*prepared, {}, measured=not trial)
+    record, undo = _patch(*prepared, {})
     try:
         yield record
     finally:
@@ -210,38 +210,54 @@ def _prepared(
     return root, found, [*keep, "*"] if chosen.storage == "float32" else [*keep], chosen
 
 
+class _Weights:
+    """What takes the place of a model's tensors."""
+
+    def __init__(self) -> None:
+        self.fallbacks = Fallbacks()
+        self._made: dict[str, HalfWeight] = {}
+        self._half: Tensor | None = None  # of the tensor that was looked at last
+
+    def look(self, tensor: Tensor) -> Rounding:
+        """Round a tensor to float16, unless it is float16 already, and say what that loses."""
+        if tensor.dtype == torch.float16:
+            return survey(tensor)
+        self._half, rounding = to_half(tensor.detach())
+        return rounding
+
+    def make(self, slot: Slot, action: str, twin: Slot | None) -> Tensor | None:
+        """Return the new tensor, or None for one that is kept."""
+        half, self._half = self._half, None
+        if action == WIDEN:
+            return _widened(slot)
+        if action == KEEP:
+            return None
+        if twin is not None:
+            weight = _twin_of(self._made[twin.name], self.fallbacks)
+        else:
+            weight = parameter(slot.tensor.detach() if half is None else half, self.fallbacks)
+        self._made[slot.name] = weight
+        return weight
+
+
 def _patch(
     root: nn.Module,
     found: Sequence[Slot],
     keep: Sequence[str],
     policy: Policy,
     known: Mapping[str, tuple[torch.dtype, Rounding]],
-    *,
-    measured: bool = True,
 ) -> tuple[Record, Undo]:
-    fallbacks, undo = Fallbacks(), Undo()
+    weights, undo = _Weights(), Undo()
     changes: dict[str, Change] = {}
-    weights: dict[str, HalfWeight] = {}
     try:
-        for slot, action, reason, numbers, twin in settle(found, keep):
-            rounding = numbers if twin is None else changes[twin.name].rounding
-            if action == CONVERT:
-                weight = slot.tensor.detach()
-                half, rounding = to_half(weight) if measured else (weight.half(), numbers)
-                weights[slot.name] = parameter(half, fallbacks)
-            elif action == SHARE and twin is not None:
-                weights[slot.name] = _twin_of(weights[twin.name], fallbacks)
-            elif action not in (KEEP, WIDEN):
-                weights[slot.name] = parameter(slot.tensor.detach(), fallbacks)
-            new = _widened(slot) if action == WIDEN else weights.get(slot.name)
+        for slot, action, reason, rounding, twin in settle(found, keep, weights.look):
+            new = weights.make(slot, action, twin)
             if new is not None:
                 _replace(slot, new, undo)
             change = change_of(slot, action, reason, rounding)
             if slot.name in known:
-                dtype, rounding = known[slot.name]
-                change = replace(
-                    change, dtype=dtype, rounding=rounding, bytes_before=slot.tensor.numel() * dtype.itemsize
-                )
+                dtype, lost = known[slot.name]
+                change = replace(change, dtype=dtype, rounding=lost, bytes_before=slot.tensor.numel() * dtype.itemsize)
             changes[slot.name] = change
         selection = _run_under(root, policy)
     except BaseException:
@@ -250,7 +266,7 @@ def _patch(
         raise
     required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
-    record = Record(plan, fallbacks, required_grad, policy, selection)
+    record = Record(plan, weights.fallbacks, required_grad, policy, selection)
     root.__dict__[_RECORD] = record
     return record, undo
 

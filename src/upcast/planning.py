@@ -147,18 +147,24 @@ def relevant(slot: Slot) -> bool:
     return slot.is_parameter or slot.tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
 
 
-def settle(found: Sequence[Slot], keep: Sequence[str]) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
-    """Yield (slot, action, reason, survey of its numbers, twin) for the slots that belong in the table."""
+def settle(
+    found: Sequence[Slot], keep: Sequence[str], look: Callable[[Tensor], Rounding] = survey
+) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
+    """Yield (slot, action, reason, its numbers as ``look`` finds them, twin) for the slots that belong in the table.
+
+    ``look`` is called with what may go to float16, and with one of equal tensors only.
+    """
     widen_float64 = any(slot.is_parameter and slot.tensor.dtype == torch.float64 for slot in found)
-    twins = Twins()
+    twins, known = Twins(), dict[str, Rounding]()
     for slot in filter(relevant, found):
         action, reason = decide(slot, keep, widen_float64)
         numbers, twin = Rounding(), None
         if action in IN_FLOAT16:
-            numbers = survey(slot.tensor)
+            twin = twins.find(slot)
+            numbers = known[slot.name] = look(slot.tensor) if twin is None else known[twin.name]
             if not numbers.fits:
-                action, reason = _left_in_float32(slot, numbers)
-            elif (twin := twins.find(slot)) is not None:
+                (action, reason), twin = _left_in_float32(slot, numbers), None
+            elif twin is not None:
                 action, reason = SHARE, f"equal to {twin.name}"
         yield slot, action, reason, numbers, twin
 
@@ -224,10 +230,7 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     root, found = prepare(model, keep, trainable)
     learning.check(root, found, trainable)
     changes: dict[str, Change] = {}
-    for slot, action, reason, numbers, twin in settle(found, keep):
-        rounding = measure(slot.tensor) if action == CONVERT else numbers
-        if twin is not None:
-            rounding = changes[twin.name].rounding
+    for slot, action, reason, rounding, _ in settle(found, keep, measure):
         changes[slot.name] = change_of(slot, action, reason, rounding)
     return Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
 

@@ -1,14 +1,13 @@
 """Rounding to float16, measured: what is lost, flushed to zero or out of range."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from upcast.half_weight import FLOAT16_MAX, out_of_range
-
-CHUNK = 1 << 18  # elements per step: stays in the second-level cache
+from upcast import kernels
+from upcast.half_weight import out_of_range
+from upcast.kernels.reference import Survey
 
 
 @dataclass(frozen=True)
@@ -42,49 +41,25 @@ def survey(source: Tensor) -> Rounding:
     """Return how many values of ``source`` are out of float16's range or not finite (no rounding error yet)."""
     if not out_of_range(source):
         return Rounding()
-    finite, in_range = 0, 0
-    for piece in _pieces(source):
-        magnitude = piece.abs()
-        finite += int(torch.isfinite(magnitude).sum())
-        in_range += int((magnitude <= FLOAT16_MAX).sum())
-    return Rounding(out_of_range=finite - in_range, nonfinite=source.numel() - finite)
+    return _rounding(kernels.survey(source))
 
 
 def to_half(source: Tensor, out: Tensor | None = None) -> tuple[Tensor, Rounding]:
-    """Return ``source`` rounded to nearest in float16, and what that lost; ``source`` must fit (see `survey`).
+    """Return ``source`` rounded to nearest in float16, and what that lost.
 
-    The numbers go to ``out``, a float16 tensor of the same shape, if there is one.
+    The numbers go to ``out``, a float16 tensor of the same shape, if there is one. Of a source that does not fit only
+    what does not is told (see `survey`).
     """
     half = torch.empty_like(source, dtype=torch.float16) if out is None else out
-    return half, _measure(source, half)
+    return half, _rounding(kernels.survey(source, half))
 
 
 def measure(source: Tensor) -> Rounding:
     """Return what rounding ``source`` to float16 would do, without keeping the rounded numbers."""
-    found = survey(source)
-    return found if not found.fits else _measure(source, None)
+    return _rounding(kernels.survey(source, rounds=True))
 
 
-def _measure(source: Tensor, half: Tensor | None) -> Rounding:
-    if source.dtype == torch.float16:
-        if half is not None:
-            half.copy_(source)
-        return Rounding()
-    max_error, flushed, start = 0.0, 0, 0
-    for piece in _pieces(source):
-        rounded = piece.half()
-        if half is not None:
-            half[start : start + len(piece)] = rounded
-        start += len(piece)
-        exact = piece.double() if piece.dtype == torch.float64 else piece.float()
-        stored = rounded.to(exact.dtype)
-        flushed += int(torch.count_nonzero(exact) - torch.count_nonzero(stored))
-        max_error = max(max_error, float(stored.sub_(exact).abs_().max()))
-    return Rounding(max_error=max_error, flushed=flushed)
-
-
-def _pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield ``tensor`` in slices of its first dimension of about CHUNK elements."""
-    if tensor.numel():
-        tensor, step = tensor.detach(), max(1, CHUNK * len(tensor) // tensor.numel())
-        yield from (tensor[start : start + step] for start in range(0, len(tensor), step))
+def _rounding(found: Survey) -> Rounding:
+    if found.out_of_range or found.nonfinite:
+        return Rounding(out_of_range=found.out_of_range, nonfinite=found.nonfinite)
+    return Rounding(found.max_error, found.flushed)

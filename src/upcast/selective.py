@@ -43,6 +43,7 @@ _FILLS = frozenset(["full", "full_like", "new_full", "masked_fill", "fill", "whe
 _SUMMED = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv"])
 _LOWEST = torch.finfo(torch.float32).min
 _HALVES = (torch.float16, torch.float32)
+_NESTS = (tuple, list, dict)
 
 _local = threading.local()  # .session: the innermost one of this thread
 
@@ -142,18 +143,17 @@ class Call:
 
     observed = False  # then float16 products are summed by our kernels: torch's own way is several times slower
 
-    def __init__(self, frame: Frame, func: Any, name: str, args: Any, kwargs: Any) -> None:
+    def __init__(self, frame: Frame, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
         self.frame, self.func, self.name, self.args, self.kwargs = frame, func, name, args, kwargs
         self.tensors: list[Tensor] = []
         _collect(args, self.tensors)
         if kwargs:
-            _collect(tuple(kwargs.values()), self.tensors)
+            _collect(kwargs.values(), self.tensors)
         self.op_class = frame.op_class or _class_of(name, self.tensors)
 
     def run(self) -> Any:
         """Run the operation as the policy asks."""
-        out = self.kwargs.pop("out", None)
-        if out is not None:
+        if self.kwargs and (out := self.kwargs.pop("out", None)) is not None:
             return out.copy_(self.run())
         if opclasses.writes(self.func) and self.tensors:
             return self._in_place()
@@ -215,14 +215,13 @@ class Call:
         return tuple(_LOWEST if isinstance(arg, float) and arg == -FLOAT16_MAX else arg for arg in args)
 
     def _float_kwargs(self) -> dict[str, Any]:
-        kwargs = dict(self.kwargs)
-        if kwargs.get("dtype") is torch.float16:
-            kwargs["dtype"] = torch.float32
-        return kwargs
+        if self.kwargs.get("dtype") is torch.float16:
+            return {**self.kwargs, "dtype": torch.float32}
+        return self.kwargs
 
     @staticmethod
     def _marked(result: Any, kind: str | None) -> Any:
-        for tensor in _collect(result, []) if kind else ():
+        for tensor in _collect((result,), []) if kind else ():
             if type(tensor) is not HalfWeight and tensor.dtype == torch.float32:
                 mark(tensor, kind)
         return result
@@ -264,11 +263,11 @@ def _narrowed_but_weights(tensor: Tensor) -> Tensor:
     return tensor if type(tensor) is HalfWeight else _narrowed(tensor)
 
 
-def _collect(value: Any, found: list[Tensor]) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        found.append(value)
-    elif isinstance(value, (tuple, list)):
-        for each in value:
+def _collect(values: Any, found: list[Tensor]) -> list[Tensor]:
+    for each in values:
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, (tuple, list)):
             _collect(each, found)
     return found
 
@@ -281,14 +280,15 @@ def _answered(func: Any, args: Any, kwargs: Any) -> Any:
     return result
 
 
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if type(value) in (tuple, list):
-        return type(value)(_map(each, change) for each in value)
-    if type(value) is dict:
-        return {key: _map(each, change) for key, each in value.items()}
-    return value
+def _map(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a tuple, list or dict, and those in it, with its tensors changed."""
+    if type(values) is dict:
+        return dict(zip(values, _map([*values.values()], change), strict=True)) if values else values
+    changed = [
+        change(each) if isinstance(each, Tensor) else _map(each, change) if type(each) in _NESTS else each
+        for each in values
+    ]
+    return changed if type(values) is list else tuple(changed)
 
 
 def _class_of(name: str, tensors: list[Tensor]) -> str | None:

@@ -172,6 +172,34 @@ void test_attention(int64_t group, int64_t time, int64_t start, int64_t width, i
     expect("attention", error / 4, size, time, start, width); // scores of up to 40 magnify rounding errors
 }
 
+// Numbers of every size, and some that are none, against the same counts one by one.
+void test_survey(int64_t n) {
+    Buffer<float> x(n);
+    Buffer<uint16_t> out(n);
+    Surveyed want = {};
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = static_cast<uint32_t>(random_bits());
+        memcpy(&x[i], &bits, sizeof bits);
+        if (below(2)) x[i] = ldexpf(uniform(), static_cast<int>(below(50)) - 30);
+        const float size = fabsf(x[i]);
+        const bool finite = isfinite(x[i]);
+        want.largest = finite && size > want.largest ? size : want.largest;
+        want.nonfinite += !finite, want.out_of_range += finite && size > 65504.0f;
+        want.nonzero += size > 0, want.flushed += size > 0 && size <= 0x1p-25f;
+    }
+    const Surveyed got = LEVEL.survey({x.data, nullptr, false, nullptr}, 0, n);
+    Surveyed rounded = LEVEL.survey({x.data, nullptr, true, out.data}, 0, n);
+    for (int64_t i = 0; i < n; ++i) {
+        if (fabsf(x[i]) > 65504.0f || x[i] != x[i]) continue;
+        const float off = static_cast<float>(fabs(half(out[i]) - x[i]));
+        want.max_error = off > want.max_error ? off : want.max_error;
+    }
+    if (rounded.max_error != want.max_error) expect("rounding error", 1, 0, n, 0, 0);
+    rounded.max_error = want.max_error = got.max_error;
+    if (memcmp(&got, &want, sizeof got) != 0 || memcmp(&rounded, &want, sizeof got) != 0) expect("survey", 1, 0, n, 0, 0);
+    if (LEVEL.survey({nullptr, out.data, false, nullptr}, 0, n).nonfinite < want.nonfinite) expect("halves", 1, 0, n, 0, 0);
+}
+
 void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
     Buffer<float> x(2 * time * width), cosine(time * turned), sine(time * turned), out(x.size);
     fill(x), fill(cosine), fill(sine);
@@ -239,6 +267,7 @@ void test_edges() {
     for (bool transposed : {false, true}) test_linear(140, 70, 40, transposed, 2), test_linear(33, 35, 2100, transposed, 1);
     test_blocks(), test_pause();
     test_linear(3, 5, 9001, false, 2), test_linear(3, 5, 9001, true, 2), test_linear(1, 5, 9001, true, 2);
+    for (int64_t n : sizes) test_survey(n);
     for (int64_t width : sizes) test_rows(3, width), test_rope(3, width, width / 2 * 2, false), test_rope(3, width, width / 4 * 2, true);
     for (int64_t width : {1, 16, 31, 64})
         for (int64_t time : {1, 5, 20}) test_attention(3, time, 70, width, 0, 2), test_attention(1, time, 700, width, 33, 4);
@@ -247,6 +276,7 @@ void test_edges() {
 void test_random() {
     for (int i = 0; i < 8; ++i) test_linear(below(70), below(150), below(400), below(2), static_cast<int>(1 + below(5)));
     test_rows(below(5), 1 + below(300));
+    test_survey(below(3000));
     const int64_t width = 1 + below(90);
     test_block(1 + below(30), 1 + below(70), 1 + below(3), 1 + below(90), static_cast<int>(1 + below(3)));
     test_rope(below(20), width, below(width + 1) / 2 * 2, below(2));

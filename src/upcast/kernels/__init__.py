@@ -13,6 +13,7 @@ from torch import Tensor
 from upcast import config
 from upcast.errors import UpcastError
 from upcast.kernels import gradients, native, portable
+from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
 LONG = 512  # rows of x
@@ -124,6 +125,39 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     else:
         result = portable.grouped_linear(x, weight, counts, transposed=True)
     return result  # type: ignore[no-any-return]
+
+
+def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Survey:
+    """Return what the numbers of ``x`` are and what float16 does to them, in one pass over memory.
+
+    Args:
+        x: floating-point, any shape and strides.
+        out: float16 of the same shape; it gets the numbers, rounded to nearest.
+        rounds: find the largest error of rounding also without an out.
+    """
+    x = x.detach()
+    rounds = rounds or out is not None
+    if not x.is_contiguous():  # transposed, mostly: the order in which memory holds it is as good as any
+        order = sorted(range(x.dim()), key=x.stride, reverse=True)
+        x, out = x.permute(order), out if out is None else out.permute(order)
+    suits = x.dtype == torch.float32 or (x.dtype == torch.float16 and not rounds)
+    if suits and x.is_contiguous() and (out is None or out.is_contiguous()):
+        return active().survey(x, out, rounds=rounds)  # type: ignore[no-any-return]
+    return portable.survey(x, out, rounds=rounds)
+
+
+def sample(x: Tensor, step: int, count: int) -> Tensor:
+    """Return every step-th number of ``x`` (floating-point, any strides), in row-major order: float32 (count,)."""
+    implementation = active() if x.dtype in (torch.float16, torch.float32) else portable
+    return implementation.sample(x.detach(), step, count)  # type: ignore[no-any-return]
+
+
+def apart(got: Tensor, want: Tensor, bound: float) -> tuple[float, float]:
+    """Return the sums of (got - want)^2 and want^2, in double, where got is finite and \\|want\\| < ``bound``.
+
+    Both are float32, contiguous and of one shape.
+    """
+    return active().apart(got, want, bound)  # type: ignore[no-any-return]
 
 
 # --- for training: float32's own steps where no gradient is wanted, else a backward that keeps less -------------------

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from upcast.errors import UpcastError
+from upcast.kernels.reference import Survey
 
 _COPY_FIRST, _COPY_SECOND = 1, 2
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
@@ -274,6 +275,30 @@ def block(
         rest = [_describe(item) if isinstance(item, Tensor) else item for item in plan]
         full = _native.block(*views, _threads(), *rest)
     return None if full else out
+
+
+def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Survey:
+    """Look at x, float32 or float16, contiguous; write it, if float32, to out, a contiguous float16 of its shape.
+
+    max_error is found with an out, and where ``rounds`` asks for it.
+    """
+    return Survey._make(_native.survey(_describe(x), rounds, _describe(out), _threads()))
+
+
+def sample(x: Tensor, step: int, count: int) -> Tensor:
+    """Return every step-th number of x, float32 or float16, any strides, in row-major order: (count,) float32."""
+    out = _empty((count,), dtype=_float32, device=_CPU)
+    _native.sample(_describe(x), step, _describe(out))
+    return out
+
+
+def apart(got: Tensor, want: Tensor, bound: float) -> tuple[float, float]:
+    """Return the sums of (got - want)^2 and want^2 where got is finite and \\|want\\| < bound.
+
+    got, want: float32, contiguous, of one shape. The sums are in double.
+    """
+    sums: tuple[float, float] = _native.apart(_describe(got), _describe(want), bound)
+    return sums
 
 
 def unchanged(kept: list[Any], dicts: list[dict[str, Any]], owners: list[dict[str, Any]], names: list[str]) -> bool:

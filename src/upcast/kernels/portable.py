@@ -12,9 +12,11 @@ import torch
 from upcast.kernels import reference
 
 TILE = 1 << 20
+CHUNK = 1 << 18  # numbers looked at in one step: they stay in the second-level cache
 
 attention, kv_append, rope = reference.attention, reference.kv_append, reference.rope
 gated, layer_norm, rms_norm = reference.gated, reference.layer_norm, reference.rms_norm
+sample, apart = reference.sample, reference.apart
 
 _local = threading.local()
 
@@ -83,6 +85,15 @@ def grouped_linear(
     rows = x.split(counts.tolist())
     parts = [product(part, weight[expert]) for expert, part in enumerate(rows) if len(part)]
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[2 if transposed else 1])
+
+
+def survey(x: torch.Tensor, out: torch.Tensor | None = None, *, rounds: bool = False) -> reference.Survey:
+    """As `reference.survey`, in steps along the first dimension: no copy of the whole is made."""
+    if x.numel() <= CHUNK or not x.dim():
+        return reference.survey(x, out, rounds=rounds)
+    step = max(1, CHUNK * len(x) // x.numel())
+    outs = [None] * -(-len(x) // step) if out is None else out.split(step)
+    return reference.add([reference.survey(*each, rounds=rounds) for each in zip(x.split(step), outs, strict=True)])
 
 
 def _upcast(part: torch.Tensor) -> torch.Tensor:

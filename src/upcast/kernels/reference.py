@@ -2,10 +2,14 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
+TINY = 2.0**-25  # and below, float16 rounds to zero
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -83,3 +87,67 @@ def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
         return False
     cache[:, :, start : start + new.shape[2]] = stored
     return True
+
+
+class Survey(NamedTuple):
+    """What numbers are, and what float16 does to them.
+
+    Attributes:
+        largest: magnitude of a finite number.
+        max_error: largest \\|x - float16(x)\\|, over those that float16 can hold; 0 unless they were rounded.
+        nonfinite: NaN and infinite ones.
+        out_of_range: finite ones beyond 65504, float16's largest.
+        nonzero: those that are not zero (NaN does not count).
+        flushed: those that are not zero and become zero in float16.
+    """
+
+    largest: float = 0.0
+    max_error: float = 0.0
+    nonfinite: int = 0
+    out_of_range: int = 0
+    nonzero: int = 0
+    flushed: int = 0
+
+
+def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Survey:
+    """Look at x (any shape, any floating dtype); write it to out, float16 of the same shape, if there is one.
+
+    max_error is found with an out, and where ``rounds`` asks for it.
+    """
+    if not x.numel():
+        return Survey()
+    x = x.to(torch.promote_types(x.dtype, torch.float32))  # bfloat16 has no 65504 to compare with
+    magnitude = x.abs()
+    finite = magnitude.isfinite()
+    sizes = torch.where(finite, magnitude, 0)
+    nonzero, kept = int(sizes.count_nonzero()), int((sizes > TINY).count_nonzero())
+    nonfinite = x.numel() - int(finite.count_nonzero())
+    beyond = int((sizes > FLOAT16_MAX).count_nonzero())
+    found = Survey(float(sizes.max()), 0.0, nonfinite, beyond, nonzero + int(x.isinf().count_nonzero()), nonzero - kept)
+    if rounds or out is not None:
+        return found._replace(max_error=_rounded(x, torch.empty_like(x, dtype=torch.float16) if out is None else out))
+    return found
+
+
+def _rounded(x: Tensor, out: Tensor) -> float:
+    out.copy_(x)
+    off = (out.to(x.dtype) - x).abs()
+    return float(torch.where(x.abs() <= FLOAT16_MAX, off, 0).max())
+
+
+def sample(x: Tensor, step: int, count: int) -> Tensor:
+    """Return a float32 copy of every step-th number of x (any strides), in row-major order: (count,)."""
+    return x.contiguous().as_strided((count,), (step,)).to(torch.float32, copy=True)
+
+
+def apart(got: Tensor, want: Tensor, bound: float) -> tuple[float, float]:
+    """Return the sums of (got - want)^2 and want^2, in double, where got is finite and \\|want\\| < bound."""
+    usable = got.isfinite() & (want.abs() < bound)
+    got, want = got[usable].double(), want[usable].double()
+    return float((got - want).square().sum()), float(want.square().sum())
+
+
+def add(surveys: list[Survey]) -> Survey:
+    """Return the survey of all parts of a tensor."""
+    largest, max_error, *counts = zip(*surveys, strict=True)
+    return Survey(max(largest), max(max_error), *map(sum, counts))

@@ -127,6 +127,21 @@ struct AttentionPlan {
     int64_t partials; // floats shared by all tasks
 };
 
+// Numbers to look at, float32 or float16, and where they go in float16 (if they are rounded; may be null).
+struct Survey {
+    const float *wide;
+    const uint16_t *halves; // instead
+    bool rounds;            // find max_error too; float32 only
+    uint16_t *out;
+};
+
+// What they are, and what float16 does to them. Adding up is exact, so the cut into tasks changes nothing.
+struct Surveyed {
+    float largest;   // magnitude of a finite number
+    float max_error; // of rounding, over the numbers in range
+    int64_t nonfinite, out_of_range, nonzero, flushed;
+};
+
 struct Level {
     const char *name;
     LinearPlan (*plan_linear)(const Linear &, int threads);
@@ -141,6 +156,7 @@ struct Level {
     AttentionPlan (*plan_attention)(const Attention &, int threads);
     void (*attention)(const Attention &, const AttentionPlan &, float *scratch, float *partials, int unit);
     void (*attention_join)(const Attention &, const AttentionPlan &, float *partials, int64_t begin, int64_t end);
+    Surveyed (*survey)(const Survey &, int64_t begin, int64_t end);
 };
 
 // Defined by the levels that were built; which ones is told to dispatch.cpp by UPCAST_HAVE_*.

@@ -82,6 +82,29 @@ void overflow_task(void *context, int index) {
     if (call.level.overflows(call.args, begin, end)) __atomic_store_n(&call.found, true, __ATOMIC_RELAXED);
 }
 
+constexpr int MOST_SURVEYORS = 64;
+
+struct SurveyCall {
+    const Level &level;
+    const Survey &args;
+    int64_t count;
+    int tasks;
+    Surveyed found[MOST_SURVEYORS];
+};
+
+void survey_task(void *context, int index) {
+    SurveyCall &call = *static_cast<SurveyCall *>(context);
+    call.found[index] =
+        call.level.survey(call.args, call.count * index / call.tasks, call.count * (index + 1) / call.tasks);
+}
+
+void add(Surveyed &sum, const Surveyed &other) {
+    if (other.largest > sum.largest) sum.largest = other.largest;
+    if (other.max_error > sum.max_error) sum.max_error = other.max_error;
+    sum.nonfinite += other.nonfinite, sum.out_of_range += other.out_of_range;
+    sum.nonzero += other.nonzero, sum.flushed += other.flushed;
+}
+
 struct AttentionCall {
     const Level &level;
     const Attention &args;
@@ -178,6 +201,13 @@ Outcome launch_attention(const Level &level, const Attention &args, int threads)
     call.tasks = tasks_for(queries, plan.partials, threads);
     parallel(call.tasks, attention_join_task, &call);
     return Outcome::done;
+}
+
+Surveyed launch_survey(const Level &level, const Survey &args, int64_t count, int threads) {
+    SurveyCall call = {level, args, count, tasks_for(count, count, threads < MOST_SURVEYORS ? threads : MOST_SURVEYORS), {}};
+    parallel(call.tasks, survey_task, &call);
+    for (int i = 1; i < call.tasks; ++i) add(call.found[0], call.found[i]);
+    return call.found[0];
 }
 
 } // namespace upcast

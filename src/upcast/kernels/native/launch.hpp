@@ -24,4 +24,6 @@ bool launch_append(const Level &level, const Append &args, int64_t rows, int thr
 
 Outcome launch_attention(const Level &level, const Attention &args, int threads);
 
+Surveyed launch_survey(const Level &level, const Survey &args, int64_t count, int threads);
+
 } // namespace upcast

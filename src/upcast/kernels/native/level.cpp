@@ -4,13 +4,14 @@
 #include "linear.hpp"
 #include "rowwise.hpp"
 #include "simd.hpp"
+#include "survey.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
 
 static const Level LEVEL = {
     UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
-    rope,              overflows,   append, plan_attention, attention, attention_join,
+    rope,              overflows,   append, plan_attention, attention, attention_join, survey,
 };
 
 } // namespace UPCAST_NS
