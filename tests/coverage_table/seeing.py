@@ -146,6 +146,12 @@ def laid_out(model: Any) -> Inputs:
     return {"input_ids": PROMPT, "bbox": boxes, "decoder_input_ids": PROMPT, **square(model.config)}
 
 
+def encoded(model: Any) -> Inputs:
+    """A picture in the encoder's prompt (T5Gemma 2)."""
+    prompt = _prompt(lambda config: square(config.encoder), model)
+    return {**prompt, "decoder_input_ids": PROMPT}
+
+
 def coded(model: Any) -> Inputs:
     """A picture that becomes tokens of the vocabulary (Chameleon)."""
     size = model.config.vq_config.resolution
@@ -178,6 +184,7 @@ PROMPTS: dict[Callable[[Any], Inputs], str] = {
     rendered: "pix2struct",
     written: "kosmos-2.5",
     laid_out: "udop",
+    encoded: "t5gemma2",
     coded: "chameleon",
 }
 """Whole inputs -> model types."""
@@ -222,6 +229,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "qwen3_5": {"text_config": LINEAR},
     "qwen3_5_moe": {"text_config": LINEAR},
     "shieldgemma2": {"mm_tokens_per_image": 4},
+    "t5gemma2": {"encoder": {"mm_tokens_per_image": 4, "eoi_token_index": IMAGE + 1}},
     "udop": {"decoder_start_token_id": 1},
     "vipllava": {"vision_feature_layers": [-1, -2, 0]},
 }
@@ -239,7 +247,6 @@ CAUSES: dict[str, str] = {
     "gemma3n": TIMM,
     "instructblipvideo": "it sees videos only; instructblip is the same model for pictures",
     "perception_lm": TIMM,
-    "t5gemma2": "no inputs for its picture have been written; gemma3 and t5gemma, of which it is made, have rows",
     "vision-encoder-decoder": "it is any encoder with any decoder, and these have rows",
 }
 FAST = ["llava", "qwen2_vl", "mllama"]
