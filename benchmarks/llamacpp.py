@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import peer, stress
 from benchmarks.worker import Job
+from upcast import huge_pages
 
 PACKAGE = "llama-cpp-python"
 CONTEXT, BATCH = 2048, 512  # positions in all, and at once: more than any measurement takes
@@ -58,6 +59,7 @@ def write_gguf(state: Mapping[str, Tensor], config: Config, eps: float, path: Pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    huge_pages.settle(path)  # as LitGPT's checkpoint was
 
 
 def _tensors(state: Mapping[str, Tensor], config: Config) -> list[tuple[str, NDArray[Any]]]:

@@ -16,9 +16,9 @@ from tests.test_distributed import ROOT
 transformers = pytest.importorskip("transformers")
 
 LIMIT = 1e-5
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8}
 COMMON = {**SIZES, "vocab_size": 320, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": None}
-GROUPED = {**COMMON, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False}
+GROUPED = {**COMMON, "num_key_value_heads": 4, "head_dim": 8, "tie_word_embeddings": False}
 MODELS = {
     "llama": ("LlamaConfig", GROUPED),
     "qwen3": ("Qwen3Config", GROUPED),
@@ -54,11 +54,14 @@ def alone(folders: dict[str, Path]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 @pytest.mark.parametrize("door", ["patch", "UPCAST=1"])
-def test_two_ranks_equal_one(door: str, folders: dict[str, Path], alone: dict[str, Any], tmp_path: Path) -> None:
+def test_ranks_equal_one_process(
+    door: str, ranks: int, folders: dict[str, Path], alone: dict[str, Any], tmp_path: Path
+) -> None:
     clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
     door_open = {"UPCAST": "1"} if door == "UPCAST=1" else {}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
     result = subprocess.run(
         [*launcher, str(ROOT / "tests" / "transformers_worker.py"), str(tmp_path), *map(str, folders.values())],
         env={**clean, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **door_open},
@@ -69,11 +72,11 @@ def test_two_ranks_equal_one(door: str, folders: dict[str, Path], alone: dict[st
     )
     assert result.returncode == 0, result.stderr
     for name, want in alone.items():
-        for rank in range(2):
+        for rank in range(ranks):
             got = torch.load(tmp_path / f"{name}-{rank}.pt")
             assert not got["float32"], name
             assert relative_error(got["logits"], want["logits"]) < LIMIT, name
             assert got["text"].tolist() == want["text"].tolist(), name
-            divided = [key for key, size in got["bytes"].items() if size == want["bytes"][key] // 2]
+            divided = [key for key, size in got["bytes"].items() if size == want["bytes"][key] // ranks]
             assert any("mlp" in key for key in divided), name
             assert sum(got["bytes"].values()) < 0.85 * sum(want["bytes"].values()), name

@@ -192,11 +192,11 @@ def test_an_interrupted_patch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
     model = Net()
     before, calls = snapshot(model), []
 
-    def interrupt(source: Tensor) -> object:
-        calls.append(source)
+    def interrupt(*args: object) -> object:
+        calls.append(args)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return original(source)
+        return original(*args)
 
     original = upcast.patching.to_half
     monkeypatch.setattr("upcast.patching.to_half", interrupt)

@@ -3,15 +3,15 @@
 import ctypes
 import mmap
 import pickle
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from upcast.errors import UpcastError
+from upcast.huge_pages import Memory
 from upcast.planning import CONVERT, decide
-from upcast.rounding import Rounding, survey, to_half
+from upcast.rounding import Rounding, to_half
 from upcast.slot import Slot
 
 Known = dict[str, tuple[torch.dtype, Rounding]]
@@ -56,23 +56,25 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def to_float16(state: dict[str, Tensor], keep: Sequence[str] = ()) -> Known:
+def to_float16(state: dict[str, Tensor], memory: Memory | None = None) -> Known:
     """Round the weights in ``state`` to float16, in place, one tensor at a time.
 
     float16 tensors, vectors and what float16 cannot hold stay as they are, mapped. Returns, for each converted
-    tensor, its original dtype and what rounding lost.
+    tensor, its original dtype and what rounding lost. The rounded numbers go to ``memory``, if there is one.
     """
     known: Known = {}
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
-        action, _ = decide(Slot(name, tensor, True, []), keep, False)
-        if action == CONVERT and survey(tensor).fits:
-            key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay tied
-            if key not in converted:
-                converted[key] = to_half(tensor)
-                give_back_pages(tensor)
-            state[name], rounding = converted[key]
-            known[name] = (tensor.dtype, rounding)
+        action, _ = decide(Slot(name, tensor, True, []), (), False)
+        if action != CONVERT:
+            continue
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay tied
+        if key not in converted:
+            converted[key] = to_half(tensor, memory)
+            give_back_pages(tensor)
+        half, rounding = converted[key]
+        if rounding.fits:
+            state[name], known[name] = half, (tensor.dtype, rounding)
     return known
 
 

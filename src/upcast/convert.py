@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast import checkpoint, console, torch_file
+from upcast import checkpoint, console, huge_pages, torch_file
 from upcast.errors import UpcastError
 from upcast.planning import CONVERT, IN_FLOAT16, WIDEN, Change, Plan, change_of, settle
-from upcast.rounding import Rounding, to_half
+from upcast.rounding import Rounding, write_half
 from upcast.slot import Slot
 
 WEIGHTS, CONFIG, MANIFEST, JOURNAL = "lit_model.pth", "model_config.yaml", "upcast.json", "upcast.journal"
@@ -88,6 +88,7 @@ def convert(folder: Path, output: Path | None = None) -> str:
             changes = _fill(partial, items, weights, progress)
             _verify(partial, weights, progress)
             _finish(folder, partial, output, source, changes)
+            huge_pages.settle(output / WEIGHTS)
         finally:
             progress.close()
     plan = Plan(folder.name, tuple(changes))
@@ -250,7 +251,7 @@ def _write_tensor(item: Item, source: Tensor, target: Tensor) -> dict[str, Any]:
     """Write one tensor to the mapped file; return its checksum and what rounding lost."""
     rounding = Rounding()
     if item.action == CONVERT:
-        _, rounding = to_half(source, target)
+        rounding = write_half(source, target)
     else:
         target.copy_(source)
     crc = torch_file.checksum(target)

@@ -14,6 +14,7 @@ from upcast import console, fingerprint, hooks, kernels, learning, tracking, wat
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import Fallbacks, HalfWeight, parameter
+from upcast.huge_pages import Memory
 from upcast.integrations import litgpt_fused, transformers_fused
 from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
@@ -215,6 +216,7 @@ class _Weights:
 
     def __init__(self) -> None:
         self.fallbacks = Fallbacks()
+        self._memory = Memory()
         self._made: dict[str, HalfWeight] = {}
         self._half: Tensor | None = None  # of the tensor that was looked at last
 
@@ -222,7 +224,7 @@ class _Weights:
         """Round a tensor to float16, unless it is float16 already, and say what that loses."""
         if tensor.dtype == torch.float16:
             return survey(tensor)
-        self._half, rounding = to_half(tensor.detach())
+        self._half, rounding = to_half(tensor.detach(), self._memory)
         return rounding
 
     def make(self, slot: Slot, action: str, twin: Slot | None) -> Tensor | None:

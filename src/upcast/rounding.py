@@ -7,6 +7,7 @@ from torch import Tensor
 
 from upcast import kernels
 from upcast.half_weight import out_of_range
+from upcast.huge_pages import Memory
 from upcast.kernels.reference import Survey
 
 
@@ -44,14 +45,21 @@ def survey(source: Tensor) -> Rounding:
     return _rounding(kernels.survey(source))
 
 
-def to_half(source: Tensor, out: Tensor | None = None) -> tuple[Tensor, Rounding]:
+def to_half(source: Tensor, memory: Memory | None = None) -> tuple[Tensor, Rounding]:
     """Return ``source`` rounded to nearest in float16, and what that lost.
 
-    The numbers go to ``out``, a float16 tensor of the same shape, if there is one. Of a source that does not fit only
-    what does not is told (see `survey`).
+    The numbers go to ``memory``, if there is one. Those of a source that does not fit (see `survey`) are of no use.
     """
-    half = torch.empty_like(source, dtype=torch.float16) if out is None else out
-    return half, _rounding(kernels.survey(source, half))
+    half = torch.empty_like(source, dtype=torch.float16) if memory is None else memory.half_like(source)
+    rounding = write_half(source, half)
+    if memory is not None and not rounding.fits:
+        memory.take_back(half)
+    return half, rounding
+
+
+def write_half(source: Tensor, out: Tensor) -> Rounding:
+    """Write ``source`` to ``out``, float16 of the same shape, rounded to nearest; return what that lost."""
+    return _rounding(kernels.survey(source, out))
 
 
 def measure(source: Tensor) -> Rounding:

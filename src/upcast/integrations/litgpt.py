@@ -10,7 +10,7 @@ import torch
 import wrapt
 from torch import Tensor
 
-from upcast import checkpoint, config, console, patching
+from upcast import checkpoint, config, console, huge_pages, patching
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt_fused
@@ -61,7 +61,7 @@ def load_litgpt(
         litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     model = _build(_read_config(folder))
-    weights = read_for(model, folder / "lit_model.pth")
+    weights = read_for(model, folder / "lit_model.pth", whole=mesh is None)
     if mesh is None:
         fill(model, weights, kv_cache, policy, guard, heal)
         return model.eval()
@@ -70,8 +70,13 @@ def load_litgpt(
     return litgpt_parallel.load(model, folder, weights, mesh, kv_cache or chosen.kv_cache, wire).eval()
 
 
-def read_for(model: torch.nn.Module, path: Path) -> dict[str, Tensor]:
-    """Return the mapped weights in ``path``; raise UpcastError if they are not those of ``model``."""
+def read_for(model: torch.nn.Module, path: Path, whole: bool = True) -> dict[str, Tensor]:
+    """Return the mapped weights in ``path``; raise UpcastError if they are not those of ``model``.
+
+    ``whole``: this process will read all of them.
+    """
+    if whole and path.is_file():
+        huge_pages.read_ahead(path)
     weights = checkpoint.read(path)
     _check_fits(model, weights, path)
     return weights
@@ -86,7 +91,7 @@ def fill(
     heal: bool = False,
 ) -> None:
     """Give a LitGPT model of any dtype, without weights or with others, the mapped ``weights``, and patch it."""
-    known = checkpoint.to_float16(weights)
+    known = checkpoint.to_float16(weights, huge_pages.Memory())
     model.load_state_dict(weights, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
     patching.adopt(model, known, kv_cache, policy, guard, heal)

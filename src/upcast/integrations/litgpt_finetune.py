@@ -13,7 +13,7 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, patching
+from upcast import checkpoint, config, huge_pages, patching
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt, litgpt_scripts
 from upcast.targets import unwrap
@@ -83,6 +83,6 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name in learning.keys() & weights.keys():
             learning[name].copy_(weights.pop(name))
-    known = checkpoint.to_float16(weights)
+    known = checkpoint.to_float16(weights, huge_pages.Memory())
     model.load_state_dict(weights, strict=False, assign=True)
     patching.adopt(model, known, config.read().kv_cache)

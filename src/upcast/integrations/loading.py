@@ -18,9 +18,10 @@ from upcast import checkpoint, config, console, patching
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
+from upcast.huge_pages import Memory
 from upcast.integrations import litgpt_fused
 from upcast.planning import CONVERT, decide
-from upcast.rounding import Rounding, survey, to_half
+from upcast.rounding import Rounding, to_half
 from upcast.slot import Slot
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -45,6 +46,7 @@ class Loading:
     strict: bool = False
     lost: dict[int, tuple[torch.dtype, Rounding]] = field(default_factory=dict)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _memory: Memory = field(default_factory=Memory, repr=False)
 
     def arrive(self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True) -> Tensor:
         """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits.
@@ -59,12 +61,13 @@ class Loading:
 
     def _arrived(self, name: str, tensor: Tensor, ours: bool, in_place: bool) -> Tensor:
         action, _ = decide(Slot(name, tensor, True, []), (), False)
-        if action == CONVERT and survey(tensor).fits:
-            half, rounding = to_half(tensor)
-            self.lost[half.data_ptr()] = (tensor.dtype, rounding)
+        if action == CONVERT:
+            half, rounding = to_half(tensor, self._memory if in_place else None)  # a block holds what stays
             if ours:
                 checkpoint.give_back_pages(tensor)
-            return half
+            if rounding.fits:
+                self.lost[half.data_ptr()] = (tensor.dtype, rounding)
+                return half
         if tensor.dtype != torch.float16 or tensor.dim() < 2:
             return tensor.float()
         if tensor.is_contiguous() and (in_place or not ours):
