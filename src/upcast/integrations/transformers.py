@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import wrapt
 from torch import Tensor
 
+from upcast import huge_pages
 from upcast.integrations import loading
 from upcast.integrations.loading import Loading, NotOurs
 
@@ -98,8 +100,12 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
     _check(call.arguments["load_config"])
+    mesh = call.arguments["load_config"].device_mesh
+    if mesh is None:
+        for file in files or ():
+            huge_pages.read_ahead(Path(file))
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
-    _agree(model, tensors, ours, call.arguments["load_config"].device_mesh)
+    _agree(model, tensors, ours, mesh)
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     parts = _parts(tensors, call.arguments["load_config"])
     call.arguments["state_dict"] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from upcast import config
 from upcast.errors import UpcastError
-from upcast.kernels import gradients, native, portable
+from upcast.kernels import gradients, native, portable, reference
 from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
@@ -140,10 +140,22 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
     if not x.is_contiguous():  # transposed, mostly: the order in which memory holds it is as good as any
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         x, out = x.permute(order), out if out is None else out.permute(order)
-    suits = x.dtype == torch.float32 or (x.dtype == torch.float16 and not rounds)
-    if suits and x.is_contiguous() and (out is None or out.is_contiguous()):
+    whole = x.is_contiguous() and (out is None or out.is_contiguous())
+    if whole and (x.dtype == torch.float32 or (x.dtype == torch.float16 and not rounds)):
         return active().survey(x, out, rounds=rounds)  # type: ignore[no-any-return]
+    if whole and x.dtype == torch.bfloat16 and x.numel():
+        return _survey_widened(x.view(-1), None if out is None else out.view(-1), rounds)
     return portable.survey(x, out, rounds=rounds)
+
+
+def _survey_widened(x: Tensor, out: Tensor | None, rounds: bool) -> Survey:
+    """Look at x (N,) in pieces of float32, which holds every bfloat16."""
+    pieces = x.split(portable.CHUNK)
+    outs = [None] * len(pieces) if out is None else out.split(portable.CHUNK)
+    implementation = active()
+    return reference.add(
+        [implementation.survey(piece.float(), to, rounds=rounds) for piece, to in zip(pieces, outs, strict=True)]
+    )
 
 
 def sample(x: Tensor, step: int, count: int) -> Tensor:
