@@ -7,6 +7,8 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
+from upcast.checkpoint import give_back_pages
+
 _SAMPLE = 16  # numbers from each place of a tensor
 
 
@@ -29,4 +31,5 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
         flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:_SAMPLE]
         for start in (0, flat.numel() // 2, max(0, flat.numel() - _SAMPLE)):
             crc = zlib.crc32(str(flat[start : start + _SAMPLE].tolist()).encode(), crc)
+        give_back_pages(tensor)  # a look may map 2 MiB
     return f"{crc:08x}"

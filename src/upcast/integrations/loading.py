@@ -39,14 +39,15 @@ class Loading:
         kv_cache, policy: as for `upcast.patch`.
         strict: called by `upcast.from_pretrained`: what is not ours is an error, not a line.
         lost: address of a rounded tensor -> its dtype before, and what rounding lost.
+        memory: where rounded tensors go that the model will hold; None: each has memory of its own.
     """
 
     kv_cache: str | None = None
     policy: patching.Choice = "safe"
     strict: bool = False
     lost: dict[int, tuple[torch.dtype, Rounding]] = field(default_factory=dict)
+    memory: Memory | None = field(default_factory=Memory, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    _memory: Memory = field(default_factory=Memory, repr=False)
 
     def arrive(self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True) -> Tensor:
         """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits.
@@ -62,7 +63,7 @@ class Loading:
     def _arrived(self, name: str, tensor: Tensor, ours: bool, in_place: bool) -> Tensor:
         action, _ = decide(Slot(name, tensor, True, []), (), False)
         if action == CONVERT:
-            half, rounding = to_half(tensor, self._memory if in_place else None)  # a block holds what stays
+            half, rounding = to_half(tensor, self.memory if in_place else None)  # a block holds what stays
             if ours:
                 checkpoint.give_back_pages(tensor)
             if rounding.fits:

@@ -104,6 +104,8 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     if mesh is None:
         for file in files or ():
             huge_pages.read_ahead(Path(file))
+    else:
+        ours.memory = None  # what a rank gets is cut and copied once more
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
     _agree(model, tensors, ours, mesh)
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
