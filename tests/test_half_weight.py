@@ -315,3 +315,10 @@ def test_linear_equals_float32_linear_for_any_shape(m: int, n: int, k: int, tran
     want = F.linear(x.double(), weight.widened().double())
     torch_error = (F.linear(x, weight.widened()).double() - want).abs().sum()
     assert (F.linear(x, weight).double() - want).abs().sum() <= 2 * torch_error + 1e-5
+
+
+def test_bfloat16_s_65536_is_refused_as_float32_s_is() -> None:
+    weight = HalfWeight(torch.zeros(2, 2, dtype=torch.float16))
+    with pytest.raises(upcast.UpcastError, match="beyond 65504"):
+        weight.overwrite(torch.full((2, 2), 65536.0, dtype=torch.bfloat16))
+    assert torch.equal(weight.stored, torch.zeros(2, 2, dtype=torch.float16))

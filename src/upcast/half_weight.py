@@ -186,8 +186,8 @@ def out_of_range(source: torch.Tensor) -> bool:
     """Return whether ``source`` has a value beyond float16's largest, 65504, or one that is not finite."""
     if source.numel() == 0 or not source.is_floating_point():
         return False
-    low, high = torch.aminmax(source)  # NaN propagates, so that the comparison fails for it too
-    return not (bool(low >= -FLOAT16_MAX) and bool(high <= FLOAT16_MAX))
+    low, high = map(float, torch.aminmax(source.detach()))  # NaN propagates, so that the comparison fails for it too
+    return not (low >= -FLOAT16_MAX and high <= FLOAT16_MAX)  # not in bfloat16, where 65504 is 65536
 
 
 def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
