@@ -94,7 +94,7 @@ def _policies(extra: tuple[str, ...]) -> list[tuple[str, Policy, str, bool]]:
 
 def _error(run: Trial, policy: Policy, sample: Sample, reference: Any) -> float:
     try:
-        got = answer(run.run(policy, sample)).float()
+        got = answer(run.run(policy, sample))
     except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
         return math.inf
     return relative_error(got, reference) if all_finite(got) else math.inf

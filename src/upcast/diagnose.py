@@ -92,7 +92,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
         for sample in samples(inputs, kwargs):
             reference = run.finite_reference(sample, found.in_float32)
             try:
-                got = answer(run.run(NONE, sample, found.in_float16)).float()
+                got = answer(run.run(NONE, sample, found.in_float16))
             except (RuntimeError, ValueError, IndexError) as problem:  # NaN where an index or a probability is due
                 if found.culprit is None:
                     raise UpcastError(f"plain float16 fails for another reason than its range: {problem}") from problem
@@ -118,11 +118,11 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
-    """Return the norm of the difference relative to the norm of ``want``."""
+    """Return the norm of the difference relative to the norm of ``want``, which is float32."""
     off = size = 0.0
     pieces = zip(got.detach().reshape(-1).split(CHUNK), want.detach().reshape(-1).split(CHUNK), strict=True)
     for a, b in pieces:  # no copy of the whole
-        off += _squares(a - b)
+        off += _squares(a.float() - b)
         size += _squares(b)
     return math.sqrt(off) / max(math.sqrt(size), 1e-30)
 

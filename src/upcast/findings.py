@@ -7,7 +7,7 @@ each result are kept between the two.
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from upcast.policy import CLASSES
 from upcast.selective import STORED, Session, mark_of, reported
 
 KEPT = 256  # numbers of each result that are kept for comparison
+ROWS = 1024  # results of one pass, at first
 MASK = 1e30  # numbers beyond it are no scores but masks, which are filled with the type's own lowest
 AT_ONCE = 1 << 20  # scores that may be in memory at once
 
@@ -100,6 +101,15 @@ class Culprit:
 Key = tuple[str, str, int]  # module, function, which of its calls
 
 
+class Noted(NamedTuple):
+    """What the float32 pass kept of one result: the row of its sample, and figures of all its numbers."""
+
+    row: int
+    size: int
+    nonfinite: int
+    largest: float
+
+
 class Findings:
     """What the two passes note."""
 
@@ -108,11 +118,13 @@ class Findings:
         self.sites: dict[tuple[str, str | None, str], Site] = {}
         self.culprit: Culprit | None = None
         self.first_nonfinite = ""
+        self._numbers = torch.empty(ROWS, KEPT, dtype=torch.float32)  # a row per result
         self.next_sample()
 
     def next_sample(self) -> None:
         """Forget what belonged to one sample."""
-        self._kept: dict[Key, tuple[Tensor, int, float]] = {}
+        self._kept: dict[Key, Noted] = {}
+        self._rows = 0
         self._calls: tuple[dict[tuple[str, str], int], dict[tuple[str, str], int]] = ({}, {})
         self._drifted: Culprit | None = None
 
@@ -123,10 +135,11 @@ class Findings:
             return _pass_on(result, _LARGEST, entering)
         module = session.frames[-1].name
         for value in _floats(result):
-            numbers = kernels.survey(value)
-            largest, bad = numbers.largest, numbers.nonfinite
+            row = self._row()
+            numbers = kernels.look(value, _step(value), self._numbers, row)
+            largest = numbers.largest
             _note(value, _LARGEST, largest)
-            if bad and not self.first_nonfinite and not any(_nonfinite(t) for t in tensors if mark_of(t) != STORED):
+            if numbers.nonfinite and not self.first_nonfinite and not any(map(_broken, tensors)):
                 self.first_nonfinite = f"{module or '(the model itself)'}: {op_class or name}"
             site = self._site(module, op_class, name)
             inner = _scores_inside(name, tensors)
@@ -135,7 +148,8 @@ class Findings:
                 site.flushed = max(site.flushed, numbers.flushed / value.numel())
             if entering > site.largest_input and any(reported(t) == torch.float16 for t in tensors):
                 site.largest_input = entering
-            self._kept[self._key(0, module, name)] = (_sampled(value), bad, max(largest, inner))
+            noted = Noted(row, value.numel(), numbers.nonfinite, max(largest, inner))
+            self._kept[self._key(0, module, name)] = noted
         return None
 
     def in_float16(self, session: Session, op_class: str | None, name: str, tensors: list[Tensor], result: Any) -> None:
@@ -145,16 +159,23 @@ class Findings:
             return _pass_on(result, _DRIFT, entering)
         module = session.frames[-1].name
         for value in _floats(result):
-            kept = self._kept.pop(self._key(1, module, name), None)
-            if kept is None:  # the passes took different ways
+            noted = self._kept.pop(self._key(1, module, name), None)
+            if noted is None or noted.size != value.numel():  # the passes took different ways
                 _note(value, _DRIFT, entering)
                 continue
-            reference, expected, largest = kept
-            bad = _nonfinite(value) - expected
-            drift = math.inf if bad > 0 else _drift(_sampled(value), reference)
+            nonfinite, off, size = kernels.compare(value, _step(value), self._numbers, noted.row, MASK)
+            bad = nonfinite - noted.nonfinite
+            drift = math.inf if bad > 0 else math.sqrt(off / max(size, TINY**2 * min(KEPT, noted.size)))
             _note(value, _DRIFT, drift)
-            self._note(self._site(module, op_class, name), bad, drift, entering, largest)
+            self._note(self._site(module, op_class, name), bad, drift, entering, noted.largest)
         return None
+
+    def _row(self) -> int:
+        """Return a row for the sample of one more result; there are twice as many rows once they are full."""
+        self._rows += 1
+        if self._rows > len(self._numbers):
+            self._numbers = torch.cat((self._numbers, torch.empty_like(self._numbers)))
+        return self._rows - 1
 
     def _note(self, site: Site, bad: int, drift: float, entering: float, largest: float) -> None:
         site.nonfinite += max(bad, 0)
@@ -235,30 +256,22 @@ def all_finite(value: Tensor) -> bool:
     return not value.numel() or all(math.isfinite(bound) for bound in torch.aminmax(value.detach()))
 
 
-def _nonfinite(value: Tensor) -> int:
-    if type(value) is HalfWeight or not value.is_floating_point():
-        return 0
-    return kernels.survey(value).nonfinite
+def _broken(tensor: Tensor) -> bool:
+    """Whether an activation has numbers that are not finite."""
+    if type(tensor) is HalfWeight or not tensor.is_floating_point() or mark_of(tensor) == STORED:
+        return False
+    return kernels.survey(tensor).nonfinite > 0
 
 
-def _sampled(value: Tensor) -> Tensor:
-    """Return a copy of about KEPT numbers of a tensor in float32, evenly spread over rows and columns."""
-    total = value.numel()
-    step = _step(total, value.shape[-1] if value.dim() else 1, KEPT)
-    return kernels.sample(value, step, min(KEPT, -(-total // step)))
+def _step(value: Tensor) -> int:
+    """Return how far apart the KEPT numbers of a sample are, evenly spread over rows and columns."""
+    return _coprime(value.numel(), value.shape[-1] if value.dim() else 1)
 
 
 @functools.lru_cache(maxsize=4096)
-def _step(total: int, width: int, count: int) -> int:
-    """Return how far apart the numbers of a sample are: no multiple of the rows' width, or it sees few columns."""
-    return next(step for step in range(max(1, total // count), 0, -1) if math.gcd(step, width) == 1)
-
-
-def _drift(got: Tensor, want: Tensor) -> float:
-    if got.shape != want.shape:
-        return 0.0
-    off, size = kernels.apart(got, want, MASK)
-    return math.sqrt(off / max(size, TINY**2 * max(len(want), 1)))
+def _coprime(total: int, width: int) -> int:
+    """Return a step that is no multiple of the rows' width, or the sample would see few columns."""
+    return next(step for step in range(max(1, total // KEPT), 0, -1) if math.gcd(step, width) == 1)
 
 
 def _scores_inside(name: str, tensors: list[Tensor]) -> float:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from upcast import config, shortcut
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, out_of_range, parameter
+from upcast.tree import modules
 
 
 def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions."""
-    for module in root.modules():
+    for module in modules(root):
         if any(_half_weights(module)):
             module.register_state_dict_post_hook(_plain_state)
             module.register_load_state_dict_pre_hook(_accept_state)
@@ -25,7 +26,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    for module in root.modules():
+    for module in modules(root):
         _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
         _discard(module._load_state_dict_pre_hooks, lambda hook: getattr(hook, "hook", hook) is _accept_state)
     shortcut.remove(root)

@@ -10,6 +10,7 @@ from torch import nn
 
 from upcast.errors import UpcastError
 from upcast.slot import Slot, matches
+from upcast.tree import named_modules
 
 _INFERENCE = (
     "inference: {share} of the weights require grad, as in every fresh model, so none is taken to learn; "
@@ -78,7 +79,7 @@ def _quantized(root: nn.Module, found: Sequence[Slot]) -> str:
         ):
             return slot.name
     ours = "torch.ao.nn.quantized"  # their weights are neither parameters nor buffers
-    return next((name for name, module in root.named_modules() if type(module).__module__.startswith(ours)), "")
+    return next((name for name, module in named_modules(root) if type(module).__module__.startswith(ours)), "")
 
 
 def _for_inference(root: nn.Module, found: Sequence[Slot]) -> bool:

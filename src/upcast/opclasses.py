@@ -5,7 +5,7 @@ What is left out follows its inputs: float32 when one of them is the result of a
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from upcast.policy import CLASSES
 
@@ -150,9 +150,35 @@ _PRODUCTS = "matmul mm bmm mv addmm addmv addbmm baddbmm einsum inner tensordot 
 _WITH_WEIGHT = frozenset(_PRODUCTS.split())
 _SUMS_AND_GATES = "add sub subtract rsub lerp mul multiply div divide true_divide"
 _OF_ACTIVATIONS = frozenset(_SUMS_AND_GATES.split())
+_ASKS = frozenset(LEFT_OUT["asks about a tensor, or hands it to Python"].split())
+
+
+class Known(NamedTuple):
+    """What is known of a function without its arguments.
+
+    Attributes:
+        name: the one that it is listed under.
+        op_class: the class that it belongs to, if its arguments do not speak against it; None: it is left out.
+        decided: its arguments cannot speak against it.
+        writes: it changes its first argument.
+        asks: it asks about a tensor, or hands it to Python.
+    """
+
+    name: str
+    op_class: str | None
+    decided: bool
+    writes: bool
+    asks: bool
 
 
 @functools.lru_cache(maxsize=4096)
+def known(function: Any) -> Known:
+    """Return what is known of a function of torch; its methods and functions are called some ten thousand times."""
+    name = name_of(function)
+    decided = name not in _WITH_WEIGHT and name not in _OF_ACTIVATIONS
+    return Known(name, CLASS_OF.get(name), decided, _writes(function), name in _ASKS)
+
+
 def name_of(function: Any) -> str:
     """Return the name under which a function is listed: ``add`` for torch.add, Tensor.add_, ``+`` and ``+=``."""
     name = str(getattr(function, "__name__", function))
@@ -173,8 +199,7 @@ def listed(function: Any) -> bool:
     return name_of(function) in CLASS_OF or name_of(function) in ALL_LEFT_OUT
 
 
-@functools.lru_cache(maxsize=4096)
-def writes(function: Any) -> bool:
+def _writes(function: Any) -> bool:
     """Whether a function changes its first argument."""
     name = str(getattr(function, "__name__", function))
     if name.startswith("__"):
@@ -185,8 +210,3 @@ def writes(function: Any) -> bool:
 def of_activations(name: str) -> bool:
     """Whether a listed function counts only between two activations of one shape."""
     return name in _OF_ACTIVATIONS
-
-
-def with_weight(name: str) -> bool:
-    """Whether a listed product belongs to ``linear`` when one of its operands is a weight."""
-    return name in _WITH_WEIGHT

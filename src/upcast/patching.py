@@ -22,6 +22,7 @@ from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
 from upcast.targets import prepare, slots, unwrap
 from upcast.tracking import Selection
+from upcast.tree import named_modules
 
 Model = TypeVar("Model")
 Undo = list[tuple[nn.Module, str, Tensor]]
@@ -154,7 +155,7 @@ def record_of(root: nn.Module) -> Record:
     record = root.__dict__.get(_RECORD)
     if isinstance(record, Record):
         return record
-    inner = next((name for name, module in root.named_modules() if _RECORD in module.__dict__), None)
+    inner = next((name for name, module in named_modules(root) if _RECORD in module.__dict__), None)
     remedy = f"Its module {inner!r} is: pass that one." if inner else "Call upcast.patch(model) first."
     raise UpcastError(f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}")
 

@@ -165,7 +165,7 @@ class _Judge:
             return math.inf
         if self.metric is not None:
             return float(self.metric(output, reference))
-        got = answer(output).float()
+        got = answer(output)
         return relative_error(got, reference) if all_finite(got) else math.inf
 
     def _reference(self, sample: Sample, index: int) -> Any:

@@ -38,7 +38,6 @@ _VIEWS = frozenset(f for f, handler in HANDLERS.items() if getattr(handler, "fun
     Tensor.__getitem__,
     *ops.named("detach as_strided unfold split_with_sizes"),
 }
-_ASKS = frozenset(opclasses.LEFT_OUT["asks about a tensor, or hands it to Python"].split())
 _FILLS = frozenset(["full", "full_like", "new_full", "masked_fill", "fill", "where", "tensor", "scalar_tensor"])
 _SUMMED = frozenset(["linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "addmv"])
 _LOWEST = torch.finfo(torch.float32).min
@@ -58,7 +57,7 @@ def mark(tensor: Tensor, kind: str | None) -> Tensor:
     if kind is None:
         tensor.__dict__.pop("_upcast", None)
     else:
-        tensor.__dict__["_upcast"] = kind
+        tensor._upcast = kind  # type: ignore[attr-defined]
     return tensor
 
 
@@ -120,21 +119,20 @@ class Session(TorchFunctionMode):
         kwargs = kwargs or {}
         if _local.session is not self:  # a model inside this one has its own
             return func(*args, **kwargs)
-        if func == _DTYPE:
-            return reported(args[0])
-        name, frame, observer = opclasses.name_of(func), self.frames[-1], self.owner.observer
-        if name in _CONVERSIONS:
+        known = opclasses.known(func)
+        if known.asks:
+            return reported(args[0]) if func == _DTYPE else _answered(func, args, kwargs)
+        frame, observer = self.frames[-1], self.owner.observer
+        if known.name in _CONVERSIONS:
             result = _converted(frame, func, args, kwargs)
             if observer is not None:
-                observer(self, frame.op_class, name, [args[0]], result)
+                observer(self, frame.op_class, known.name, [args[0]], result)
             return result
-        if name in _ASKS:
-            return _answered(func, args, kwargs)
-        call = Call(frame, func, name, args, kwargs)
+        call = Call(frame, func, known, args, kwargs)
         call.observed = observer is not None
         result = call.run()
         if observer is not None:
-            observer(self, call.op_class, name, call.tensors, result)
+            observer(self, call.op_class, known.name, call.tensors, result)
         return result
 
 
@@ -143,34 +141,40 @@ class Call:
 
     observed = False  # then float16 products are summed by our kernels: torch's own way is several times slower
 
-    def __init__(self, frame: Frame, func: Any, name: str, args: Any, kwargs: dict[str, Any]) -> None:
-        self.frame, self.func, self.name, self.args, self.kwargs = frame, func, name, args, kwargs
-        self.tensors: list[Tensor] = []
-        _collect(args, self.tensors)
+    def __init__(self, frame: Frame, func: Any, known: opclasses.Known, args: Any, kwargs: dict[str, Any]) -> None:
+        self.frame, self.func, self.known, self.args, self.kwargs = frame, func, known, args, kwargs
+        self.tensors = _collect(args, [])
         if kwargs:
             _collect(kwargs.values(), self.tensors)
-        self.op_class = frame.op_class or _class_of(name, self.tensors)
+        self.op_class = frame.op_class or (known.op_class if known.decided else _class_of(known, self.tensors))
 
     def run(self) -> Any:
         """Run the operation as the policy asks."""
         if self.kwargs and (out := self.kwargs.pop("out", None)) is not None:
             return out.copy_(self.run())
-        if opclasses.writes(self.func) and self.tensors:
+        if self.known.writes and self.tensors:
             return self._in_place()
-        if self.func in _VIEWS and self.op_class is None and self.tensors:
+        if self.op_class is None and self.func in _VIEWS and self.tensors:
             kind = STORED if type(self.tensors[0]) is HalfWeight else mark_of(self.tensors[0])
-            return self._marked(self.func(*self.args, **self.kwargs), kind)  # as wide as what it looks at
-        if not self._wide():
-            return self._narrow()
-        kind = FOR_FLOAT if self._asks_float() else FOR_HALF
-        result = self.func(*_map(self._scalars(self.args), _widened), **_map(self._float_kwargs(), _widened))
-        return self._marked(result, kind) if self.op_class or self._ours() else result
+            return _marked(self.func(*self.args, **self.kwargs), kind)  # as wide as what it looks at
+        return self._widely() if self._wide() else self._narrow()
+
+    def _widely(self) -> Any:
+        args, kwargs = self._scalars(self.args), self._float_kwargs()
+        if any(map(_is_half, self.tensors)):
+            args, kwargs = _map(args, _widened), _map(kwargs, _widened)
+        result = self.func(*args, **kwargs)
+        if self.op_class is None and not self._ours():
+            return result
+        return _marked(result, FOR_FLOAT if self._asks_float() else FOR_HALF)
 
     def _narrow(self) -> Any:
-        narrow = _narrowed_but_weights if any(map(_asks_float, self.tensors)) else _narrowed
-        if self.observed and self.name in _SUMMED and self._all_half():
+        if self.observed and self.known.name in _SUMMED and self._all_half():
             wide = _map(self.args, _rounded), _map(self.kwargs, _rounded)
             return self.func(*wide[0], **wide[1]).half()  # as torch does it: sums in float32, rounded once
+        if not any(map(_stands_for_half, self.tensors)):
+            return self.func(*self.args, **self.kwargs)
+        narrow = _narrowed_but_weights if any(map(_asks_float, self.tensors)) else _narrowed
         return self.func(*_map(self.args, narrow), **_map(self.kwargs, narrow))
 
     def _all_half(self) -> bool:
@@ -185,7 +189,7 @@ class Call:
         """Whether a number that stands for a float16 one takes part, or float16 is asked for."""
         if self.kwargs.get("dtype") is torch.float16:
             return True
-        return any(type(t) is HalfWeight or t.dtype == torch.float16 or mark_of(t) for t in self.tensors)
+        return any(type(t) is HalfWeight or _is_half(t) or mark_of(t) for t in self.tensors)
 
     def _asks_float(self) -> bool:
         dtype = self.kwargs.get("dtype")
@@ -206,11 +210,11 @@ class Call:
         other = convert(target)  # computed in the other type, then stored in the target's
         result = self.func(other, *args, **kwargs)
         target.copy_(other)
-        return self._marked(other, FOR_HALF) if isinstance(result, Tensor) else result
+        return _marked(other, FOR_HALF) if isinstance(result, Tensor) else result
 
     def _scalars(self, args: Any) -> Any:
         """Float16's lowest, as masks are filled with it, is float32's lowest in a tensor of float32."""
-        if self.name not in _FILLS:
+        if self.known.name not in _FILLS:
             return args
         return tuple(_LOWEST if isinstance(arg, float) and arg == -FLOAT16_MAX else arg for arg in args)
 
@@ -219,22 +223,13 @@ class Call:
             return {**self.kwargs, "dtype": torch.float32}
         return self.kwargs
 
-    @staticmethod
-    def _marked(result: Any, kind: str | None) -> Any:
-        for tensor in _collect((result,), []) if kind else ():
-            if type(tensor) is not HalfWeight and tensor.dtype == torch.float32:
-                mark(tensor, kind)
-        return result
-
 
 # --- tensors ----------------------------------------------------------------------------------------------------------
 
 
 def reported(tensor: Tensor) -> torch.dtype:
     """Return the dtype that plain ``.half()`` would give the tensor: what the model's code is told."""
-    if type(tensor) is HalfWeight or mark_of(tensor) in (FOR_HALF, STORED):
-        return torch.float16
-    return tensor.dtype
+    return torch.float16 if _stands_for_half(tensor) else tensor.dtype
 
 
 def _asks_float(tensor: Tensor) -> bool:
@@ -243,8 +238,27 @@ def _asks_float(tensor: Tensor) -> bool:
     return plain and mark_of(tensor) in (None, FOR_FLOAT) and tensor.dim() > 0
 
 
+def _marked(result: Any, kind: str | None) -> Any:
+    """Put a mark on what is float32 in an operation's result; return the result."""
+    if kind is not None:
+        for tensor in (result,) if type(result) is Tensor else _collect((result,), []):
+            if type(tensor) is not HalfWeight and tensor.dtype is torch.float32:
+                mark(tensor, kind)
+    return result
+
+
+def _is_half(tensor: Tensor) -> bool:
+    """Whether the tensor is float16 itself."""
+    return type(tensor) is not HalfWeight and tensor.dtype is torch.float16
+
+
+def _stands_for_half(tensor: Tensor) -> bool:
+    """Whether the tensor is a number of another type, or a weight, in place of float16."""
+    return type(tensor) is HalfWeight or mark_of(tensor) in (FOR_HALF, STORED)
+
+
 def _widened(tensor: Tensor) -> Tensor:
-    return tensor.float() if type(tensor) is not HalfWeight and tensor.dtype == torch.float16 else tensor
+    return tensor.float() if _is_half(tensor) else tensor
 
 
 def _narrowed(tensor: Tensor) -> Tensor:
@@ -291,15 +305,11 @@ def _map(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return changed if type(values) is list else tuple(changed)
 
 
-def _class_of(name: str, tensors: list[Tensor]) -> str | None:
-    op_class = opclasses.CLASS_OF.get(name)
-    if op_class is None:
-        return None
-    if opclasses.with_weight(name):
-        return "linear" if any(map(_is_weight, tensors)) else op_class
-    if opclasses.of_activations(name):
-        return op_class if _two_activations(tensors) else None
-    return op_class
+def _class_of(known: opclasses.Known, tensors: list[Tensor]) -> str | None:
+    """Return the class of a function whose arguments have a say in it."""
+    if opclasses.of_activations(known.name):
+        return known.op_class if _two_activations(tensors) else None
+    return "linear" if any(map(_is_weight, tensors)) else known.op_class
 
 
 def _is_weight(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from upcast import kernels
 from upcast.forward import Forward
 from upcast.half_weight import HalfWeight
+from upcast.tree import modules
 
 
 class LinearForward(Forward):
@@ -47,13 +48,13 @@ def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
 
 def install(root: nn.Module) -> None:
     """Give every plain ``nn.Linear`` with a HalfWeight its short forward, unless something else replaced it."""
-    for module in root.modules():
+    for module in modules(root):
         if type(module) is nn.Linear and type(module.weight) is HalfWeight and "forward" not in module.__dict__:
             module.__dict__["forward"] = LinearForward(module)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    for module in root.modules():
+    for module in modules(root):
         if isinstance(module.__dict__.get("forward"), LinearForward):
             del module.__dict__["forward"]

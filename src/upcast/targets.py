@@ -11,12 +11,13 @@ from upcast import learning
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.slot import Slot, matches
+from upcast.tree import named_modules
 
 
 def slots(model: nn.Module) -> list[Slot]:
     """Return the parameters and buffers of ``model``, each tensor once, with all of its places."""
     found: dict[int, Slot] = {}
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is not None:

@@ -19,6 +19,7 @@ from upcast.integrations.litgpt_modules import Fused
 from upcast.policy import Policy, inside
 from upcast.selective import STORED, Frame, Observer, Session, current, mark, mark_of, module_class
 from upcast.shortcut import LinearForward
+from upcast.tree import modules, named_modules
 from upcast.watch import Watch, unwatched
 
 
@@ -78,7 +79,7 @@ class Tracked(Forward):
 
 def check(root: nn.Module, policy: Policy) -> None:
     """Raise UpcastError if an override of ``policy`` names no module of ``root``."""
-    names = [name for name, _ in root.named_modules()]
+    names = [name for name, _ in named_modules(root)]
     for pattern, _ in policy.overrides:
         if not any(inside(name, pattern) for name in names):
             raise UpcastError(
@@ -89,14 +90,14 @@ def check(root: nn.Module, policy: Policy) -> None:
 
 def install(root: nn.Module, selection: Selection) -> None:
     """Have every module of ``root`` run under the selection's policy."""
-    for name, module in list(root.named_modules()):
+    for name, module in named_modules(root):
         _mark_own(module)
         module.__dict__["forward"] = Tracked(module, name, selection)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    for module in root.modules():
+    for module in modules(root):
         tracked = module.__dict__.get("forward")
         if isinstance(tracked, Tracked):
             del module.__dict__["forward"]
@@ -109,7 +110,7 @@ def remove(root: nn.Module) -> None:
 def change(root: nn.Module, selection: Selection, policy: Policy) -> None:
     """Put a tracked model under another policy."""
     selection.policy = policy
-    for module in root.modules():
+    for module in modules(root):
         tracked = unwatched(module)
         if isinstance(tracked, Tracked) and tracked.selection is selection:
             tracked.set_policy()

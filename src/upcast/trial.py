@@ -19,6 +19,7 @@ from upcast.policy import Policy
 from upcast.selective import Observer
 from upcast.targets import unwrap
 from upcast.tracking import Selection
+from upcast.tree import modules, named_modules
 from upcast.watch import paused
 
 SAFE, NONE = Policy(), Policy(frozenset())
@@ -248,7 +249,7 @@ def trial(model: object, *, training: bool = False) -> Iterator[Trial]:
 
 
 def _refuse_training(root: nn.Module) -> None:
-    for name, module in root.named_modules():
+    for name, module in named_modules(root):
         random = isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
         if module.training and (random or isinstance(module, nn.modules.batchnorm._BatchNorm)):
             raise UpcastError(
@@ -259,7 +260,7 @@ def _refuse_training(root: nn.Module) -> None:
 
 def _refuse_drawing(root: nn.Module) -> None:
     """Refuse dropout that is no layer: a function, or inside attention and recurrent layers."""
-    if any(module.training for module in root.modules()):
+    if any(module.training for module in modules(root)):
         raise UpcastError(
             f"{type(root).__name__} is in training mode and draws random numbers, as dropout does; two passes can be "
             "compared only if they do the same. Call model.eval() first."

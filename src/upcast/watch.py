@@ -22,6 +22,7 @@ from upcast.backward import Backward
 from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.policy import Policy, show
+from upcast.tree import modules
 
 _local: Any = threading.local()  # .paused: blocks of `paused` in this thread; .roots: models whose forward it is in
 # Of a cache: replaced by longer ones, or written where the step will write again. `_buffers` are our float16 twins'.
@@ -206,7 +207,7 @@ def _doors(root: nn.Module) -> Iterator[nn.Module]:
     A litgpt ``LLM`` and PEFT's models have their inner model generate; Transformers' ``generate`` calls the encoder.
     """
     found = {id(root): root}
-    for module in root.modules():
+    for module in modules(root):
         if any(hasattr(type(module), name) for name in ("generate", "set_kv_cache")):
             found[id(module)] = module
             if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
@@ -217,7 +218,7 @@ def _doors(root: nn.Module) -> Iterator[nn.Module]:
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    for module in root.modules():
+    for module in modules(root):
         watch = module.__dict__.get("forward")
         if isinstance(watch, Watch) and watch.root is root:
             del module.__dict__["forward"]
@@ -252,7 +253,7 @@ class State:
         for value in (*args, *kwargs.values()):
             if not isinstance(value, (Tensor, *_PLAIN)):
                 self._take(value)
-        for norm in module.modules() if module.training else ():
+        for norm in modules(module) if module.training else ():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
                 for buffer in norm.buffers():
                     self._take(buffer)

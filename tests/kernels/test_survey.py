@@ -120,28 +120,39 @@ def test_large_tensors_are_looked_at_in_steps() -> None:
     assert portable.survey(x, torch.empty_like(x, dtype=torch.float16)) == native.survey(x, rounds=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "empty"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("step", [1, 7])
-def test_samples(each_kernels: str, layout: str, dtype: torch.dtype, step: int) -> None:
+@pytest.mark.parametrize("most", [1, 31, 256, 1000])
+def test_samples_are_kept(each_kernels: str, layout: str, dtype: torch.dtype, step: int, most: int) -> None:
     x = LAYOUTS[layout](numbers(720, 4).view(20, 36).to(dtype))
-    count = -(-x.numel() // step)
-    got = kernels.sample(x, step, count)
-    assert got.dtype == torch.float32
-    assert torch.equal(got.nan_to_num(1.5), x.flatten()[::step].float().nan_to_num(1.5))
-    before = got.clone()
-    x.zero_()
-    assert torch.equal(got.nan_to_num(1.5), before.nan_to_num(1.5))
+    kept = torch.full((3, most), 4321.0)
+    assert kernels.look(x, step, kept, 1) == reference.survey(x)
+    wanted = x.flatten()[::step].float()[:most]
+    assert torch.equal(kept[1, : len(wanted)].nan_to_num(1.5), wanted.nan_to_num(1.5))
+    rest = torch.cat((kept[0], kept[1, len(wanted) :], kept[2]))
+    assert torch.equal(rest, torch.full_like(rest, 4321.0))
 
 
-def test_how_far_apart_numbers_are(each_kernels: str) -> None:
-    got, want = torch.tensor([1.0, INF, NAN, 3.0, 5.0]), torch.tensor([2.0, 1.0, 1.0, -3.4e38, 5.0])
-    assert kernels.apart(got, want, 1e30) == (1.0, 29.0)
-    assert kernels.apart(want, got, INF) == (pytest.approx(3.4e38**2), 35.0)
-    x, y = torch.randn(1000), torch.randn(1000)
-    off, size = kernels.apart(x, y, 1e30)
-    assert off == pytest.approx(float((x.double() - y.double()).square().sum()), rel=1e-12)
-    assert size == pytest.approx(float(y.double().square().sum()), rel=1e-12)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("step", [1, 5])
+def test_numbers_are_compared_with_kept_ones(each_kernels: str, layout: str, dtype: torch.dtype, step: int) -> None:
+    x, other = (LAYOUTS[layout](numbers(720, seed).view(20, 36).to(dtype)) for seed in (4, 5))
+    kept = torch.zeros(2, 700)
+    kernels.look(other, step, kept, 1)
+    got, want = (each.flatten()[::step][:700].to(dtype).float().double() for each in (x, other))
+    usable = got.isfinite() & (want.abs() < 1e30)
+    off, size = (got - want)[usable].square().sum(), want[usable].square().sum()
+    nonfinite, *sums = kernels.compare(x, step, kept, 1, 1e30)
+    assert nonfinite == x.numel() - int(x.isfinite().count_nonzero())
+    assert sums == pytest.approx([float(off), float(size)], rel=1e-12)
+
+
+def test_masks_and_numbers_that_are_not_finite_are_not_compared(each_kernels: str) -> None:
+    got, kept = torch.tensor([1.0, INF, NAN, 3.0, 5.0]), torch.tensor([[2.0, 1.0, 1.0, -3.4e38, 5.0]])
+    assert kernels.compare(got, 1, kept, 0, 1e30) == (2, 1.0, 29.0)
+    assert kernels.compare(kept[0], 1, got[None], 0, INF) == (0, pytest.approx(3.4e38**2), 35.0)
 
 
 REFUSED = {
@@ -150,11 +161,13 @@ REFUSED = {
     "out's type": (lambda: native.survey(torch.zeros(3), torch.zeros(3)), "out"),
     "out's size": (lambda: native.survey(torch.zeros(3), torch.zeros(4).half()), "4 elements for 3"),
     "out of halves": (lambda: native.survey(torch.zeros(3).half(), torch.zeros(3).half()), "x"),
-    "sample beyond the end": (lambda: native.sample(torch.zeros(10), 4, 4), "must lie in the tensor"),
-    "sample backwards": (lambda: native.sample(torch.zeros(10), -1, 4), "must lie in the tensor"),
-    "sample of nothing": (lambda: native.sample(torch.zeros(0), 1, 1), "must lie in the tensor"),
-    "sample overflow": (lambda: native.sample(torch.zeros(10), 2**62, 4), "must lie in the tensor"),
-    "pair of two sizes": (lambda: native.apart(torch.zeros(3), torch.zeros(4), 1.0), "as many"),
+    "a row too many": (lambda: native.look(torch.zeros(10), 4, torch.zeros(2, 4), 2), "row 2 of 2"),
+    "a row before the first": (lambda: native.compare(torch.zeros(10), 4, torch.zeros(2, 4), -1, 1.0), "row -1 of 2"),
+    "no step": (lambda: native.look(torch.zeros(10), 0, torch.zeros(2, 4), 1), "steps count from 1"),
+    "kept halves": (lambda: native.look(torch.zeros(3), 1, torch.zeros(2, 4).half(), 1), "kept"),
+    "kept in one dimension": (lambda: native.look(torch.zeros(3), 1, torch.zeros(4), 0), "kept has 1 dimensions"),
+    "kept apart": (lambda: native.look(torch.zeros(3), 1, torch.zeros(4, 2).t(), 0), "kept is not contiguous"),
+    "look at integers": (lambda: native.look(torch.zeros(3, dtype=torch.int64), 1, torch.zeros(2, 4), 0), "x"),
 }
 
 

@@ -23,6 +23,7 @@ from upcast.integrations.litgpt_modules import (
 )
 from upcast.integrations.litgpt_prefix import CacheClearer, CacheReset, forget
 from upcast.integrations.litgpt_stack import FusedGPT
+from upcast.tree import modules, named_modules
 
 KV_CACHES = {"float16": torch.float16, "float32": None}  # None: as LitGPT makes them
 
@@ -40,8 +41,8 @@ def install(root: nn.Module, kv_cache: str) -> None:
     litgpt = sys.modules.get("litgpt.model")
     if litgpt is None:  # then no module of ``root`` can be LitGPT's
         return
-    for gpt in [module for module in root.modules() if isinstance(module, litgpt.GPT)]:
-        for module in gpt.modules():
+    for gpt in [module for module in modules(root) if isinstance(module, litgpt.GPT)]:
+        for module in modules(gpt):
             if "forward" not in module.__dict__:
                 _fuse(module, litgpt, KV_CACHES[kv_cache])
         gpt.__dict__.setdefault("set_kv_cache", CacheSetter(gpt))
@@ -53,14 +54,14 @@ def install_caches(root: nn.Module, kv_cache: str) -> None:
     """Have every LitGPT model in ``root`` make caches of that dtype, and run otherwise as LitGPT has it."""
     litgpt = sys.modules.get("litgpt.model")
     attentions = (litgpt.CausalSelfAttention, litgpt.MultiheadLatentAttention) if litgpt else ()
-    for module in root.modules():
+    for module in modules(root):
         if isinstance(module, attentions):
             module.__dict__["build_kv_cache"] = CacheBuilder(module, KV_CACHES[kv_cache] or torch.float32, fused=False)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave, and what the model has made with it since."""
-    for module in root.modules():
+    for module in modules(root):
         if isinstance(module.__dict__.get("forward"), FusedGPT):
             litgpt_generation.leave(module)
             restore(module)
@@ -73,7 +74,7 @@ def remove(root: nn.Module) -> None:
 def unfused(gpt: nn.Module) -> dict[str, str]:
     """Return name -> reason for the modules of a LitGPT model that always keep LitGPT's own forward."""
     litgpt = sys.modules["litgpt.model"]
-    reasons = {name: _reason(module, litgpt) for name, module in gpt.named_modules()}
+    reasons = {name: _reason(module, litgpt) for name, module in named_modules(gpt)}
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -83,7 +84,7 @@ def remarks(root: nn.Module) -> list[str]:
     if litgpt is None:
         return []
     reasons: dict[str, list[str]] = {}
-    for prefix, gpt in root.named_modules():
+    for prefix, gpt in named_modules(root):
         if isinstance(gpt, litgpt.GPT):
             for name, reason in unfused(gpt).items():
                 reasons.setdefault(reason, []).append(f"{prefix}.{name}" if prefix else name)

@@ -18,6 +18,7 @@ from torch import nn
 from upcast.integrations.transformers_cache import narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.tree import modules
 
 _ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 
@@ -27,11 +28,11 @@ def install(root: nn.Module, kv_cache: str) -> None:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None:  # then no module of ``root`` can be of Transformers
         return
-    for model in [module for module in root.modules() if isinstance(module, library.PreTrainedModel)]:
-        for module in model.modules():
+    for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
+        for module in modules(model):
             if "forward" not in module.__dict__:
                 _fuse(module)
-        for layer in model.modules():  # once what is inside is known
+        for layer in modules(model):  # once what is inside is known
             if "forward" not in layer.__dict__ and _is_layer(layer):
                 layer.__dict__["forward"] = FusedDecoderLayer(layer)
         if kv_cache == "float16" and not any(hook is _narrow for hook in model._forward_pre_hooks.values()):
@@ -41,7 +42,7 @@ def install(root: nn.Module, kv_cache: str) -> None:
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
     kinds = (FusedRMSNorm, FusedGatedMLP, FusedAttention, FusedDecoderLayer)
-    for module in root.modules():
+    for module in modules(root):
         if isinstance(module.__dict__.get("forward"), kinds):
             del module.__dict__["forward"]
         for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:

@@ -17,6 +17,7 @@ from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
 LONG = 512  # rows of x
+_TWO = (torch.float16, torch.float32)  # what the native kernels look at
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
 
 
@@ -141,7 +142,7 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         x, out = x.permute(order), out if out is None else out.permute(order)
     whole = x.is_contiguous() and (out is None or out.is_contiguous())
-    if whole and (x.dtype == torch.float32 or (x.dtype == torch.float16 and not rounds)):
+    if whole and x.dtype in _TWO[rounds:]:
         return active().survey(x, out, rounds=rounds)  # type: ignore[no-any-return]
     if whole and x.dtype == torch.bfloat16 and x.numel():
         return _survey_widened(x.view(-1), None if out is None else out.view(-1), rounds)
@@ -158,18 +159,27 @@ def _survey_widened(x: Tensor, out: Tensor | None, rounds: bool) -> Survey:
     )
 
 
-def sample(x: Tensor, step: int, count: int) -> Tensor:
-    """Return every step-th number of ``x`` (floating-point, any strides), in row-major order: float32 (count,)."""
-    implementation = active() if x.dtype in (torch.float16, torch.float32) else portable
-    return implementation.sample(x.detach(), step, count)  # type: ignore[no-any-return]
+def look(x: Tensor, step: int, kept: Tensor, row: int) -> Survey:
+    """Return `survey` of ``x``, and write every step-th number of it, in row-major order, to ``kept[row]``.
 
-
-def apart(got: Tensor, want: Tensor, bound: float) -> tuple[float, float]:
-    """Return the sums of (got - want)^2 and want^2, in double, where got is finite and \\|want\\| < ``bound``.
-
-    Both are float32, contiguous and of one shape.
+    Args:
+        x: floating-point, any shape and strides.
+        step: from 1 on.
+        kept: (R, N) float32, contiguous; at most N numbers are written.
     """
-    return active().apart(got, want, bound)  # type: ignore[no-any-return]
+    implementation = active() if x.dtype in _TWO else portable
+    return implementation.look(x.detach() if x.requires_grad else x, step, kept, row)  # type: ignore[no-any-return]
+
+
+def compare(x: Tensor, step: int, kept: Tensor, row: int, bound: float) -> tuple[int, float, float]:
+    """Return how many of ``x`` are not finite, and how far its samples are from those that `look` kept.
+
+    That is the sums of (a - b)^2 and b^2, in double, over samples a of x and b of ``kept[row]``, where a is finite and
+    \\|b\\| < ``bound``.
+    """
+    implementation = active() if x.dtype in _TWO else portable
+    x = x.detach() if x.requires_grad else x
+    return implementation.compare(x, step, kept, row, bound)  # type: ignore[no-any-return]
 
 
 # --- for training: float32's own steps where no gradient is wanted, else a backward that keeps less -------------------

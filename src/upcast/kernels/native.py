@@ -285,20 +285,24 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
     return Survey._make(_native.survey(_describe(x), rounds, _describe(out), _threads()))
 
 
-def sample(x: Tensor, step: int, count: int) -> Tensor:
-    """Return every step-th number of x, float32 or float16, any strides, in row-major order: (count,) float32."""
-    out = _empty((count,), dtype=_float32, device=_CPU)
-    _native.sample(_describe(x), step, _describe(out))
-    return out
+def look(x: Tensor, step: int, kept: Tensor, row: int) -> Survey:
+    """Look at x, float32 or float16, and write every step-th number of it (row-major order) to ``kept[row]``.
 
-
-def apart(got: Tensor, want: Tensor, bound: float) -> tuple[float, float]:
-    """Return the sums of (got - want)^2 and want^2 where got is finite and \\|want\\| < bound.
-
-    got, want: float32, contiguous, of one shape. The sums are in double.
+    kept: (R, N) float32, contiguous; at most N numbers are written.
     """
-    sums: tuple[float, float] = _native.apart(_describe(got), _describe(want), bound)
-    return sums
+    found = _native.look(_describe(x), step, _describe(kept), row, _threads())
+    return look(x.contiguous(), step, kept, row) if found is None else Survey._make(found)
+
+
+def compare(x: Tensor, step: int, kept: Tensor, row: int, bound: float) -> tuple[int, float, float]:
+    """Return how many of x are not finite, and sums of (a - b)^2 and b^2 over its samples a and kept ones b.
+
+    x, step, kept, row: as for `look`. Counted are pairs where a is finite and \\|b\\| < bound; in double.
+    """
+    found: tuple[int, float, float] | None = _native.compare(
+        _describe(x), step, _describe(kept), row, bound, _threads()
+    )
+    return compare(x.contiguous(), step, kept, row, bound) if found is None else found
 
 
 def unchanged(kept: list[Any], dicts: list[dict[str, Any]], owners: list[dict[str, Any]], names: list[str]) -> bool:

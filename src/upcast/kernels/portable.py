@@ -16,7 +16,6 @@ CHUNK = 1 << 18  # numbers looked at in one step: they stay in the second-level 
 
 attention, kv_append, rope = reference.attention, reference.kv_append, reference.rope
 gated, layer_norm, rms_norm = reference.gated, reference.layer_norm, reference.rms_norm
-sample, apart = reference.sample, reference.apart
 
 _local = threading.local()
 
@@ -94,6 +93,33 @@ def survey(x: torch.Tensor, out: torch.Tensor | None = None, *, rounds: bool = F
     step = max(1, CHUNK * len(x) // x.numel())
     outs = [None] * -(-len(x) // step) if out is None else out.split(step)
     return reference.add([reference.survey(*each, rounds=rounds) for each in zip(x.split(step), outs, strict=True)])
+
+
+def look(x: torch.Tensor, step: int, kept: torch.Tensor, row: int) -> reference.Survey:
+    """Look at x, and write every step-th number of it (row-major order) to ``kept[row]``, as many as fit.
+
+    kept: (R, N) float32.
+    """
+    numbers = _sampled(x, step, kept)
+    kept[row, : len(numbers)] = numbers
+    return survey(x)
+
+
+def compare(x: torch.Tensor, step: int, kept: torch.Tensor, row: int, bound: float) -> tuple[int, float, float]:
+    """Return how many of x are not finite, and how far its samples are from those that `look` kept.
+
+    That is the sums of (a - b)^2 and b^2, in double, over samples a and kept ones b, where a is finite and
+    \\|b\\| < bound.
+    """
+    got = _sampled(x, step, kept)
+    want = kept[row, : len(got)]
+    usable = got.isfinite() & (want.abs() < bound)
+    got, want = got[usable].double(), want[usable].double()
+    return survey(x).nonfinite, float((got - want).square().sum()), float(want.square().sum())
+
+
+def _sampled(x: torch.Tensor, step: int, kept: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1)[::step][: kept.shape[1]].float()
 
 
 def _upcast(part: torch.Tensor) -> torch.Tensor:

@@ -135,18 +135,6 @@ def _rounded(x: Tensor, out: Tensor) -> float:
     return float(torch.where(x.abs() <= FLOAT16_MAX, off, 0).max())
 
 
-def sample(x: Tensor, step: int, count: int) -> Tensor:
-    """Return a float32 copy of every step-th number of x (any strides), in row-major order: (count,)."""
-    return x.contiguous().as_strided((count,), (step,)).to(torch.float32, copy=True)
-
-
-def apart(got: Tensor, want: Tensor, bound: float) -> tuple[float, float]:
-    """Return the sums of (got - want)^2 and want^2, in double, where got is finite and \\|want\\| < bound."""
-    usable = got.isfinite() & (want.abs() < bound)
-    got, want = got[usable].double(), want[usable].double()
-    return float((got - want).square().sum()), float(want.square().sum())
-
-
 def add(surveys: list[Survey]) -> Survey:
     """Return the survey of all parts of a tensor."""
     largest, max_error, *counts = zip(*surveys, strict=True)
