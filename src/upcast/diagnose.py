@@ -16,8 +16,8 @@ from torch import Tensor
 from upcast import console, fingerprint
 from upcast.errors import UpcastError
 from upcast.findings import Culprit, Findings, Site, all_finite
-from upcast.half_weight import FLOAT16_MAX
 from upcast.kernels.portable import CHUNK
+from upcast.kernels.reference import FLOAT16_MAX
 from upcast.policy import Policy
 from upcast.trial import NONE, answer, samples, trial
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from upcast import kernels, opclasses
-from upcast.half_weight import FLOAT16_MAX, HalfWeight
-from upcast.kernels.reference import TINY
+from upcast.half_weight import HalfWeight
+from upcast.kernels.reference import FLOAT16_MAX, TINY
 from upcast.policy import CLASSES
 from upcast.selective import STORED, Session, mark_of, reported
 

@@ -15,8 +15,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from upcast.errors import UpcastError
-
-FLOAT16_MAX = 65504.0
+from upcast.kernels.reference import FLOAT16_MAX
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 """torch function -> handler with the same signature, for operations with a HalfWeight among their arguments."""

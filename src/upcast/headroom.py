@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from upcast import console
 from upcast.errors import UpcastError
 from upcast.findings import Findings, Site
-from upcast.half_weight import FLOAT16_MAX
+from upcast.kernels.reference import FLOAT16_MAX
 from upcast.patching import is_patched, record_of
 from upcast.targets import unwrap
 from upcast.trial import Sample, trial

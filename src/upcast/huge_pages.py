@@ -81,7 +81,7 @@ def read_ahead(path: Path) -> None:
 def settle(path: Path) -> None:
     """Have the system hold a file that was just written in large pages: its writer leaves it in small ones."""
     if _HUGE is not None:
-        with path.open("rb+") as file:
+        with path.open("rb") as file, contextlib.suppress(OSError):  # a file system that cannot
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         read_ahead(path)

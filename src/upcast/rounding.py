@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from upcast import kernels
-from upcast.half_weight import out_of_range
 from upcast.huge_pages import Memory
 from upcast.kernels.reference import Survey
 
@@ -40,9 +39,8 @@ class Rounding:
 
 def survey(source: Tensor) -> Rounding:
     """Return how many values of ``source`` are out of float16's range or not finite (no rounding error yet)."""
-    if not out_of_range(source):
-        return Rounding()
-    return _rounding(kernels.survey(source))
+    found = kernels.survey(source)
+    return Rounding(out_of_range=found.out_of_range, nonfinite=found.nonfinite)
 
 
 def to_half(source: Tensor, memory: Memory | None = None) -> tuple[Tensor, Rounding]:

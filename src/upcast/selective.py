@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from upcast import opclasses, ops
-from upcast.half_weight import FLOAT16_MAX, HANDLERS, HalfWeight
+from upcast.half_weight import HANDLERS, HalfWeight
+from upcast.kernels.reference import FLOAT16_MAX
 from upcast.policy import ALL
 
 # The marks of a float32 tensor inside a session.
