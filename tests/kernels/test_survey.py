@@ -97,6 +97,7 @@ LAYOUTS = {
     "expanded": lambda x: x[:, :1].expand(20, 9),
     "scalar": lambda x: x[0, 0],
     "empty": lambda x: x[:0],
+    "empty, transposed": lambda x: x.new_empty(3, 0).t(),
 }
 
 
