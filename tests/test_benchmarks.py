@@ -1,5 +1,6 @@
 """The benchmark: options, statistics, quality figures, stress test, failures, report, and one whole run."""
 
+import gc
 import json
 import math
 import os
@@ -191,6 +192,7 @@ def test_weight_bytes_of_quantize_dynamic() -> None:
 
 @pytest.mark.skipif(not memory.supported(), reason="only the Linux kernel tells")
 def test_peak_is_noticed_after_it_is_gone() -> None:
+    gc.collect()  # what earlier tests left behind must not go in between
     memory.reset_peak()
     before = memory.peak_bytes()
     block = torch.ones(64 << 20, dtype=torch.uint8)
