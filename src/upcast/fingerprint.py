@@ -6,12 +6,13 @@ from typing import Any
 from torch import nn
 
 from upcast.errors import UpcastError
+from upcast.tree import named_modules
 
 
 def of(root: nn.Module) -> dict[str, Any]:
     """Return class name, number of parameters, and a hash of the modules' kinds and names and the tensors' shapes."""
     digest, count = hashlib.sha256(), 0
-    for name, module in root.named_modules():
+    for name, module in named_modules(root):
         digest.update(f"{name} {type(module).__name__}\n".encode())
     for name, tensor in root.named_parameters():
         digest.update(f"{name} {tuple(tensor.shape)}\n".encode())

@@ -18,6 +18,7 @@ from upcast.findings import Findings, Site
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.patching import is_patched, record_of
 from upcast.targets import unwrap
+from upcast.tree import modules
 from upcast.trial import Sample, trial
 from upcast.watch import State
 
@@ -47,7 +48,7 @@ class Headroom:
         if every < 1:
             raise UpcastError(f"every={every}; headroom is measured on one of so many steps. Use 1 or more.")
         root = unwrap(model)
-        patched = next((module for module in root.modules() if is_patched(module)), None)
+        patched = next((module for module in modules(root) if is_patched(module)), None)
         if patched is None:
             raise UpcastError(
                 f"{type(root).__name__} holds no patched model, so there is nothing in float16 to measure. Call "

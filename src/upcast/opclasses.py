@@ -173,7 +173,7 @@ class Known(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def known(function: Any) -> Known:
-    """Return what is known of a function of torch; its methods and functions are called some ten thousand times."""
+    """Return what is known of a function or method of torch, worked out once: a pass asks for each of its calls."""
     name = name_of(function)
     decided = name not in _WITH_WEIGHT and name not in _OF_ACTIVATIONS
     return Known(name, CLASS_OF.get(name), decided, _writes(function), name in _ASKS)

@@ -20,6 +20,7 @@ from upcast.errors import UpcastError
 from upcast.findings import Culprit, Findings, all_finite
 from upcast.policy import ALL, Policy, show
 from upcast.selective import Observer
+from upcast.tree import named_modules
 from upcast.trial import NONE, SAFE, Sample, Samples, Trial, answer, trial
 
 Metric = Callable[[Any, Any], float]
@@ -260,7 +261,7 @@ class _Judge:
 
 def _blocks(run: Trial) -> list[str]:
     """Return the names of the model's blocks: the list of modules with most of the weights, not a block's experts."""
-    lists = [(name, module) for name, module in run.root.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    lists = [(name, module) for name, module in named_modules(run.root) if isinstance(module, torch.nn.ModuleList)]
     name, modules = max(lists, key=lambda item: _weights(item[1]), default=("", torch.nn.ModuleList()))
     return [f"{name}.{index}" for index in range(len(modules))]
 

@@ -17,7 +17,7 @@ from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
 LONG = 512  # rows of x
-_TWO = (torch.float16, torch.float32)  # what the native kernels look at
+_LOOKED_AT = (torch.float16, torch.float32)  # by the native kernels
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
 
 
@@ -142,7 +142,7 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
         order = sorted(range(x.dim()), key=x.stride, reverse=True)
         x, out = x.permute(order), out if out is None else out.permute(order)
     whole = x.is_contiguous() and (out is None or out.is_contiguous())
-    if whole and x.dtype in _TWO[rounds:]:
+    if whole and x.dtype in _LOOKED_AT and not (rounds and x.dtype == torch.float16):
         return active().survey(x, out, rounds=rounds)  # type: ignore[no-any-return]
     if whole and x.dtype == torch.bfloat16 and x.numel():
         return _survey_widened(x.view(-1), None if out is None else out.view(-1), rounds)
@@ -167,7 +167,7 @@ def look(x: Tensor, step: int, kept: Tensor, row: int) -> Survey:
         step: from 1 on.
         kept: (R, N) float32, contiguous; at most N numbers are written.
     """
-    implementation = active() if x.dtype in _TWO else portable
+    implementation = active() if x.dtype in _LOOKED_AT else portable
     return implementation.look(x.detach() if x.requires_grad else x, step, kept, row)  # type: ignore[no-any-return]
 
 
@@ -177,7 +177,7 @@ def compare(x: Tensor, step: int, kept: Tensor, row: int, bound: float) -> tuple
     That is the sums of (a - b)^2 and b^2, in double, over samples a of x and b of ``kept[row]``, where a is finite and
     \\|b\\| < ``bound``.
     """
-    implementation = active() if x.dtype in _TWO else portable
+    implementation = active() if x.dtype in _LOOKED_AT else portable
     x = x.detach() if x.requires_grad else x
     return implementation.compare(x, step, kept, row, bound)  # type: ignore[no-any-return]
 

@@ -38,7 +38,7 @@ bool check_kept(const Tensor &x, int64_t step, const Tensor &kept, int64_t row, 
     return true;
 }
 
-// The same numbers in the order in which memory holds them; false if there are gaps, or numbers seen twice.
+// Whether memory holds the numbers side by side, in whatever order: no gaps, and none of them twice.
 bool lies_dense(const Tensor &x) {
     if (x.count() == 0) return true;
     int order[Tensor::MOST_DIMS];
