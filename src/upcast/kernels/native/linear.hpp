@@ -3,6 +3,7 @@
 
 #include "linear_axpy.hpp"
 #include "linear_dot.hpp"
+#include "linear_far.hpp"
 #include "linear_panel.hpp"
 #include "linear_tiles.hpp"
 
@@ -27,7 +28,7 @@ static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int p
     float *floats = static_cast<float *>(scratch);
     switch (plan.strategy) {
     case Strategy::dot:
-        return dot_task(a, plan, floats, task);
+        return reads_far_rows(a, plan) ? far_task(a, plan, task) : dot_task(a, plan, floats, task);
     case Strategy::axpy:
         return phase == 0 ? axpy_task(a, plan, floats, task) : axpy_gather(a, plan, floats, task);
     case Strategy::panel:

@@ -1,13 +1,12 @@
 // y = x W^T: each output is a dot product of a row of x and a row of weights, widened in registers.
 //
-// A tile is R rows of weights times COLS rows of x, with its sums in registers. How one row of x reads the
-// weights is measured per processor. AMD's with AVX-512 take one row of weights at a time and prefetch
+// A tile is R rows of weights times COLS rows of x, with its sums in registers. How the weights are read from
+// memory is measured per processor. AMD's with AVX-512 take one row of weights at a time and prefetch
 // nothing: a single sequential stream is what the hardware prefetcher follows best, and hints cost it a fifth
-// of the bandwidth. AMD's with AVX2 read short rows a sixth faster with hints, and long ones a fifth faster
-// as several streams. Intel's follow a stream no further than its page: there several rows at once, with
-// hints, are read a third faster. More rows of x share each widened weight; there the next tile's weights are
-// fetched meanwhile. Nothing is packed or transposed, which is why this beats panels of widened weights for
-// every number of rows of x.
+// of the bandwidth. AMD's with AVX2 want several streams, far apart: see linear_far.hpp. Intel's follow a stream
+// no further than its page: there several rows at once, with hints, are read a third faster. More rows of x
+// share each widened weight; there the next tile's weights are fetched meanwhile. Nothing is packed or
+// transposed, which is why this beats panels of widened weights for every number of rows of x.
 #pragma once
 
 #include "kernels.hpp"
@@ -28,15 +27,15 @@ constexpr int dot_rows(int cols) {
     return REGISTERS == 32 ? (cols <= 7 ? 4 : 3) : (cols <= 3 ? 4 : 3);
 }
 
-// Rows of weights at once for one row of x, where the processor likes several streams; with AVX2 that is
-// from so many columns on.
+// Rows of weights at once for one row of x, where the processor likes several streams.
 constexpr int STREAMS = 4;
+// AVX-512 takes two rows of x with single rows of weights up to so many columns.
 constexpr int64_t LONG_ROW = 1280;
 
 // Tiles between the weights in use and those being fetched. One row of x is done with a tile sooner than
 // memory answers; AVX2 is done with short rows of weights sooner, too.
 template <int R, int COLS> UPCAST_INLINE int64_t dot_tiles_ahead(int64_t K) {
-    if (UPCAST_LEVEL == 3 && (R == 1 || COLS > 1)) return 1 + (R == 1 ? 12 : 6) * 1024 / (R * K + 1);
+    if (UPCAST_LEVEL == 3 && COLS > 1) return 1 + 6 * 1024 / (R * K + 1);
     return COLS == 1 ? 2 : 1;
 }
 
@@ -162,13 +161,12 @@ static void finish_dots(const Linear &a, int64_t begin, int64_t end, int64_t m, 
 
 // Rows [m, next) of x against weights [begin, end), the rows of w.
 template <bool FETCH, class Element>
-static void dot_block(const Linear &a, Rows<Element> w, int64_t begin, int64_t end, int64_t m, int64_t next, bool streams) {
+static void dot_block(const Linear &a, Rows<Element> w, int64_t begin, int64_t end, int64_t m, int64_t next,
+                      bool streams) {
     DotSums sums;
     const int cols = static_cast<int>(next - m);
-    const bool one = FETCH && cols == 1, avx2 = UPCAST_LEVEL == 3;
     const bool short_pair = UPCAST_LEVEL == 4 && cols == 2 && a.K < LONG_ROW; // a third faster by single rows, too
-    if (one && (streams || (avx2 && a.K >= LONG_ROW))) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
-    else if (one && avx2) dot_tiles<1, 1, true, Element>(a, w, begin, end, m, sums);
+    if (FETCH && cols == 1 && streams) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
     else if (short_pair) dot_tiles<1, 2, false, Element>(a, w, begin, end, m, sums);
     else dot_tiles_for<DOT_COLS, FETCH, Element>(cols)(a, w, begin, end, m, sums);
     finish_dots(a, begin, end, m, cols, sums);
@@ -189,19 +187,29 @@ static LinearPlan plan_dot(const Linear &a, int threads) {
     return plan;
 }
 
+// The rows of x of a task, in blocks of nearly equal height that tiles take.
+struct RowBlocks {
+    int64_t first, rows, count;
+    RowBlocks(const Linear &a, const LinearPlan &plan, int task) {
+        const int64_t tm = task / plan.grid_n;
+        first = a.M * tm / plan.grid_m, rows = a.M * (tm + 1) / plan.grid_m - first;
+        count = rows <= DOT_COLS ? 1 : (rows + DOT_COLS_MANY - 1) / DOT_COLS_MANY;
+    }
+    int64_t begin(int64_t block) const { return first + rows * block / count; }
+};
+
 static void dot_task(const Linear &a, const LinearPlan &plan, float *scratch, int task) {
-    const int tn = task % plan.grid_n, tm = task / plan.grid_n;
-    const int64_t end = a.N * (tn + 1) / plan.grid_n;
-    const int64_t m0 = a.M * tm / plan.grid_m, rows = a.M * (tm + 1) / plan.grid_m - m0;
-    const int64_t blocks = rows <= DOT_COLS ? 1 : (rows + DOT_COLS_MANY - 1) / DOT_COLS_MANY;
+    const int tn = task % plan.grid_n;
+    const int64_t begin = a.N * tn / plan.grid_n, end = a.N * (tn + 1) / plan.grid_n;
+    const RowBlocks x(a, plan, task);
     float *wide = plan.scratch ? scratch + task * plan.block * a.K : nullptr;
-    for (int64_t n = a.N * tn / plan.grid_n; n < end; n += plan.block) {
+    for (int64_t n = begin; n < end; n += plan.block) {
         const int64_t next_n = least(end, n + plan.block);
         const Rows<uint16_t> stored = {a.w + n * a.ldw, a.ldw};
         if (wide)
             for (int64_t i = 0; i < next_n - n; ++i) widen_row(stored.row(i), wide + i * a.K, a.K);
-        for (int64_t block = 0; block < blocks; ++block) {
-            const int64_t m = m0 + rows * block / blocks, next = m0 + rows * (block + 1) / blocks;
+        for (int64_t block = 0; block < x.count; ++block) {
+            const int64_t m = x.begin(block), next = x.begin(block + 1);
             if (wide) dot_block<false>(a, Rows<float>{wide, a.K}, n, next_n, m, next, false);
             else if (block == 0) dot_block<true>(a, stored, n, next_n, m, next, plan.streams);
             else dot_block<false>(a, stored, n, next_n, m, next, false);
