@@ -11,7 +11,9 @@ import upcast
 from tests.conftest import relative_error
 from tests.fused_models import (
     IDS,
+    LENGTH,
     LIMITS,
+    NAMES,
     PROMPT,
     calls,
     make,
@@ -20,6 +22,7 @@ from tests.fused_models import (
 )
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from upcast import kernels
+from upcast.integrations import litgpt_stack
 
 LLAMA = "SmolLM2-135M-Instruct"
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
@@ -49,15 +52,40 @@ def test_litgpt_s_loops_compute_one_position() -> None:
         widths.append(x.shape[1])
         return linear(x, weight, bias)
 
+    given: list[int] = []
+    block = kernels.native.block
+
+    def give(*args: Any) -> Tensor | None:
+        out = block(*args)
+        given.append(0 if out is None else out.shape[1])
+        return out
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.native, "linear", count)  # the head; the blocks call none
+        patch.setattr(kernels.native, "block", give)
         assert _generate(model) == tokens
         assert widths == [1] * (40 - PROMPT)
+        layers = len(model.transformer.h)
+        assert given[:layers] == [PROMPT] * (layers - 1) + [1]
         assert model(IDS[:, :7]).shape[1] == 7
+        assert given[-layers:] == [7] * layers
     rows = base.batched_next_token(model, torch.arange(7), IDS[:1, :7], {"temperature": 0.0})
     assert rows.shape == (1, 1)
     upcast.unpatch(model)
     assert (base.next_token, base.batched_next_token) == own
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_last_position_alone_is_that_of_all(name: str) -> None:
+    model, plain = pair(name, "float32")
+    model.set_kv_cache(2, LENGTH)
+    plain.set_kv_cache(2, LENGTH)
+    positions = torch.arange(PROMPT)
+    with litgpt_stack.last_position(model):
+        got = model(IDS[:, :PROMPT], positions)[:, -1:]
+    assert relative_error(got, plain(IDS[:, :PROMPT], positions)[:, -1:]) < 1e-5
+    token, after = IDS[:, PROMPT : PROMPT + 1], torch.tensor([PROMPT])  # sees the keys of all positions
+    assert relative_error(model(token, after), plain(token, after)) < 1e-5
 
 
 def test_a_watched_head_sees_every_position() -> None:

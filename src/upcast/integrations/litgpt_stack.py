@@ -38,6 +38,8 @@ _EPS = attrgetter("eps")
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
+Angles = tuple[Tensor, Tensor]  # cos and sin, each (T, n)
+
 _wanted = threading.local()  # .last: the GPT of which this thread needs the last position only
 
 
@@ -74,18 +76,23 @@ class Step:
             return None
         return positions(self.size, self.ring, self.capped, start, time, maxp1)
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
-        """Return the block's output for x (B, T, C), widening its cache if a value asks for it."""
-        return self._call(native.WHOLE, x, cos, sin, place)
+    def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
+        """Return the block's output for x (B, T, C), widening its cache if a value asks for it.
 
-    def _call(self, part: int, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
+        With ``last``, of so many last positions at least.
+        """
+        return self._call(native.WHOLE, x, angles, place, last)
+
+    def _call(
+        self, part: int, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None
+    ) -> Any:
         if place is None:
-            return native.block(x, cos, sin, None, None, (part, *self.sizes, 0, 0, *self.rest))
+            return native.block(x, *angles, None, None, (part, *self.sizes, 0, 0, *self.rest), last)
         arguments = (part, *self.sizes, *place, *self.rest)
-        y = native.block(x, cos, sin, *self._cache(x), arguments)
+        y = native.block(x, *angles, *self._cache(x), arguments, last)
         if y is None:
             self.attn.build_kv_cache.widen(self.cache)
-            y = native.block(x, cos, sin, *self._cache(x), arguments)
+            y = native.block(x, *angles, *self._cache(x), arguments, last)
         return y
 
     def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,14 +108,14 @@ class DividedStep(Step):
         super().__init__(*args)
         self.divided = divided
 
-    def run(self, x: Tensor, cos: Tensor, sin: Tensor, place: tuple[int, int] | None) -> Any:
-        """Return the block's output for x (B, T, C), as all ranks have it."""
+    def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
+        """Return the block's output for x (B, T, C), as all ranks have it; of all positions."""
         divided = self.divided
         if divided.together:
-            return divided.group.sum(self._call(native.BOTH, x, cos, sin, place)).add_(x)
-        attended = divided.after_attention(self._call(native.ATTENTION, x, cos, sin, place), x)
+            return divided.group.sum(self._call(native.BOTH, x, angles, place)).add_(x)
+        attended = divided.after_attention(self._call(native.ATTENTION, x, angles, place), x)
         read = x if divided.block.config.parallel_residual else attended
-        return divided.after_mlp(self._call(native.MLP, read, cos, sin, None), attended)
+        return divided.after_mlp(self._call(native.MLP, read, angles, None), attended)
 
 
 class Stack:
@@ -198,8 +205,9 @@ class FusedGPT(Fused):
         if not self.free(x) or not x.is_contiguous():
             return None
         angles = self._angles(start, idx.shape[1])
+        last = 1 if self._last_is_enough() else None  # of the last block; the others' are what its keys are made of
         for step, place in zip(stack.steps, places or [None] * len(stack.steps), strict=True):
-            x = step.run(x, *angles[step.rope], place)
+            x = step.run(x, angles[step.rope], place, last if step is stack.steps[-1] else None)
         return x
 
     def __getstate__(self) -> dict[str, Any]:
@@ -233,7 +241,7 @@ class FusedGPT(Fused):
             self.stack = stack = Stack(self.module)
         return stack if stack.complete and not stack.watched() else None
 
-    def _angles(self, start: int, time: int) -> dict[int | None, tuple[Tensor, Tensor]]:
+    def _angles(self, start: int, time: int) -> dict[int | None, Angles]:
         """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
         gpt = self.module
         cos, sin = gpt.cos[start : start + time], gpt.sin[start : start + time]

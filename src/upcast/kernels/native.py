@@ -258,16 +258,24 @@ def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
 
 
 def block(
-    x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor | None, values: Tensor | None, plan: tuple[Any, ...]
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor | None,
+    values: Tensor | None,
+    plan: tuple[Any, ...],
+    last: int | None = None,
 ) -> Tensor | None:
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
     x: (B, T, C) float32, contiguous. cos, sin: ([B,] T, n) float32. keys, values: the cache (B, Hkv, S, D), both
     float16 or both float32, or None. plan: part, sizes, matrices and norms in the order that `py_block` lists; any part
-    but WHOLE gives a branch alone, without residual. Returns (B, T, C) float32, or None if a finite value would become
-    infinite in the float16 cache; nothing else was written then.
+    but WHOLE gives a branch alone, without residual. last: of how many last positions a whole block gives the output,
+    while the cache gets all. Returns (B, last or T, C) float32, or None if a finite value would become infinite in the
+    float16 cache; nothing else was written then.
     """
-    out = _empty(x.shape, dtype=_float32, device=_CPU)
+    shape = x.shape if last is None else (x.shape[0], last, x.shape[2])
+    out = _empty(shape, dtype=_float32, device=_CPU)
     if _exchange:
         full = _native.block(out, x, cos, sin, keys, values, _threads(), *plan)
     else:

@@ -59,11 +59,15 @@ class Arguments {
 
 bool check_activations(const Tensor &out, const Tensor &x, Block &block) {
     if (!require_type(x, Type::float32) || !require_dims(x, 3) || !require_contiguous(x)) return false;
-    if (!require_type(out, Type::float32) || !require_shape(out, x, x.shape[2]) || !require_contiguous(out)) return false;
+    if (!require_type(out, Type::float32) || !require_dims(out, 3) || !require_contiguous(out)) return false;
+    const bool some = out.shape[1] <= x.shape[1] && (out.shape[1] > 0 || x.shape[1] == 0);
+    const bool fits = some && out.shape[0] == x.shape[0] && out.shape[2] == x.shape[2];
+    if (!fits) return refuse("out does not fit x; it must be (B, T, C), or of the last positions. Check the shapes.");
     block.x = x.as<const float>();
     block.out = out.as<float>();
     block.batch = x.shape[0];
     block.time = x.shape[1];
+    block.last = out.shape[1];
     block.width = x.shape[2];
     return true;
 }
@@ -160,6 +164,8 @@ bool read_matrices(Arguments &args, Block &b) {
 }
 
 bool check_part(const Block &b) {
+    if (b.part != BlockPart::whole && b.last != b.time) return refuse("the last positions of a part of a block; a part "
+                                                                      "gives all. Take the whole block.");
     const bool post = b.post_attention.kind != NormKind::none || b.post_mlp.kind != NormKind::none;
     return b.part == BlockPart::whole || !post || refuse("a norm after a part of a block; it follows the sum of the "
                                                          "parts. Leave it out.");

@@ -26,12 +26,13 @@ struct BlockNorm {
 enum class BlockPart { whole, attention, mlp, both };
 
 // Sequential: h = x + post_attention(attention(norm_1(x))), out = h + post_mlp(mlp(norm_2(h))).
-// Parallel: the MLP reads norm_2(x), or norm_1(x) when shared. x and out are contiguous [batch, time, width].
+// Parallel: the MLP reads norm_2(x), or norm_1(x) when shared. x is contiguous [batch, time, width], out is contiguous
+// [batch, last, width]: of all positions, or of a whole block's last ones. Keys and values are of all in any case.
 struct Block {
     BlockPart part;
     const float *x;
     float *out;
-    int64_t batch, time, width;
+    int64_t batch, time, last, width;
     // key and value are null where qkv holds all three, one after the other; else qkv is the query's.
     Matrix qkv, key, value, proj, gate, up, down; // up is null in an MLP without gate
     BlockNorm norm_1, norm_2, post_attention, post_mlp, norm_q, norm_k;
