@@ -25,6 +25,7 @@ from upcast import kernels
 from upcast.integrations import litgpt_stack
 
 LLAMA = "SmolLM2-135M-Instruct"
+AT_ONCE = [0, 64]  # positions for which all blocks run in one call: none, all
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 
 
@@ -38,7 +39,8 @@ def _generate(model: Any) -> list[int]:
     return list(generate(model, IDS[0, :PROMPT], max_returned_tokens=40, temperature=0.0).tolist())
 
 
-def test_litgpt_s_loops_compute_one_position() -> None:
+@pytest.mark.parametrize("at_once", AT_ONCE)
+def test_litgpt_s_loops_compute_one_position(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from litgpt.generate import base
 
     gc.collect()  # models of other tests, never unpatched
@@ -53,20 +55,28 @@ def test_litgpt_s_loops_compute_one_position() -> None:
         return linear(x, weight, bias)
 
     given: list[int] = []
-    block = kernels.native.block
+    block, blocks = kernels.native.block, kernels.native.blocks
 
     def give(*args: Any) -> Tensor | None:
         out = block(*args)
         given.append(0 if out is None else out.shape[1])
         return out
 
+    def give_all(*args: Any) -> tuple[Tensor, int]:
+        out, done = blocks(*args)
+        given.append(out.shape[1])
+        return out, done
+
+    monkeypatch.setattr(litgpt_stack, "_AT_ONCE", at_once)
+    layers = len(model.transformer.h)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.native, "linear", count)  # the head; the blocks call none
         patch.setattr(kernels.native, "block", give)
+        patch.setattr(kernels.native, "blocks", give_all)
         assert _generate(model) == tokens
         assert widths == [1] * (40 - PROMPT)
-        layers = len(model.transformer.h)
-        assert given[:layers] == [PROMPT] * (layers - 1) + [1]
+        prefill = [1] if at_once else [PROMPT] * (layers - 1) + [1]
+        assert given == prefill + [1] * (40 - PROMPT - 1) * (1 if at_once else layers)
         assert model(IDS[:, :7]).shape[1] == 7
         assert given[-layers:] == [7] * layers
     rows = base.batched_next_token(model, torch.arange(7), IDS[:1, :7], {"temperature": 0.0})
@@ -75,8 +85,10 @@ def test_litgpt_s_loops_compute_one_position() -> None:
     assert (base.next_token, base.batched_next_token) == own
 
 
+@pytest.mark.parametrize("at_once", AT_ONCE)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_last_position_alone_is_that_of_all(name: str) -> None:
+def test_the_last_position_alone_is_that_of_all(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(litgpt_stack, "_AT_ONCE", at_once)
     model, plain = pair(name, "float32")
     model.set_kv_cache(2, LENGTH)
     plain.set_kv_cache(2, LENGTH)

@@ -11,6 +11,7 @@ import upcast
 from tests.conftest import relative_error
 from tests.fused_models import make, without_fusion
 from upcast import kernels
+from upcast.integrations import litgpt_stack
 from upcast.integrations.litgpt_prefix import caches_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,13 +94,18 @@ def one_thread() -> Iterator[None]:
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Positions of every call of the first kernel of a model of three blocks."""
     widths: list[int] = []
-    block = kernels.native.block
+    block, blocks = kernels.native.block, kernels.native.blocks
 
     def count(x: Tensor, *rest: Any) -> Any:
         widths.append(x.shape[1])
         return block(x, *rest)
 
+    def count_all(x: Tensor, places: Any, steps: Any, last: int | None = None) -> Any:
+        widths.extend([x.shape[1]] * len(steps))
+        return blocks(x, places, steps, last)
+
     monkeypatch.setattr(kernels.native, "block", count)
+    monkeypatch.setattr(kernels.native, "blocks", count_all)
     return widths
 
 
@@ -209,6 +215,7 @@ def test_an_interrupted_prompt_leaves_nothing_to_use(monkeypatch: pytest.MonkeyP
         return block(*args)
 
     with monkeypatch.context() as patch:
+        patch.setattr(litgpt_stack, "_AT_ONCE", 0)  # between blocks, as a long prompt is
         patch.setattr(kernels.native, "block", interrupt)
         with pytest.raises(KeyboardInterrupt):
             say(llm, [*FIRST[:3], 9, 9, 9])

@@ -1,4 +1,4 @@
-"""LitGPT's GPT with one native call per block, and only the last position's logits where LitGPT reads no other.
+"""LitGPT's GPT with one native call per block, or for all of them, and only the logits that LitGPT reads.
 
 The fused forward of the whole model runs when every block is one that the native kernels know and nobody watches a
 module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-level forwards of `litgpt_modules`.
@@ -37,6 +37,7 @@ from upcast.shortcut import LinearForward, operands
 _EPS = attrgetter("eps")
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+_AT_ONCE = 16  # positions of all rows that go through all blocks in one call
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, each (T, n)
 
@@ -70,6 +71,11 @@ class Step:
         self.batch: int = 0 if cache is None else cache.k.shape[0]
         self.size: int = 0 if cache is None else cache.k.shape[2]
 
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What decides where its cache takes a position, and with which angles."""
+        return (self.batch, self.size, self.ring, self.capped, self.rope)
+
     def place(self, start: int, batch: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
         """Return (start for the mask, where to write), or None where the cache does not take these positions."""
         if batch > self.batch:
@@ -91,9 +97,18 @@ class Step:
         arguments = (part, *self.sizes, *place, *self.rest)
         y = native.block(x, *angles, *self._cache(x), arguments, last)
         if y is None:
-            self.attn.build_kv_cache.widen(self.cache)
+            self.widen()
             y = native.block(x, *angles, *self._cache(x), arguments, last)
         return y
+
+    def widen(self) -> None:
+        """Keep this block's keys and values in float32 from now on."""
+        self.attn.build_kv_cache.widen(self.cache)
+
+    def arguments(self, place: int) -> tuple[Any, ...]:
+        """Return this block as `native.blocks` takes it, over its whole cache."""
+        buffers = self.cache._buffers
+        return (place, buffers["k"], buffers["v"], native.WHOLE, *self.sizes, *self.rest)
 
     def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
         buffers = self.cache._buffers
@@ -125,6 +140,11 @@ class Stack:
         found = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
         self.steps = [step for step in found if step is not None]
         self.complete = len(self.steps) == len(found)
+        kinds = {step.kind: step for step in self.steps}
+        self.kinds = [*kinds.values()]  # a step of each kind
+        self.kind_of = [[*kinds].index(step.kind) for step in self.steps]
+        self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
+        self._arguments: tuple[tuple[Any, ...], ...] | None = None
         modules = [*gpt.transformer.h.modules()]
         self._members = Members(modules, also=(gpt, gpt.transformer))
         self.watched = self._members.watched
@@ -138,6 +158,24 @@ class Stack:
         weights = [each for step in self.steps for each in step.rest if isinstance(each, Tensor)]
         weights += [p.stored if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
         return MadeWith(weights, self._numbers)
+
+    def in_one_call(self, x: Tensor) -> bool:
+        """Whether `run` takes x (B, T, C): a whole batch, and few positions. More can be interrupted between blocks."""
+        few = x.shape[0] * x.shape[1] <= _AT_ONCE
+        return few and self._plain and all(kind.batch == x.shape[0] for kind in self.kinds)
+
+    def run(self, x: Tensor, places: native.Places, last: int | None) -> Tensor:
+        """Return what the last block gives for x (B, T, C), with a place for each of `kinds`."""
+        at = 0
+        while True:
+            if self._arguments is None:
+                self._arguments = tuple(map(Step.arguments, self.steps, self.kind_of))
+            x, done = native.blocks(x, places, self._arguments[at:], last)
+            at += done
+            if at == len(self.steps):
+                return x
+            self.steps[at].widen()
+            self._arguments = None
 
     def current(self) -> bool:
         """Whether nothing was replaced or reconfigured since."""
@@ -186,7 +224,7 @@ class FusedGPT(Fused):
         if tokens is not None and made_with is not None and self._last_is_enough():
             start = held.shared(tokens, stack.caches, made_with)
         batch, time = len(idx), first + idx.shape[1] - start
-        places = [step.place(start, batch, time, maxp1) for step in stack.steps]
+        places = [kind.place(start, batch, time, maxp1) for kind in stack.kinds]
         if None in places:
             return None
         self.held = Held()  # what an interrupted step leaves counts for nothing
@@ -197,7 +235,10 @@ class FusedGPT(Fused):
         return x
 
     def _blocks(self, stack: Stack, idx: Tensor, start: int, places: Sequence[Any] | None = None) -> Any:
-        """Return what the last block gives for idx (B, T) at ``start``; None for an embedding that was replaced."""
+        """Return what the last block gives for idx (B, T) at ``start``; None for an embedding that was replaced.
+
+        Of the last position alone, where that is enough.
+        """
         gpt = self.module
         x = gpt.transformer.wte(idx)
         if gpt.config.scale_embeddings:
@@ -205,8 +246,12 @@ class FusedGPT(Fused):
         if not self.free(x) or not x.is_contiguous():
             return None
         angles = self._angles(start, idx.shape[1])
-        last = 1 if self._last_is_enough() else None  # of the last block; the others' are what its keys are made of
-        for step, place in zip(stack.steps, places or [None] * len(stack.steps), strict=True):
+        last = 1 if idx.shape[1] > 1 and self._last_is_enough() else None
+        if places is not None and stack.in_one_call(x):
+            at = tuple((*place, *angles[kind.rope]) for place, kind in zip(places, stack.kinds, strict=True))
+            return stack.run(x, at, last)
+        for step, kind in zip(stack.steps, stack.kind_of, strict=True):
+            place = places[kind] if places is not None else None
             x = step.run(x, angles[step.rope], place, last if step is stack.steps[-1] else None)
         return x
 

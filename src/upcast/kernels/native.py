@@ -19,6 +19,7 @@ from upcast.kernels.reference import Survey
 
 _COPY_FIRST, _COPY_SECOND = 1, 2
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+Places = tuple[tuple[int, int, Tensor, Tensor], ...]
 WHOLE, ATTENTION, MLP, BOTH = range(4)  # parts of a block, as block.hpp numbers them
 _CPU = torch.device("cpu")
 _empty = torch.empty
@@ -283,6 +284,29 @@ def block(
         rest = [_describe(item) if isinstance(item, Tensor) else item for item in plan]
         full = _native.block(*views, _threads(), *rest)
     return None if full else out
+
+
+def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None = None) -> tuple[Tensor, int]:
+    """Transformer blocks one after the other in one call, each as `block` has it.
+
+    x: (B, T, C) float32, contiguous. places: (start, write, cos, sin) each. blocks: (index of its place, keys or None,
+    values or None, a plan without start and write) each. last: of how many last positions the last block gives the
+    output. Returns (output, number of blocks done). Fewer than there are, if a value of the next one would become
+    infinite in its float16 cache; the output is then what that one takes.
+    """
+    odd, even = _empty(x.shape, dtype=_float32, device=_CPU), _empty(x.shape, dtype=_float32, device=_CPU)
+    out = odd if len(blocks) % 2 else even  # what the one before does not write to
+    if last is not None:
+        out = _empty((x.shape[0], last, x.shape[2]), dtype=_float32, device=_CPU)
+    done = _native.blocks(out, x, odd, even, _threads(), places, blocks)
+    if 0 < done == len(blocks):
+        return out, done
+    return (x if done == 0 else odd if done % 2 else even), done
+
+
+def can_call_blocks() -> bool:
+    """Whether `blocks` is there: torch hands its tensors to native code by itself from 2.10 on."""
+    return _exchange
 
 
 def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Survey:

@@ -35,7 +35,7 @@ PyObject *finish(Outcome outcome);
 typedef PyObject *Fast(PyObject *self, PyObject *const *args, Py_ssize_t count);
 Fast py_linear, py_embedding, py_grouped;                       // bind_linear.cpp
 Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cpp
-Fast py_block;                                                  // bind_block.cpp
+Fast py_block, py_blocks;                                       // bind_block.cpp
 Fast py_survey, py_look, py_compare;                             // bind_survey.cpp
 Fast py_unchanged;                                              // bind_state.cpp
 Fast py_meet, py_add_up;                                        // bind_shared.cpp

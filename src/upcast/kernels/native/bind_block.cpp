@@ -3,6 +3,8 @@
 #include "block.hpp"
 #include "dispatch.hpp"
 
+#include <stdlib.h>
+
 namespace upcast {
 namespace {
 
@@ -146,7 +148,7 @@ bool read_sizes(Arguments &args, Block &b) {
     if (!args.integer(part) || !args.integer(b.heads) || !args.integer(b.groups) || !args.integer(b.head_width)) return false;
     if (!args.flag(b.norm_heads) || !args.flag(b.parallel) || !args.flag(b.shared)) return false;
     if (!args.integer(activation) || !args.number(b.scale) || !args.number(b.softcap)) return false;
-    if (!args.integer(b.window) || !args.integer(b.start) || !args.integer(b.write)) return false;
+    if (!args.integer(b.window)) return false;
     if (part < 0 || part > 3) return refuse("unknown part; a block has 0 (all of it) to 3. Use one.");
     b.part = static_cast<BlockPart>(part);
     if (b.part == BlockPart::both && !b.parallel) return refuse("both branches at once, of a block whose MLP reads what "
@@ -163,6 +165,8 @@ bool read_matrices(Arguments &args, Block &b) {
            args.matrix(b.down, "down") && check_matrices(b);
 }
 
+bool read_position(Arguments &args, Block &b) { return args.integer(b.start) && args.integer(b.write); }
+
 bool check_part(const Block &b) {
     if (b.part != BlockPart::whole && b.last != b.time) return refuse("the last positions of a part of a block; a part "
                                                                       "gives all. Take the whole block.");
@@ -178,22 +182,56 @@ bool read_norms(Arguments &args, Block &b) {
            args.norm(b.post_mlp, b.width) && args.norm(b.norm_q, query) && args.norm(b.norm_k, key) && check_part(b);
 }
 
+constexpr Py_ssize_t SIZES = 11, MATRICES = 14, NORMS = 30; // items of a plan
+
+// The items of a tuple of `count`; they live as long as it does.
+bool read_items(PyObject *tuple, PyObject **items, Py_ssize_t count) {
+    const bool fits = PyTuple_Check(tuple) && PyTuple_Size(tuple) == count;
+    if (!fits) return refuse("a block or a place of another length than the call takes. Check the arguments.");
+    for (Py_ssize_t i = 0; i < count; ++i) items[i] = PyTuple_GetItem(tuple, i);
+    return true;
+}
+
+// A place: (start, write, cos, sin). A block: (index of its place, keys | None, values | None, plan without a position).
+bool read_block(PyObject *places, PyObject *tuple, Block &block) {
+    PyObject *items[3 + SIZES + MATRICES + NORMS], *place[4];
+    if (!read_items(tuple, items, 3 + SIZES + MATRICES + NORMS)) return false;
+    Arguments each(items);
+    int64_t index;
+    Tensor cosine("cos"), sine("sin"), keys("keys"), values("values");
+    if (!each.integer(index) || !each.tensor(keys, true) || !each.tensor(values, true)) return false;
+    if (index < 0 || index >= PyTuple_Size(places)) return refuse("a block at a place that is none. Check the arguments.");
+    if (!read_items(PyTuple_GetItem(places, index), place, 4)) return false;
+    Arguments at(place);
+    if (!read_position(at, block) || !at.tensor(cosine) || !at.tensor(sine)) return false;
+    return read_sizes(each, block) && read_matrices(each, block) && read_norms(each, block) &&
+           check_angles(cosine, sine, block) && check_caches(keys, values, block);
+}
+
+class Blocks {
+  public:
+    explicit Blocks(size_t count) : data(static_cast<Block *>(calloc(count + 1, sizeof(Block)))) {}
+    ~Blocks() { free(data); }
+    Blocks(const Blocks &) = delete;
+    Blocks &operator=(const Blocks &) = delete;
+    Block *const data;
+};
+
 } // namespace
 
 // block(out, x, cos, sin, keys | None, values | None, threads, part, heads, groups, head width, norm heads, parallel,
 //       shared, activation, scale, softcap, window, start, write, 7 matrices (weight, bias), 6 norms (weight, bias, kind,
 //       eps, offset)) -> 0 done, 1 a value does not fit the float16 cache
 PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    constexpr Py_ssize_t SIZES = 20, MATRICES = 14, NORMS = 30;
-    if (!take_count("block", count, SIZES + MATRICES + NORMS)) return nullptr;
+    if (!take_count("block", count, 9 + SIZES + MATRICES + NORMS)) return nullptr;
     Arguments each(args);
     Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");
     Block block = {};
     int threads;
     if (!each.tensor(out) || !each.tensor(x) || !each.tensor(cosine) || !each.tensor(sine)) return nullptr;
     if (!each.tensor(keys, true) || !each.tensor(values, true) || !each.threads(threads)) return nullptr;
-    if (!check_activations(out, x, block) || !read_sizes(each, block) || !read_matrices(each, block)) return nullptr;
-    if (!read_norms(each, block) || !check_angles(cosine, sine, block)) return nullptr;
+    if (!check_activations(out, x, block) || !read_sizes(each, block) || !read_position(each, block)) return nullptr;
+    if (!read_matrices(each, block) || !read_norms(each, block) || !check_angles(cosine, sine, block)) return nullptr;
     if (!check_caches(keys, values, block)) return nullptr;
     const Level &level = current_level();
     BlockOutcome outcome;
@@ -203,6 +241,40 @@ PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
     }
     if (outcome == BlockOutcome::no_memory) return PyErr_NoMemory();
     return PyLong_FromLong(outcome == BlockOutcome::overflow);
+}
+
+// blocks(out, x, odd, even, threads, places, blocks) -> how many were done; the next one, if there is one, has a value
+// that does not fit its float16 cache. The blocks but the last one write to `odd` and `even` in turn.
+PyObject *py_blocks(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!take_count("blocks", count, 7)) return nullptr;
+    Arguments each(args);
+    Tensor out("out"), x("x"), odd("odd"), even("even");
+    int threads;
+    if (!each.tensor(out) || !each.tensor(x) || !each.tensor(odd) || !each.tensor(even)) return nullptr;
+    if (!each.threads(threads)) return nullptr;
+    if (!PyTuple_Check(args[5]) || !PyTuple_Check(args[6])) {
+        refuse("places and blocks must be tuples. Check the arguments.");
+        return nullptr;
+    }
+    const Py_ssize_t all = PyTuple_Size(args[6]);
+    const Blocks blocks(static_cast<size_t>(all));
+    if (!blocks.data) return PyErr_NoMemory();
+    const Tensor *from = &x;
+    for (Py_ssize_t i = 0; i < all; ++i) {
+        const Tensor *to = i + 1 == all ? &out : i % 2 == 0 ? &odd : &even;
+        if (!check_activations(*to, *from, blocks.data[i])) return nullptr;
+        if (!read_block(args[5], PyTuple_GetItem(args[6], i), blocks.data[i])) return nullptr;
+        from = to;
+    }
+    const Level &level = current_level();
+    BlockOutcome outcome;
+    int64_t done;
+    {
+        const Released released;
+        outcome = launch_blocks(level, blocks.data, all, threads, done);
+    }
+    if (outcome == BlockOutcome::no_memory) return PyErr_NoMemory();
+    return PyLong_FromLongLong(done);
 }
 
 } // namespace upcast

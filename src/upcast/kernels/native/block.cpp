@@ -257,21 +257,35 @@ class Run {
 };
 
 struct Call {
-    Run run;
+    const Level &level;
+    const Block *blocks;
+    int64_t count;
+    int threads;
+    int64_t done;
     BlockOutcome outcome;
 };
 
 void run_call(void *context) {
     Call &call = *static_cast<Call *>(context);
-    call.outcome = call.run.run();
+    for (; call.done < call.count; ++call.done) {
+        call.outcome = Run(call.level, call.blocks[call.done], call.threads).run();
+        if (call.outcome != BlockOutcome::done) return;
+    }
 }
 
 } // namespace
 
 BlockOutcome launch_block(const Level &level, const Block &block, int threads) {
-    if (block.batch * block.last == 0) return BlockOutcome::done;
-    Call call = {Run(level, block, threads), BlockOutcome::done};
+    int64_t done;
+    return launch_blocks(level, &block, 1, threads, done);
+}
+
+BlockOutcome launch_blocks(const Level &level, const Block *blocks, int64_t count, int threads, int64_t &done) {
+    done = count;
+    if (count == 0 || blocks->batch * blocks->last == 0) return BlockOutcome::done;
+    Call call = {level, blocks, count, threads, 0, BlockOutcome::done};
     together(threads, run_call, &call);
+    done = call.done;
     return call.outcome;
 }
 

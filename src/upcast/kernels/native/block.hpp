@@ -56,4 +56,7 @@ enum class BlockOutcome { done, no_memory, overflow };
 
 BlockOutcome launch_block(const Level &level, const Block &block, int threads);
 
+// Blocks of one batch, one after the other; `done` of them were, whatever the outcome.
+BlockOutcome launch_blocks(const Level &level, const Block *blocks, int64_t count, int threads, int64_t &done);
+
 } // namespace upcast

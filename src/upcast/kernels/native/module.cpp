@@ -109,6 +109,7 @@ PyMethodDef METHODS[] = {
     {"kv_append", fast(py_kv_append), METH_FASTCALL, nullptr},
     {"attention", fast(py_attention), METH_FASTCALL, nullptr},
     {"block", fast(py_block), METH_FASTCALL, nullptr},
+    {"blocks", fast(py_blocks), METH_FASTCALL, nullptr},
     {"survey", fast(py_survey), METH_FASTCALL, nullptr},
     {"look", fast(py_look), METH_FASTCALL, nullptr},
     {"compare", fast(py_compare), METH_FASTCALL, nullptr},

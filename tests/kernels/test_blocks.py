@@ -1,0 +1,113 @@
+"""Blocks in one call equal blocks called one by one, and a cache that is too narrow stops them where it is."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.kernels.test_block_last import START, caches, changed, inputs
+from tests.kernels.test_block_threads import TIME, WIDTH
+from upcast.errors import UpcastError
+from upcast.kernels import native
+
+pytestmark = pytest.mark.skipif(not native.can_call_blocks(), reason="torch has no exchange interface")
+
+COUNTS = [1, 2, 3, 6]
+BATCH = [1, 3]
+LAST = [None, 1, TIME]
+PLACES = [0, 3]  # the positions' starts, taken in turn
+NORM_K = 52
+
+
+def stack(count: int, batch: int, dtype: torch.dtype) -> list[tuple[int, Tensor, Tensor, tuple[Any, ...]]]:
+    """(index of the place, keys, values, plan with that place) of every block."""
+    kinds = ["sequential", "parallel", "shared"]
+    found = []
+    for i in range(count):
+        place = i % len(PLACES)
+        plan = changed(kinds[i % 3], split=i % 2 == 1, place=PLACES[place])
+        found.append((place, *caches(batch, dtype), plan))
+    return found
+
+
+def without_place(plan: tuple[Any, ...]) -> tuple[Any, ...]:
+    return (*plan[:START], *plan[START + 2 :])
+
+
+def call(x: Tensor, cos: Tensor, sin: Tensor, steps: Any, last: int | None = None) -> tuple[Tensor, int]:
+    places = tuple((start, start, cos, sin) for start in PLACES)
+    return native.blocks(x, places, tuple((at, k, v, *without_place(plan)) for at, k, v, plan in steps), last)
+
+
+def one_by_one(x: Tensor, cos: Tensor, sin: Tensor, steps: Any) -> Tensor:
+    for _, keys, values, plan in steps:
+        out = native.block(x, cos, sin, keys, values, plan)
+        assert out is not None
+        x = out
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("last", LAST)
+@pytest.mark.parametrize("batch", BATCH)
+@pytest.mark.parametrize("count", COUNTS)
+def test_one_call_gives_what_many_give(count: int, batch: int, last: int | None, dtype: torch.dtype) -> None:
+    x, cos, sin = inputs(batch)
+    before = x.clone()
+    single, steps = stack(count, batch, dtype), stack(count, batch, dtype)
+    want = one_by_one(x, cos, sin, single)[:, -(last or TIME) :]
+    got, done = call(x, cos, sin, steps, last)
+    assert done == count
+    assert got.shape == want.shape
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    for (_, *mine, _), (_, *theirs, _) in zip(steps, single, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("narrow", [0, 1, 2, 3])
+def test_a_cache_that_is_too_narrow_stops_them(narrow: int) -> None:
+    x, cos, sin = inputs(1)
+    steps = stack(4, 1, torch.float16)
+    place, keys, values, plan = steps[narrow]
+    large = [*plan]
+    large[NORM_K : NORM_K + 5] = (torch.full((WIDTH,), 1e6), None, 1, 1e-5, 0.0)
+    steps[narrow] = (place, keys, values, tuple(large))
+    before = keys.clone()
+    want = one_by_one(x, cos, sin, stack(4, 1, torch.float16)[:narrow])
+    reached, done = call(x, cos, sin, steps)
+    assert done == narrow
+    assert torch.equal(keys, before)
+    torch.testing.assert_close(reached, want, rtol=1e-4, atol=1e-4)
+    steps[narrow] = (place, keys.float(), values.float(), tuple(large))
+    _, rest = call(reached, cos, sin, steps[narrow:])
+    assert done + rest == 4
+
+
+def test_no_blocks_are_none() -> None:
+    x, cos, sin = inputs(1)
+    assert call(x, cos, sin, [])[1] == 0
+
+
+REFUSED: dict[str, Any] = {
+    "a place that is none": lambda x, place, block: (x, (place,), ((1, *block[1:]),)),
+    "a place below the first": lambda x, place, block: (x, (place,), ((-1, *block[1:]),)),
+    "a place without angles": lambda x, place, block: (x, (place[:2],), (block,)),
+    "a block that is too short": lambda x, place, block: (x, (place,), (block[:-1],)),
+    "a block that is no tuple": lambda x, place, block: (x, (place,), ([*block],)),
+    "places in a list": lambda x, place, block: (x, [place], (block,)),
+    "blocks in a list": lambda x, place, block: (x, (place,), [block]),
+    "positions beyond the cache": lambda x, place, block: (x, ((2 * TIME, 2 * TIME, *place[2:]),), (block,)),
+    "a second block that does not fit": lambda x, place, block: (x, (place,), (block, (*block[:3], 9, *block[4:]))),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_does_not_fit_is_refused_before_anything_runs(case: str) -> None:
+    x, cos, sin = inputs(1)
+    keys, values = caches(1, torch.float16)
+    block = (0, keys, values, *without_place(changed()))
+    with pytest.raises(UpcastError):
+        native.blocks(*REFUSED[case](x, (0, 0, cos, sin), block))
+    assert torch.equal(keys, caches(1, torch.float16)[0])
