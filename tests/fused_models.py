@@ -75,6 +75,9 @@ def make(name: str, **changes: Any) -> Any:
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
+        for module in model.modules():  # LitGPT leaves this one as it was in memory, which may be NaN
+            if type(module).__name__ == "GroupedTopkRouter":
+                module.weight.normal_(std=0.3)
     return model
 
 
