@@ -46,7 +46,7 @@ FAULTS = {
     "no-checkpoint": Fault(r"rank \d: rank 2 failed: .*-missing"),
     "option": Fault(r"rank \d: rank 2 has kv_cache 'float32', rank 0 has 'float16'", None),
 }
-QUICK = ("killed", "version")
+QUICK = ("killed",)
 TRANSFORMERS = ("killed", "killed-loading", "stopped", "raises", "version", "policy", "checkpoint", "no-checkpoint")
 CASES = [("litgpt", name) for name in FAULTS] + [("transformers", name) for name in TRANSFORMERS]
 

@@ -231,47 +231,59 @@ def test_pipelines(tmp_path: Path, python: Run) -> None:
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 MEASURE = """
-import re, sys, torch, transformers, upcast
+import os, re, sys, torch, transformers, upcast
 from transformers.models.llama import modeling_llama  # imported before the count starts
 from upcast.integrations import transformers as ours
 ours.install()
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-before = peak()
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-print(peak() - before, isinstance(model.lm_head.weight, upcast.HalfWeight))
+for folder in sys.argv[1:]:
+    if os.fork():  # a process for each folder, of which none imports the libraries again
+        os.wait()
+        continue
+    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
+    before = peak()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    print(peak() - before, isinstance(model.lm_head.weight, upcast.HalfWeight), flush=True)
+    os._exit(0)
 """
+
+FORMS = [
+    (torch.float16, "safetensors"),
+    (torch.float16, "sharded"),
+    (torch.float16, "bin"),
+    (torch.bfloat16, "safetensors"),
+    (torch.float32, "sharded"),
+]
+
+
+def written(folder: Path, source: Path, dtype: torch.dtype, form: str) -> tuple[int, int]:
+    """Write the model of ``source``; return how many elements all its parameters have, and the largest."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    model.save_pretrained(folder, **({"max_shard_size": "100MB"} if form == "sharded" else {}))
+    if form == "bin":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    sizes = {p.data_ptr(): p.numel() for p in model.parameters()}.values()
+    return sum(sizes), max(sizes)
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    ("dtype", "form"),
-    [
-        (torch.float16, "safetensors"),
-        (torch.float16, "sharded"),
-        (torch.float16, "bin"),
-        (torch.bfloat16, "safetensors"),
-        (torch.float32, "sharded"),
-    ],
-    ids=str,
-)
-def test_peak_memory_of_loading(tmp_path: Path, python: Run, dtype: torch.dtype, form: str) -> None:
+def test_peak_memory_of_loading(tmp_path: Path, python: Run) -> None:
     from benchmarks.smollm2_transformers import prepare_transformers
 
     source = prepare_transformers()
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    model.save_pretrained(tmp_path, **({"max_shard_size": "100MB"} if form == "sharded" else {}))
-    if form == "bin":
-        torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-        (tmp_path / "model.safetensors").unlink()
-    sizes = {p.data_ptr(): p.numel() for p in model.parameters()}.values()
-    result = python("-c", MEASURE, str(tmp_path), UPCAST="1")
-    grown, patched = result.stdout.split()
-    assert patched == "True", result.stderr
-    print(f"{form} {dtype}: weights in float16 {2 * sum(sizes) / 1e6:.0f} MB, peak {int(grown) / 1e6:.0f} MB")
-    allowed = 2 * sum(sizes) + (0 if dtype == torch.float16 else max(sizes) * dtype.itemsize)
-    assert 0.9 * 2 * sum(sizes) < int(grown) < allowed + 150e6
+    folders = [tmp_path / f"{dtype} {form}" for dtype, form in FORMS]
+    sizes = [written(folder, source, *form) for folder, form in zip(folders, FORMS, strict=True)]
+    result = python("-c", MEASURE, *map(str, folders), UPCAST="1")
+    lines = result.stdout.splitlines()
+    assert len(lines) == len(FORMS), result.stderr
+    for (dtype, form), (every, largest), line in zip(FORMS, sizes, lines, strict=True):
+        grown, patched = line.split()
+        assert patched == "True", result.stderr
+        print(f"{form} {dtype}: weights in float16 {2 * every / 1e6:.0f} MB, peak {int(grown) / 1e6:.0f} MB")
+        allowed = 2 * every + (0 if dtype == torch.float16 else largest * dtype.itemsize)
+        assert 0.9 * 2 * every < int(grown) < allowed + 150e6, (dtype, form)
 
 
 # --- Diffusers --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ ENOUGH = {"norm+residual+linear": 3e-3, "safe": 1e-5}
 def tokens(smollm2: Path) -> torch.Tensor:
     from litgpt import Tokenizer
 
-    return Tokenizer(smollm2).encode(TEXT)[:64].long()[None]
+    return Tokenizer(smollm2).encode(TEXT)[:32].long()[None]
 
 
 @pytest.fixture(scope="module")

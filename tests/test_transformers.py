@@ -156,17 +156,11 @@ print(model.lm_head.weight.__class__.__name__, logits.dtype, bool(torch.isfinite
 
 def test_plain_loading_goes_wrong_and_upcast_goes_right(checkpoint: Any, python: Run) -> None:
     checkpoint(torch.float16)
-    plain, patched = python("-c", LOAD), python("-c", LOAD, UPCAST="1")
+    loading_information = LOAD.replace('("llama")', '("llama", dtype=torch.bfloat16, output_loading_info=True)[0]')
+    plain, patched = python("-c", LOAD), python("-c", LOAD + loading_information, UPCAST="1")
     assert plain.stdout.split() == ["Parameter", "torch.float16", "False"], plain.stderr
-    assert patched.stdout.split() == ["HalfWeight", "torch.float32", "True"], patched.stderr
-    assert patched.stderr.count("upcast: LlamaForCausalLM") == 1
-
-
-def test_loading_information_is_passed_on(checkpoint: Any, python: Run) -> None:
-    checkpoint(torch.bfloat16)
-    script = LOAD.replace('("llama")', '("llama", output_loading_info=True)[0]')
-    result = python("-c", script, UPCAST="1")
-    assert result.stdout.split() == ["HalfWeight", "torch.float32", "True"], result.stderr
+    assert patched.stdout.split() == ["HalfWeight", "torch.float32", "True"] * 2, patched.stderr
+    assert patched.stderr.count("upcast: LlamaForCausalLM") == 2
 
 
 def test_other_devices_are_left_alone(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
