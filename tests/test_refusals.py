@@ -9,6 +9,7 @@ from torch import nn
 import upcast
 from tests.conftest import half_weights
 from tests.test_patching import Net, snapshot
+from upcast import targets
 from upcast.half_weight import HalfWeight
 
 
@@ -113,6 +114,23 @@ def test_an_optimizer_of_other_parameters_does_not_matter() -> None:
     optimizer = torch.optim.SGD(nn.Linear(3, 3).parameters(), lr=0.1)
     upcast.patch(Net())
     assert optimizer.param_groups
+
+
+def test_objects_are_searched_only_where_a_parameter_is_held_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Meeting every object of the process takes a tenth of a second and more: most models are patched without."""
+    searches: list[object] = []
+    monkeypatch.setattr("gc.get_objects", lambda: searches)
+    monkeypatch.setattr(targets, "_refuse_optimizer", lambda *_: pytest.fail("refused"))
+    tied = Net()
+    tied.also = tied.up
+    tied.again = tied.up.weight
+    for model in (Net(), tied):
+        assert not any(map(targets._held_elsewhere, targets.slots(model)))
+    held, optimizer = Net(), torch.optim.SGD(tied.parameters(), lr=0.1)
+    kept = held.up.weight
+    elsewhere = [slot.name for slot in targets.slots(held) if targets._held_elsewhere(slot)]
+    assert elsewhere == ["up.weight"], kept.shape
+    assert all(targets._held_elsewhere(slot) for slot in targets.slots(tied) if slot.is_parameter), optimizer
 
 
 def test_an_llm_without_a_model() -> None:

@@ -1,6 +1,7 @@
 """What can be patched: the module inside what users hand over, its tensors, and every reason to refuse it."""
 
 import gc
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -98,12 +99,23 @@ def _check_tensor(slot: Slot, model: str) -> None:
 def _check_optimizers(found: Sequence[Slot], keep: Sequence[str]) -> None:
     """Refuse an optimizer that holds a parameter to be replaced: it would go on with one that no model has."""
     replaced = {id(slot.tensor): slot for slot in found if slot.is_parameter and not _stays(slot, keep)}
-    for candidate in gc.get_objects() if replaced else ():
+    if not any(map(_held_elsewhere, replaced.values())):
+        return  # the search meets every object of the process, which takes a tenth of a second and more
+    for candidate in gc.get_objects():
         if issubclass(type(candidate), torch.optim.Optimizer):
             for group in candidate.param_groups:
                 for tensor in group["params"]:
                     if id(tensor) in replaced:
                         _refuse_optimizer(replaced[id(tensor)], type(candidate).__name__)
+
+
+def _held_elsewhere(slot: Slot) -> bool:
+    """Whether anything but the model and ``slot`` may hold the tensor."""
+    return _references(slot) > _references(Slot("", nn.Parameter(torch.empty(0)), True, []))
+
+
+def _references(slot: Slot) -> int:
+    return sys.getrefcount(slot.tensor) - len(slot.places)
 
 
 def _stays(slot: Slot, keep: Sequence[str]) -> bool:
