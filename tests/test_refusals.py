@@ -1,5 +1,6 @@
 """Bad input: one clear error with what was found, the rule and the remedy, and nothing changed."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -124,6 +125,7 @@ def test_objects_are_searched_only_where_a_parameter_is_held_elsewhere(monkeypat
     tied = Net()
     tied.also = tied.up
     tied.again = tied.up.weight
+    tied.shallow = copy.copy(tied.down)  # the same dictionary of parameters: one reference, in two places
     for model in (Net(), tied):
         assert not any(map(targets._held_elsewhere, targets.slots(model)))
     held, optimizer = Net(), torch.optim.SGD(tied.parameters(), lr=0.1)

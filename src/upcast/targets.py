@@ -115,7 +115,9 @@ def _held_elsewhere(slot: Slot) -> bool:
 
 
 def _references(slot: Slot) -> int:
-    return sys.getrefcount(slot.tensor) - len(slot.places)
+    """Return how many references there are beside those of the modules; a shallow copy shares the original's."""
+    of_modules = {(id(module._parameters), name) for module, name in slot.places}
+    return sys.getrefcount(slot.tensor) - len(of_modules)
 
 
 def _stays(slot: Slot, keep: Sequence[str]) -> bool:
