@@ -1,5 +1,6 @@
 """The question that a fused model asks before each token: is everything that it kept still what the model has?"""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,13 @@ CHANGES: dict[str, Callable[[list[dict[str, Any]], list[dict[str, Any]]], Any]] 
     "forward removed": lambda dicts, owners: owners[0].pop("forward"),
     "forward added": lambda dicts, owners: owners[1].update(forward=object()),
 }
+
+
+class Holder:
+    """Its __dict__ shares its keys with other instances'."""
+
+    def __init__(self) -> None:
+        self.a, self.b, self.forward = 1, 2, object()
 
 
 def state() -> State:
@@ -63,3 +71,34 @@ def test_what_is_no_list_is_refused(position: int) -> None:
 def test_fewer_names_than_owners_are_refused() -> None:
     with pytest.raises(IndexError):
         native.unchanged([None], [], [{}], [])
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 100])
+def test_the_last_of_many_is_seen(count: int) -> None:
+    """Dictionaries are fetched ahead of their turn: small and large ones, with and without shared keys."""
+    dicts = [{str(j): object() for j in range(i % 40)} for i in range(count)]
+    owners = [vars(Holder()) for i in range(count)]
+    names = ["forward"] * count
+    before = kept(dicts, owners)
+    assert native.unchanged(before, dicts, owners, names)
+    owners[-1]["forward"] = object()
+    assert not native.unchanged(before, dicts, owners, names)
+    before = kept(dicts, owners)
+    dicts[-1]["new"] = None
+    assert not native.unchanged(before, dicts, owners, names)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 16, 17, 100])
+def test_all_empty(count: int) -> None:
+    dicts: list[dict[Any, Any]] = [{} if i % 2 else OrderedDict() for i in range(count)]
+    assert native.all_empty(dicts)
+    for each in dicts:
+        each[1] = None
+        assert not native.all_empty(dicts)
+        del each[1]
+    assert native.all_empty(dicts)
+
+
+def test_all_empty_takes_a_list() -> None:
+    with pytest.raises(TypeError, match="lists"):
+        native.all_empty(())  # type: ignore[arg-type]

@@ -7,7 +7,6 @@ module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-lev
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -34,7 +33,6 @@ from upcast.integrations.members import Members
 from upcast.kernels import native
 from upcast.shortcut import LinearForward, operands
 
-_EPS = attrgetter("eps")
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 _AT_ONCE = 16  # positions of all rows that go through all blocks in one call
@@ -146,11 +144,11 @@ class Stack:
         self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
         self._arguments: tuple[tuple[Any, ...], ...] | None = None
         modules = [*gpt.transformer.h.modules()]
-        self._members = Members(modules, also=(gpt, gpt.transformer))
+        self._members = Members(modules, also=(gpt, gpt.transformer), names=("eps",))
         self.watched = self._members.watched
-        self._norms = [module for module in modules if "eps" in module.__dict__]
         self._config = gpt.config
-        self._numbers = self._settings()
+        self._settings = (*gpt.config.__dict__.values(),)
+        self._numbers = (*(module.eps for module in modules if "eps" in module.__dict__), *self._settings)
         self.caches = [step.cache for step in self.steps]
 
     def made_with(self, embedding: nn.Module) -> MadeWith:
@@ -179,10 +177,7 @@ class Stack:
 
     def current(self) -> bool:
         """Whether nothing was replaced or reconfigured since."""
-        return self._members.same() and self._settings() == self._numbers
-
-    def _settings(self) -> tuple[Any, ...]:
-        return (*map(_EPS, self._norms), *self._config.__dict__.values())
+        return self._members.same() and (*self._config.__dict__.values(),) == self._settings
 
 
 class FusedGPT(Fused):

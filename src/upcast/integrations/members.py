@@ -19,7 +19,7 @@ class Members:
     Args:
         modules: those whose members and hooks count.
         also: further modules of which only the direct members count.
-        names: attributes of each of ``modules`` that count, where it has them.
+        names: attributes of each of ``modules`` that count, where it has them in its ``__dict__``.
     """
 
     def __init__(self, modules: Sequence[nn.Module], also: Iterable[nn.Module] = (), names: Iterable[str] = ()) -> None:
@@ -28,7 +28,8 @@ class Members:
         self._hooks = [state[name] for state in states for name in ("_forward_hooks", "_forward_pre_hooks")]
         members = [state[name] for state in states for name in ("_modules", "_parameters", "_buffers")]
         self._members = [*(module._modules for module in also), *filter(None, members)]
-        looked_up = [(state, name) for state in states for name in ("forward", *names)]
+        looked_up = [(state, "forward") for state in states]
+        looked_up += [(state, name) for name in names for state in states if name in state]
         weights: list[Any] = [weight for module in modules for weight in module._parameters.values()]
         looked_up += [(weight.__dict__, "stored") for weight in weights if type(weight) is HalfWeight]
         self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
@@ -36,7 +37,7 @@ class Members:
 
     def watched(self) -> bool:
         """Whether someone watches one of the modules."""
-        return any(self._hooks) or nn.modules.module._has_any_global_hook()
+        return not native.all_empty(self._hooks) or nn.modules.module._has_any_global_hook()
 
     def same(self) -> bool:
         """Whether nothing was replaced since."""

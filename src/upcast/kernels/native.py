@@ -343,6 +343,12 @@ def unchanged(kept: list[Any], dicts: list[dict[str, Any]], owners: list[dict[st
     return same
 
 
+def all_empty(dicts: list[dict[Any, Any]]) -> bool:
+    """Return whether nothing is in any of ``dicts``."""
+    empty: bool = _native.all_empty(dicts)
+    return empty
+
+
 def meet(counters: Tensor, rank: int, turn: int, nanoseconds: int) -> int:
     """Say that ``rank`` has come to ``turn``, and wait until all ranks have, or for so long.
 

@@ -38,6 +38,7 @@ Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cp
 Fast py_block, py_blocks;                                       // bind_block.cpp
 Fast py_survey, py_look, py_compare;                             // bind_survey.cpp
 Fast py_unchanged;                                              // bind_state.cpp
+PyObject *py_all_empty(PyObject *self, PyObject *dicts);
 Fast py_meet, py_add_up;                                        // bind_shared.cpp
 
 } // namespace upcast

@@ -12,6 +12,32 @@ struct Kept {
     bool next_is(PyObject *object) { return at < size && PyList_GetItem(list, at++) == object; }
 };
 
+// A list of dictionaries, looked at in order. The weights have pushed them out of the caches, so that nearly all of the
+// time goes into waiting for one line after another; hints let many come together. First a dictionary's head, then its
+// table, found where CPython has kept it since 3.6: a hint for anything else does no harm.
+class Dicts {
+  public:
+    explicit Dicts(PyObject *list) : size(PyList_Size(list)), list_(list) {}
+    const Py_ssize_t size;
+    PyObject *heads(Py_ssize_t i) const {
+        if (i + 2 * NEAR < size) fetch(at(i + 2 * NEAR), 1);
+        return at(i);
+    }
+    PyObject *tables(Py_ssize_t i) const {
+        if (i + NEAR < size) fetch(reinterpret_cast<void *const *>(at(i + NEAR))[TABLE], LINES);
+        return heads(i);
+    }
+
+  private:
+    static constexpr Py_ssize_t NEAR = 8;
+    static constexpr int TABLE = 4, LINES = 5;  // of a table, which is enough for a module's own
+    PyObject *at(Py_ssize_t i) const { return PyList_GetItem(list_, i); }
+    static void fetch(const void *from, int lines) {
+        for (int i = 0; i < lines; ++i) __builtin_prefetch(static_cast<const char *>(from) + 64 * i);
+    }
+    PyObject *list_;
+};
+
 bool same_values(PyObject *dict, Kept &kept) {
     PyObject *value;
     for (Py_ssize_t position = 0; PyDict_Next(dict, &position, nullptr, &value);) {
@@ -22,7 +48,7 @@ bool same_values(PyObject *dict, Kept &kept) {
 
 bool check_list(PyObject *object) {
     if (PyList_Check(object)) return true;
-    PyErr_SetString(PyExc_TypeError, "unchanged takes lists");
+    PyErr_SetString(PyExc_TypeError, "unchanged and all_empty take lists");
     return false;
 }
 
@@ -35,19 +61,30 @@ PyObject *py_unchanged(PyObject *, PyObject *const *args, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < count; ++i) {
         if (!check_list(args[i])) return nullptr;
     }
-    PyObject *dicts = args[1], *owners = args[2], *names = args[3];
+    PyObject *names = args[3];
+    const Dicts dicts(args[1]), owners(args[2]);
     Kept kept = {args[0], 0, PyList_Size(args[0])};
-    for (Py_ssize_t i = 0; i < PyList_Size(dicts); ++i) {
-        if (!same_values(PyList_GetItem(dicts, i), kept)) Py_RETURN_FALSE;
+    for (Py_ssize_t i = 0; i < dicts.size; ++i) {
+        if (!same_values(dicts.tables(i), kept)) Py_RETURN_FALSE;
     }
-    for (Py_ssize_t i = 0; i < PyList_Size(owners); ++i) {
+    for (Py_ssize_t i = 0; i < owners.size; ++i) {
         PyObject *name = PyList_GetItem(names, i);
         if (!name) return nullptr;
-        PyObject *value = PyDict_GetItemWithError(PyList_GetItem(owners, i), name);
+        PyObject *value = PyDict_GetItemWithError(owners.tables(i), name);
         if (!value && PyErr_Occurred()) return nullptr;
         if (!kept.next_is(value ? value : Py_None)) Py_RETURN_FALSE;
     }
     return PyBool_FromLong(kept.at == kept.size);
+}
+
+// all_empty(dicts): whether nothing is in any of them.
+PyObject *py_all_empty(PyObject *, PyObject *list) {
+    if (!check_list(list)) return nullptr;
+    const Dicts dicts(list);
+    for (Py_ssize_t i = 0; i < dicts.size; ++i) {
+        if (PyDict_Size(dicts.heads(i)) != 0) Py_RETURN_FALSE;
+    }
+    Py_RETURN_TRUE;
 }
 
 } // namespace upcast
