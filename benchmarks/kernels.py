@@ -78,7 +78,10 @@ def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, float]:
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of a plain parallel read, best of a few."""
+    """Bytes per second of a parallel read, one sequential stream per thread; best of a few.
+
+    Not a bound: several streams per thread are read faster on some processors.
+    """
     data = torch.ones(int(COLD_BYTES) // 4)
     times = []
     for _ in range(7):
@@ -239,7 +242,7 @@ def main() -> None:
         if record["rows"] == 1 and tuple(record["shape"]) in LARGE:
             n, k = record["shape"]
             share = 2 * n * k / record["seconds"]["native"] / record["read"]
-            print(f"M 1, {n} x {k}: {100 * share:.0f} % of the plain read bandwidth of the same minute")
+            print(f"M 1, {n} x {k}: {100 * share:.0f} % of what one stream per thread read in the same minute")
     if options.json:
         result = {"info": native.info(), "overhead": call, "forward": forward, "backward": backward}
         options.json.write_text(json.dumps(result, indent=1))
