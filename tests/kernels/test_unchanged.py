@@ -102,3 +102,5 @@ def test_all_empty(count: int) -> None:
 def test_all_empty_takes_a_list() -> None:
     with pytest.raises(TypeError, match="lists"):
         native.all_empty(())  # type: ignore[arg-type]
+    with pytest.raises(SystemError):  # what is no dictionary
+        native.all_empty([1])  # type: ignore[list-item]

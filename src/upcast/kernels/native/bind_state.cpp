@@ -82,7 +82,9 @@ PyObject *py_all_empty(PyObject *, PyObject *list) {
     if (!check_list(list)) return nullptr;
     const Dicts dicts(list);
     for (Py_ssize_t i = 0; i < dicts.size; ++i) {
-        if (PyDict_Size(dicts.heads(i)) != 0) Py_RETURN_FALSE;
+        const Py_ssize_t entries = PyDict_Size(dicts.heads(i));
+        if (entries < 0) return nullptr;
+        if (entries > 0) Py_RETURN_FALSE;
     }
     Py_RETURN_TRUE;
 }
