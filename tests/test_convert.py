@@ -18,6 +18,7 @@ import torch
 import upcast
 from tests.conftest import Run, assert_patched
 from tests.litgpt_checkpoints import small_config, write_checkpoint
+from tests.peak_memory import ROOT
 from upcast import cli, convert
 
 pytest.importorskip("litgpt")
@@ -132,14 +133,12 @@ PEAK = """
 import sys
 from pathlib import Path
 import upcast.convert
-status = Path("/proc/self/status")
-def level(name):
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(name))
+from benchmarks import memory
 upcast.convert.convert(Path(sys.argv[1]))  # brings in what any conversion needs of torch
-Path("/proc/self/clear_refs").write_text("5")
-before = level("VmRSS")
+memory.reset_peak()
+before = memory.resident_bytes()
 upcast.convert.convert(Path(sys.argv[2]))
-print(level("VmHWM") - before)
+print(memory.peak_bytes() - before)
 """
 
 
@@ -147,7 +146,7 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, python: Run) -> No
     config = small_config("pythia-160m", n_layer=12, n_embd=512, padded_vocab_size=4000, vocab_size=4000)
     folder = write_checkpoint(tmp_path / "checkpoint", config, torch.float32)
     small = write_checkpoint(tmp_path / "small", small_config("pythia-160m"), torch.float32)
-    result = python("-c", PEAK, str(small), str(folder))
+    result = python("-c", PEAK, str(small), str(folder), PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     largest = max(tensor.nbytes for tensor in torch.load(folder / "lit_model.pth", mmap=True).values())
     size = (folder / "lit_model.pth").stat().st_size

@@ -9,6 +9,7 @@ import torch
 
 import upcast
 from tests.conftest import Run, assert_patched, half_weights, relative_error
+from tests.peak_memory import peaks
 from tests.test_transformers import IDS, MOE, TEXT, first_output, make
 
 transformers = pytest.importorskip("transformers")
@@ -230,23 +231,20 @@ def test_pipelines(tmp_path: Path, python: Run) -> None:
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
-MEASURE = """
-import os, re, sys, torch, transformers, upcast
+IMPORTS = """
+import transformers, upcast
 from transformers.models.llama import modeling_llama  # imported before the count starts
 from upcast.integrations import transformers as ours
 ours.install()
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-for folder in sys.argv[1:]:
-    if os.fork():  # a process for each folder, of which none imports the libraries again
-        os.wait()
-        continue
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-    before = peak()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    print(peak() - before, isinstance(model.lm_head.weight, upcast.HalfWeight), flush=True)
-    os._exit(0)
+def load(folder):
+    assert isinstance(transformers.AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, upcast.HalfWeight)
 """
+
+
+def peaks_of_loading(python: Run, *folders: Path) -> list[int]:
+    """Return how many bytes loading each folder under UPCAST=1 takes at most."""
+    return peaks(python, IMPORTS, "load(folder)", folders, UPCAST="1")
+
 
 FORMS = [
     (torch.float16, "safetensors"),
@@ -275,15 +273,11 @@ def test_peak_memory_of_loading(tmp_path: Path, python: Run) -> None:
     source = prepare_transformers()
     folders = [tmp_path / f"{dtype} {form}" for dtype, form in FORMS]
     sizes = [written(folder, source, *form) for folder, form in zip(folders, FORMS, strict=True)]
-    result = python("-c", MEASURE, *map(str, folders), UPCAST="1")
-    lines = result.stdout.splitlines()
-    assert len(lines) == len(FORMS), result.stderr
-    for (dtype, form), (every, largest), line in zip(FORMS, sizes, lines, strict=True):
-        grown, patched = line.split()
-        assert patched == "True", result.stderr
-        print(f"{form} {dtype}: weights in float16 {2 * every / 1e6:.0f} MB, peak {int(grown) / 1e6:.0f} MB")
+    grown = peaks_of_loading(python, *folders)
+    for (dtype, form), (every, largest), peak in zip(FORMS, sizes, grown, strict=True):
+        print(f"{form} {dtype}: weights in float16 {2 * every / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
         allowed = 2 * every + (0 if dtype == torch.float16 else largest * dtype.itemsize)
-        assert 0.9 * 2 * every < int(grown) < allowed + 150e6, (dtype, form)
+        assert 0.9 * 2 * every < peak < allowed + 150e6, (dtype, form)
 
 
 # --- Diffusers --------------------------------------------------------------------------------------------------------

@@ -10,28 +10,13 @@ import torch
 
 import upcast
 from tests.conftest import Run, assert_patched, fallbacks, half_weights, relative_error
+from tests.peak_memory import peaks
 from tests.test_litgpt import float32_model
 
 pytestmark = pytest.mark.real
 
 SCALES = [4, 64, 1024, 4096]
 TEXT = " ".join(pydoc_data.topics.topics["assert"].split())
-
-# Peak resident memory of loading each folder, in bytes, above the imported libraries.
-MEASURE_LOADING = """
-import os, re, sys, torch, litgpt, lightning, upcast
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
-for folder in sys.argv[1:]:
-    if os.fork():  # a process for each folder, of which none imports the libraries again
-        os.wait()
-        continue
-    open("/proc/self/clear_refs", "w").write("5")  # the peak starts again from here
-    before = peak()
-    upcast.load_litgpt(folder)
-    print(peak() - before, flush=True)
-    os._exit(0)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -128,11 +113,9 @@ def test_peak_memory_of_loading(smollm2: Path, tmp_path: Path, python: Run) -> N
         torch.save({name: tensor.to(dtype) for name, tensor in state.items()}, folder / "lit_model.pth")
         (folder / "model_config.yaml").write_text((smollm2 / "model_config.yaml").read_text())
         allowed[folder] = size + largest * dtype.itemsize + 150e6
-    result = python("-c", MEASURE_LOADING, *map(str, allowed))
-    peaks = [*map(int, result.stdout.split())]
-    assert len(peaks) == 3, result.stderr
-    for most, peak in zip(allowed.values(), peaks, strict=True):
-        assert weights * 0.9 < peak < most, peaks
+    grown = peaks(python, "import litgpt, lightning, upcast", "upcast.load_litgpt(folder)", allowed)
+    for most, peak in zip(allowed.values(), grown, strict=True):
+        assert weights * 0.9 < peak < most, grown
 
 
 TOPICS = (

@@ -98,10 +98,9 @@ def _check_tensor(slot: Slot, model: str) -> None:
 
 def _check_optimizers(found: Sequence[Slot], keep: Sequence[str]) -> None:
     """Refuse an optimizer that holds a parameter to be replaced: it would go on with one that no model has."""
-    replaced = {id(slot.tensor): slot for slot in found if slot.is_parameter and not _stays(slot, keep)}
-    if not any(map(_held_elsewhere, replaced.values())):
-        return  # the search meets every object of the process, which takes a tenth of a second and more
-    for candidate in gc.get_objects():
+    may_be_held = _held_elsewhere([slot for slot in found if slot.is_parameter and not _stays(slot, keep)])
+    replaced = {id(slot.tensor): slot for slot in may_be_held}
+    for candidate in gc.get_objects() if replaced else ():  # which takes a tenth of a second and more
         if issubclass(type(candidate), torch.optim.Optimizer):
             for group in candidate.param_groups:
                 for tensor in group["params"]:
@@ -109,9 +108,10 @@ def _check_optimizers(found: Sequence[Slot], keep: Sequence[str]) -> None:
                         _refuse_optimizer(replaced[id(tensor)], type(candidate).__name__)
 
 
-def _held_elsewhere(slot: Slot) -> bool:
-    """Whether anything but the model and ``slot`` may hold the tensor."""
-    return _references(slot) > _references(Slot("", nn.Parameter(torch.empty(0)), True, []))
+def _held_elsewhere(slots: Sequence[Slot]) -> list[Slot]:
+    """Return those whose tensor may be held by anything but the model and the slot."""
+    alone = _references(Slot("", nn.Parameter(torch.empty(0)), True, []))
+    return [slot for slot in slots if _references(slot) > alone]
 
 
 def _references(slot: Slot) -> int:

@@ -77,7 +77,7 @@ def test_fewer_names_than_owners_are_refused() -> None:
 def test_the_last_of_many_is_seen(count: int) -> None:
     """Dictionaries are fetched ahead of their turn: small and large ones, with and without shared keys."""
     dicts = [{str(j): object() for j in range(i % 40)} for i in range(count)]
-    owners = [vars(Holder()) for i in range(count)]
+    owners = [vars(Holder()) for _ in range(count)]
     names = ["forward"] * count
     before = kept(dicts, owners)
     assert native.unchanged(before, dicts, owners, names)
