@@ -71,7 +71,7 @@ def assert_patched(model: nn.Module) -> None:
     assert all(p.dim() < 2 for p in model.parameters() if not isinstance(p, HalfWeight))
 
 
-def fallbacks(model: nn.Module) -> upcast.half_weight.Fallbacks:
+def fallbacks(model: nn.Module) -> upcast.store.Fallbacks:
     return upcast.patching.record_of(upcast.targets.unwrap(model)).fallbacks
 
 

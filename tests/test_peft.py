@@ -95,9 +95,15 @@ def test_saved_adapters_load_into_an_unpatched_model(kind: str, settings: dict[s
 
 @pytest.mark.parametrize("order", ["patch first", "patch last"])
 @pytest.mark.parametrize(("kind", "settings"), [pytest.param(*row[1:3], id=row[0]) for row in METHODS if row[3]])
-def test_merging_gives_float32_s_sum_rounded_once(kind: str, settings: dict[str, Any], order: str) -> None:
+def test_merging_gives_float32_s_sum_rounded_at_most_once(kind: str, settings: dict[str, Any], order: str) -> None:
+    """What PEFT adds to a weight in place is rounded; DoRA assigns what it has computed: that is float32 as it is."""
     got, want = (model.merge_and_unload() for model in pair(kind, settings, order))
     assert half_weights(got)
+    for name, parameter in got.named_parameters():
+        if type(parameter) is torch.nn.Parameter:
+            assert relative_error(parameter, want.get_parameter(name)) < 1e-6, name
+    if settings.get("use_dora"):
+        return
     wanted, base = want.state_dict(), llama(num_hidden_layers=LAYERS).state_dict()
     changed = 0
     for name, weight in half_weights(got).items():

@@ -9,6 +9,7 @@ from upcast import attention as _attention
 from upcast import compiled as _compiled
 from upcast import composites as _composites
 from upcast import exported as _exported
+from upcast import memory_ops as _memory_ops
 from upcast import ops as _ops
 from upcast import products as _products
 from upcast import recurrent as _recurrent
@@ -62,6 +63,7 @@ del (
     _compiled,
     _composites,
     _exported,
+    _memory_ops,
     _ops,
     _products,
     _recurrent,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcast import kernels
-from upcast.half_weight import HalfWeight, call_widened, out_of_range
+from upcast.half_weight import HalfWeight, call_widened
 from upcast.ops import handles, handles_each, named
 from upcast.products import _in_tiles, _times
 
@@ -138,22 +138,12 @@ def _elementwise(function: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> An
     if isinstance(other, HalfWeight) or not weight.stored.dim() or kwargs.get("out") is not None:
         return call_widened(function, (a, b, *args), kwargs)
     dim = max(range(weight.stored.dim()), key=lambda i: weight.stored.shape[i])
-    from_end = dim - weight.stored.dim()
+    from_end, size = dim - weight.stored.dim(), weight.stored.shape[dim]
 
     def part(tile: Tensor, cut: slice) -> Any:
         there = other
-        if isinstance(other, Tensor) and other.dim() >= -from_end and other.shape[from_end] != 1:
+        if isinstance(other, Tensor) and other.dim() >= -from_end and other.shape[from_end] == size != 1:
             there = other.narrow(from_end, cut.start, cut.stop - cut.start)
         return function(tile, there, *args, **kwargs) if weight is a else function(there, tile, *args, **kwargs)
 
     return _in_tiles(weight, dim, from_end, part)
-
-
-@handles_each(Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.sub_)
-def _in_place(function: Any, target: Tensor, other: Any, **kwargs: Any) -> Any:
-    if not isinstance(target, HalfWeight) or isinstance(other, Tensor) or kwargs:
-        return call_widened(function, (target, other), kwargs)
-    result = function(target.stored.clone(), other)  # torch computes in float32 and rounds once
-    if out_of_range(result):
-        return call_widened(function, (target, other), kwargs)  # which refuses, and says so
-    return target.overwrite(result)

@@ -34,7 +34,10 @@ def _stored(weight: HalfWeight) -> Tensor:
 class ImitatedWeight(HalfWeight):
     """A HalfWeight without numbers, in whose place torch.export records what is done."""
 
-    imitated: Tensor  # what stands for the float16 tensor
+    @property
+    def imitated(self) -> Any:
+        """What stands for the float16 tensor."""
+        return self.store.half
 
     @property
     def stored(self) -> Any:
@@ -43,10 +46,6 @@ class ImitatedWeight(HalfWeight):
             return self.imitated
         with torch._C.DisableTorchFunctionSubclass():
             return torch.ops.upcast.stored(self)
-
-    @stored.setter
-    def stored(self, value: Tensor) -> None:  # HalfWeight's own __init__ sets it
-        self.imitated = value
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

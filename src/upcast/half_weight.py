@@ -4,18 +4,24 @@ To everyone who looks, a HalfWeight is a float32 tensor: ``dtype``, arithmetic, 
 live in ``stored``, an ordinary float16 tensor that is never packed or rearranged, so a float16 checkpoint is used
 as it is. Operations arrive in ``__torch_function__``; those in ``HANDLERS`` (filled by `upcast.ops`) widen only
 the tile, the rows or the experts in use. Any other operation sees a float32 copy, and the copy is counted.
+
+Only a parameter and its views are HalfWeights; they share a `Store`. Every copy is an ordinary float32 tensor. Where
+float16 cannot serve (raw memory, values out of its range, training), the store dissolves into float32 memory and the
+HalfWeights that stand for it become ordinary tensors: see `upcast.materialize`.
 """
 
 import copy
-import threading
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
+from upcast import materialize
 from upcast.errors import UpcastError
 from upcast.kernels.reference import FLOAT16_MAX
+from upcast.store import Fallbacks, Region, Store, region_of
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 """torch function -> handler with the same signature, for operations with a HalfWeight among their arguments."""
@@ -35,28 +41,6 @@ _METADATA = {
 }
 
 
-class Fallbacks:
-    """Counts operations that had to widen a HalfWeight whole. One per patched model, shared by its weights."""
-
-    def __init__(self) -> None:
-        self.calls: dict[str, int] = {}
-        self.largest: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def count(self, operation: str, elements: int) -> None:
-        """Note one float32 copy of ``elements`` numbers made for ``operation``."""
-        with self._lock:
-            self.calls[operation] = self.calls.get(operation, 0) + 1
-            self.largest[operation] = max(self.largest.get(operation, 0), 4 * elements)
-
-    def __reduce__(self) -> tuple[type["Fallbacks"], tuple[()]]:
-        return (Fallbacks, ())  # a copy of a model starts its own count
-
-    def __str__(self) -> str:
-        rows = [f"{name}: {n} calls, up to {self.largest[name]:,} bytes" for name, n in sorted(self.calls.items())]
-        return "\n".join(rows) or "none"
-
-
 class HalfWeight(torch.Tensor):
     """A float32 tensor stored in float16.
 
@@ -65,10 +49,11 @@ class HalfWeight(torch.Tensor):
         fallbacks: where float32 copies are counted.
     """
 
-    stored: torch.Tensor
-    fallbacks: Fallbacks
-    row_major: bool  # a matrix whose rows are contiguous: the kernels take it as it is
-    twin: int  # 0: a storage of its own; 1 and 2: the first and a later weight of equal ones that share a storage
+    store: Store
+    region: Region | None  # where it lies in the store's memory; None: it is the whole of it
+    row_major: bool  # a whole matrix whose rows are contiguous: the kernels take it as it is
+    wants_grad: bool  # what requires_grad says; it is an ordinary parameter before a gradient arrives
+    source: "HalfWeight | None" = None  # what `detach` was asked of
 
     @staticmethod
     def __new__(cls, stored: torch.Tensor, fallbacks: Fallbacks | None = None) -> "HalfWeight":
@@ -84,20 +69,35 @@ class HalfWeight(torch.Tensor):
             device=stored.device,
             requires_grad=False,
         )
+        _refuse_raw_memory(self)
         return self
 
     def __init__(self, stored: torch.Tensor, fallbacks: Fallbacks | None = None) -> None:
-        self.stored = stored
+        self.store, self.region = Store(stored, Fallbacks() if fallbacks is None else fallbacks), None
         self.row_major = stored.dim() == 2 and stored.stride(1) == 1
-        self.fallbacks = Fallbacks() if fallbacks is None else fallbacks
-        self.twin = 0
+        self.wants_grad = False
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The float16 tensor with these numbers, in the memory where they live."""
+        half = self.store.half
+        if half is None:
+            raise UpcastError("a weight that is no longer stored in float16; it has become float32. Look at it anew.")
+        return half if self.region is None else self.region.of(half)
+
+    @property
+    def fallbacks(self) -> Fallbacks:
+        """Where float32 copies are counted."""
+        return self.store.fallbacks
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if Store.dissolved:
+            args, kwargs = materialize.settled(args, kwargs or {})
         handler = HANDLERS.get(func)
-        if handler is not None:
+        if handler is not None and not (kwargs and isinstance(kwargs.get("out"), HalfWeight)):
             return handler(*args, **kwargs) if kwargs else handler(*args)
-        if func in _METADATA or getattr(func, "__name__", "") == "__get__":
+        if func in _METADATA or getattr(func, "__name__", "") in ("__get__", "__set__"):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         return call_widened(func, args, kwargs or {})
@@ -107,10 +107,11 @@ class HalfWeight(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         """The slow door: what reaches a HalfWeight from inside torch, past `__torch_function__`."""
-        if func is torch.ops.aten.detach.default:
-            return args[0].like(args[0].stored.detach())
         if func in HANDLERS:  # an operator of ours
             return HANDLERS[func](*args)
+        first = args[0] if args else None
+        if isinstance(first, HalfWeight) and first.store.half is not None and (func.is_view or func in _ALIASING):
+            return first.like(func(first.stored, *args[1:], **(kwargs or {})))
         return call_widened(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -123,95 +124,212 @@ class HalfWeight(torch.Tensor):
 
         return around(inner["stored"])
 
-    def like(self, stored: torch.Tensor) -> "HalfWeight":
-        """Return ``stored`` as a HalfWeight that counts its fallbacks where this one does."""
-        return HalfWeight(stored, self.fallbacks)
+    def like(self, stored: Any) -> Any:
+        """Return ``stored``, a view of this one's float16 memory (or several), as a view of this weight."""
+        if not isinstance(stored, torch.Tensor):
+            return (
+                type(stored)(map(self.like, stored)) if type(stored) in (list, tuple) else tuple(map(self.like, stored))
+            )
+        weight = HalfWeight(stored, self.fallbacks)
+        weight.store, weight.region = self.store, region_of(stored, self.store.half)
+        weight.row_major = weight.row_major and weight.region is None
+        return weight
 
     def widened(self) -> torch.Tensor:
         """Return a new float32 tensor with these numbers (exact: every float16 is a float32)."""
+        if self.store.half is None:
+            return materialize.alias(self).clone()
         return self.stored.float()
 
     def overwrite(self, source: torch.Tensor) -> "HalfWeight":
-        """Replace the numbers by ``source`` (same shape, any float dtype), rounded to nearest.
+        """Replace the numbers by ``source`` (any float dtype, of a shape that broadcasts), rounded to nearest.
 
-        Raises:
-            UpcastError: ``source`` has a value beyond 65504 or not finite; nothing has been changed then.
+        Where a number is beyond 65504 or not finite, the weight becomes float32 first, and says so.
         """
-        source = source.stored if isinstance(source, HalfWeight) else source.detach().expand(self.stored.shape)
-        if out_of_range(source):
-            raise UpcastError(
-                f"writing values beyond {FLOAT16_MAX:.0f} or not finite into a weight stored in float16; float16 "
-                "ends there. Patch the model after the change, or leave this tensor alone with keep=[...]."
-            )
-        if self.twin:  # the others must not change with us
-            self.stored, self.twin = torch.empty_like(self.stored), 0
-        self.stored.copy_(source)
+        source = source.detach().expand(self.shape)
+        if type(source) is HalfWeight:
+            source = source.stored
+        elif out_of_range(source):
+            materialize.dissolve(self, materialize.OUT_OF_RANGE)
+        with torch.no_grad():
+            if self.store.half is None:
+                materialize.alias(self).copy_(source)
+            else:
+                self.store.unshare()
+                self.stored.copy_(source)
         return self
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "HalfWeight":
-        if id(self) in memo:
-            copied: HalfWeight = memo[id(self)]
-            return copied
-        memo[id(self)] = new = _rebuild(
-            copy.deepcopy(self.stored, memo), copy.deepcopy(self.fallbacks, memo), *self._flags()
-        )
-        return new
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) not in memo:
+            memo[id(self)] = self._duplicate(memo) if isinstance(self, torch.nn.Parameter) else self.widened()
+        copied: torch.Tensor = memo[id(self)]
+        return copied
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return (_rebuild, (self.stored, self.fallbacks, *self._flags()))
+    def _duplicate(self, memo: dict[int, Any]) -> torch.Tensor:
+        if self.store.half is None:
+            return torch.nn.Parameter(self.widened(), self.wants_grad)
+        copied = rebuild(copy.deepcopy(self.store, memo), self.region, self.wants_grad)
+        copied.__dict__.update(copy.deepcopy(self.attributes(), memo))
+        return copied
 
-    def _flags(self) -> tuple[int, bool]:
-        return self.twin, isinstance(self, torch.nn.Parameter)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle as the float32 tensor or parameter that it is; modules keep float16 (`upcast.pickling`)."""
+        plain = self.widened()
+        if isinstance(self, torch.nn.Parameter):
+            plain = torch.nn.Parameter(plain, self.wants_grad)
+        plain.__dict__.update(self.attributes())
+        return plain.__reduce_ex__(protocol)
+
+    def attributes(self) -> dict[str, Any]:
+        """Return what users and libraries have hung on this parameter."""
+        return {key: value for key, value in self.__dict__.items() if key not in OURS}
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
-            return f"HalfWeight(float32 {tuple(self.shape)} stored in float16:\n{self.stored})"
+            shape = tuple(self.shape)
+        where = "stored in float16" if self.store.half is not None else "in float32"
+        numbers = self.stored if self.store.half is not None else materialize.alias(self)
+        return f"HalfWeight(float32 {shape} {where}:\n{numbers})"
 
 
-def _rebuild(stored: torch.Tensor, fallbacks: Fallbacks, twin: int, is_parameter: bool) -> HalfWeight:
-    weight = parameter(stored, fallbacks) if is_parameter else HalfWeight(stored, fallbacks)
-    weight.twin = twin
+# What of torch reads the wrapper's memory, which there is none of, raises an error in place of reading at address zero.
+_refuse_raw_memory = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda _: None)
+OURS = frozenset(
+    ("store", "region", "row_major", "wants_grad", "packed", "source", "_is_param")
+)  # what a HalfWeight's own __dict__ holds
+_AUGMENTED = {torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_}  # += and its like
+_references: list[int] = []  # how many such a call itself holds: the first one, in `upcast.memory_ops`, has no others
+_ALIASING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
+
+
+def rebuild(store: Store, region: Region | None, wants_grad: bool) -> HalfWeight:
+    """Return a parameter on ``store``."""
+    half = store.half
+    assert half is not None
+    weight = parameter(half if region is None else region.of(half), store.fallbacks)
+    weight.store, weight.region, weight.wants_grad = store, region, wants_grad
+    weight.row_major = weight.row_major and region is None
     return weight
 
 
-def parameter(stored: torch.Tensor, fallbacks: Fallbacks) -> HalfWeight:
-    """Return a HalfWeight that is also a ``torch.nn.Parameter`` (frozen)."""
+def parameter(stored: torch.Tensor, fallbacks: Fallbacks, wants_grad: bool = False) -> HalfWeight:
+    """Return a HalfWeight that is also a ``torch.nn.Parameter``."""
     weight = HalfWeight(stored, fallbacks)
     weight._is_param = True  # what torch.nn.Parameter itself sets on tensor subclasses
+    weight.wants_grad = wants_grad
     return weight
 
 
 def out_of_range(source: torch.Tensor) -> bool:
     """Return whether ``source`` has a value beyond float16's largest, 65504, or one that is not finite."""
-    if source.numel() == 0 or not source.is_floating_point():
+    if source.numel() == 0 or source.dtype == torch.bool or source.is_complex():
         return False
     low, high = map(float, torch.aminmax(source.detach()))  # NaN propagates, so that the comparison fails for it too
     return not (low >= -FLOAT16_MAX and high <= FLOAT16_MAX)  # not in bfloat16, where 65504 is 65536
 
 
+# --- any other operation ----------------------------------------------------------------------------------------------
+
+
 def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call ``func`` with a counted float32 copy of every HalfWeight; in-place results are written back."""
-    copies: dict[int, tuple[HalfWeight, torch.Tensor]] = {}
-    name = _name(func)
+    """Call ``func`` with a counted float32 copy of every HalfWeight; in-place results are written back.
 
-    def widen(value: Any) -> Any:
-        if not isinstance(value, HalfWeight):
-            return value
-        if id(value) not in copies:
-            value.fallbacks.count(name, value.stored.numel())
+    What looks at a weight's memory (a view that no handler knows), or would record a gradient in it, makes it an
+    ordinary float32 tensor first.
+    """
+    copies = _Copies(str(getattr(func, "__name__", func)))
+    result = func(*copies.widen(args), **copies.widen(kwargs))
+    if copies.augmented(func, result):
+        return result
+    needed = copies.memory_needed_by(result)
+    if needed:
+        for weight in needed:
+            materialize.dissolve(weight, materialize.MEMORY)
+        return call_widened(func, *materialize.settled(args, kwargs))
+    return copies.settle(result)
+
+
+def call_in_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call ``func``, which needs or shares memory, after every HalfWeight has become an ordinary float32 tensor."""
+
+    def materialized(weight: HalfWeight) -> HalfWeight:
+        materialize.materialize(weight, materialize.MEMORY)
+        return weight
+
+    args, kwargs = pytree.tree_map_only(HalfWeight, materialized, (args, kwargs))
+    return func(*args, **kwargs)
+
+
+class _Copies:
+    """The float32 copies that stand for HalfWeights in one call."""
+
+    def __init__(self, operation: str) -> None:
+        self._operation = operation
+        self._pairs: dict[int, tuple[HalfWeight, torch.Tensor, int]] = {}  # weight, copy, its version before
+
+    def widen(self, values: Any) -> Any:
+        """Return ``values`` with a float32 copy in place of each HalfWeight, the same for the same one."""
+        return pytree.tree_map_only(HalfWeight, self._copy, values)
+
+    def _copy(self, weight: HalfWeight) -> torch.Tensor:
+        if weight.store.half is None:  # dissolved: then this is no copy, and what is written arrives
+            return materialize.alias(weight)
+        if id(weight) not in self._pairs:
+            weight.fallbacks.count(self._operation, weight.numel())
             with torch.inference_mode(False):  # inference tensors keep no version, and the version tells of writes
-                copies[id(value)] = (value, value.widened())
-        return copies[id(value)][1]
+                wide = torch.empty_like(weight.stored, dtype=torch.float32).copy_(weight.stored)
+            self._pairs[id(weight)] = (weight, wide, wide._version)
+        return self._pairs[id(weight)][1]
 
-    wide_args, wide_kwargs = pytree.tree_map(widen, (args, kwargs))
-    result = func(*wide_args, **wide_kwargs)
-    for weight, wide in copies.values():
-        if wide._version:  # an in-place operation wrote into the copy
-            weight.overwrite(wide)
-        if result is wide:
-            result = weight
-    return result
+    def augmented(self, func: Any, result: Any) -> bool:
+        """Whether this was ``layer.weight.data += x``, with a gradient through x, and nobody else holds ``.data``.
+
+        The numbers are written back then; what was computed is about to be assigned to ``.data``.
+        """
+        if func not in _AUGMENTED or len(self._pairs) != 1:
+            return False
+        ((weight, wide, _),) = self._pairs.values()
+        held = sys.getrefcount(weight)
+        if not _references:
+            _references.append(held)
+        shared = isinstance(weight, torch.nn.Parameter) or held > _references[0]
+        if wide is not result or not wide.requires_grad or shared:
+            return False
+        weight.overwrite(wide)
+        return True
+
+    def memory_needed_by(self, result: Any) -> list[HalfWeight]:
+        """Return the weights of which ``result`` holds a view, or a record of gradients."""
+        owners = {wide.untyped_storage()._cdata: weight for weight, wide, _ in self._pairs.values() if wide.numel()}
+        known = {id(wide) for _, wide, _ in self._pairs.values()}
+        found = [weight for weight, wide, _ in self._pairs.values() if wide.requires_grad]
+        for leaf in pytree.tree_leaves(result) if owners else ():
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in known and leaf.layout == torch.strided:
+                owner = owners.get(_storage_of(leaf))
+                found += [] if owner is None else [owner]
+        return found
+
+    def settle(self, result: Any) -> Any:
+        """Write back what was written into copies, and return ``result`` with weights in place of them."""
+        for weight, wide, version in self._pairs.values():
+            if wide._version != version:
+                _write_back(weight, wide)
+        originals = {id(wide): weight for weight, wide, _ in self._pairs.values()}
+        if isinstance(result, torch.Tensor):
+            return originals.get(id(result), result)
+        if type(result) in (list, tuple):
+            return type(result)(originals.get(id(each), each) for each in result)
+        return result
 
 
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))
+def _storage_of(tensor: torch.Tensor) -> int:
+    with torch._C.DisableTorchFunctionSubclass():
+        return 0 if torch._C._functorch.is_functorch_wrapped_tensor(tensor) else tensor.untyped_storage()._cdata
+
+
+def _write_back(weight: HalfWeight, wide: torch.Tensor) -> None:
+    if wide.shape != weight.shape:  # resized, by out= say
+        materialize.materialize(weight, materialize.MEMORY)
+        weight.data = wide
+    else:
+        weight.overwrite(wide)

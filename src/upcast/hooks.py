@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import config, shortcut
+from upcast import config, pickling, shortcut
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 from upcast.tree import modules
@@ -19,6 +19,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
         if any(_half_weights(module)):
             module.register_state_dict_post_hook(_plain_state)
             module.register_load_state_dict_pre_hook(_accept_state)
+    pickling.install(modules(root))
     if shortcuts:
         shortcut.install(root)
     root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
@@ -29,6 +30,7 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
         _discard(module._load_state_dict_pre_hooks, lambda hook: getattr(hook, "hook", hook) is _accept_state)
+    pickling.remove(modules(root))
     shortcut.remove(root)
     root.__dict__.pop("_apply", None)
 
@@ -49,8 +51,8 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
     for name, weight in _half_weights(module):
         value = state.get(prefix + name)
         if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
-            # A later twin gets bytes of its own: formats such as safetensors refuse shared ones.
-            state[prefix + name] = value.stored.clone() if weight.twin == 2 else value.stored
+            weight.store.unshare()  # the caller may write into it
+            state[prefix + name] = value.widened() if weight.store.half is None else value.stored
 
 
 def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object) -> None:
@@ -64,17 +66,32 @@ def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadat
         value: Any = state.get(prefix + name)
         plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
         if plain and not out_of_range(value):
-            state[prefix + name] = parameter(value.detach().half(), weight.fallbacks)
+            state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
 
 
 def _guarded_apply(root: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
     """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
     probe = function(torch.empty(0))
     if probe.device.type == "cpu" and probe.dtype == torch.float32:
-        return type(root)._apply(root, function, recurse)
+        return _apply_to_others(root, function, recurse)
     wanted = probe.dtype if probe.dtype != torch.float32 else probe.device
     by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
     raise UpcastError(
         f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed with "
         f"in float32, on the CPU. Call upcast.unpatch(model) first.{by_environment if config.read().enabled else ''}"
     )
+
+
+def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: bool) -> Any:
+    """Run ``root._apply`` with what `function` gives for HalfWeights written into them: torch would replace them."""
+    aside = [(module, *item) for module in (modules(root) if recurse else [root]) for item in _half_weights(module)]
+    try:
+        for module, name, weight in aside:
+            module._parameters[name] = None
+            result = function(weight)
+            if result is not weight:
+                weight.data = result
+        return type(root)._apply(root, function, recurse)
+    finally:
+        for module, name, weight in aside:
+            module._parameters[name] = weight  # type: ignore[assignment]  # it is a parameter, says torch too

@@ -28,6 +28,7 @@ def mark(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str]) -> No
     for slot in found:
         wanted = not trainable or any(matches(slot.name, pattern) for pattern in trainable)
         slot.learns = slot.is_parameter and slot.tensor.requires_grad and wanted and not inference
+        slot.wants_grad = slot.is_parameter and slot.tensor.requires_grad and inference
     if trainable and not any(slot.learns for slot in found):
         raise UpcastError(
             f"trainable={list(trainable)!r} leaves nothing to train in {type(root).__name__}: none of these parameters "

@@ -6,8 +6,6 @@ listed falls through to a counted float32 copy (`upcast.half_weight.call_widened
 """
 
 import functools
-import sys
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +13,7 @@ import torch
 from torch import Tensor
 
 from upcast import kernels
-from upcast.errors import UpcastError
-from upcast.half_weight import HANDLERS, HalfWeight, call_widened
+from upcast.half_weight import HANDLERS, HalfWeight, call_in_memory, call_widened
 
 Handler = Callable[..., Any]
 
@@ -54,50 +51,84 @@ def accessor(name: str) -> Any:
 def without_numbers(value: Any) -> Any:
     """Stand in for a HalfWeight of which only shape, dtype or device is asked: float32, one number long."""
     if isinstance(value, HalfWeight):
-        return torch.empty((), device=value.stored.device).expand(value.stored.shape)
+        return torch.empty((), dtype=torch.float32, device=value.device).expand(value.shape)
     return value
 
 
-# --- views ----------------------------------------------------------------------------------------------------------
+# --- views and copies -------------------------------------------------------------------------------------------------
 
 
 @handles_each(
     *named("t transpose permute view reshape narrow select unsqueeze squeeze flatten unflatten expand expand_as"),
-    *named("view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous clone"),
-    *named("alias diagonal adjoint resolve_conj resolve_neg reshape_as repeat repeat_interleave tile roll flip"),
-    *(accessor(name).__get__ for name in ("T", "mT", "H", "mH", "data")),
+    *named("view_as movedim moveaxis swapaxes swapdims chunk split tensor_split unbind contiguous"),
+    *named("alias diagonal adjoint resolve_conj resolve_neg reshape_as ravel unfold hsplit vsplit dsplit"),
+    *named("unsafe_chunk unsafe_split unsafe_split_with_sizes split_with_sizes broadcast_to positive"),
+    *(torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.conj, torch.Tensor.conj, torch.real),
+    *(accessor(name).__get__ for name in ("T", "mT", "H", "mH", "data", "real")),
 )
 def _view(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """What looks at the same memory is a view of the weight; what torch had to copy is an ordinary float32 tensor."""
     if not isinstance(weight, HalfWeight):  # x.expand_as(weight)
         return function(weight, *map(without_numbers, args), **kwargs)
-    if torch.dtype in map(type, args):  # view(dtype) looks at the bytes of the float32 numbers
-        return call_widened(function, (weight, *args), kwargs)
-    result = function(weight.stored, *map(without_numbers, args), **kwargs)
-    return weight.like(result) if isinstance(result, Tensor) else tuple(map(weight.like, result))
+    if torch.dtype in map(type, (*args, *kwargs.values())):  # view(dtype) looks at the bytes of the float32 numbers
+        return call_in_memory(function, (weight, *args), kwargs)
+    stored = weight.stored
+    result = function(stored, *map(without_numbers, args), **kwargs)
+    if result is stored:
+        return weight
+    shares = not isinstance(result, Tensor) or torch.compiler.is_compiling() or _same_memory(result, stored)
+    return weight.like(result) if shares else result.float()
 
 
 @handles(*named("detach"))
 def _detach(weight: HalfWeight) -> HalfWeight:
-    alias = weight.like(weight.stored.detach())
-    alias.twin = weight.twin  # the alias may take the place of the weight: Module._apply swaps them
+    alias: HalfWeight = weight.like(weight.stored.detach())
+    alias.source = weight
     return alias
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+@handles_each(*named("clone"))
+def _clone(function: Any, weight: HalfWeight, *, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
+    return weight.stored.to(torch.float32, memory_format=memory_format)
+
+
+@handles_each(*named("repeat repeat_interleave tile roll flip fliplr flipud rot90"))
+def _copied(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return an ordinary tensor in another order: it is float16 no longer than it takes."""
+    if not isinstance(weight, HalfWeight) or any(isinstance(each, HalfWeight) for each in args):
+        return call_widened(function, (weight, *args), kwargs)
+    return function(weight.stored, *args, **kwargs).float()
 
 
 @handles(Tensor.__getitem__)
 def _getitem(tensor: Tensor, index: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
         return call_widened(Tensor.__getitem__, (tensor, index), {})
-    result = tensor.stored[index]
+    stored = tensor.stored
     parts = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(part, HalfWeight) for part in parts):
+        return call_widened(Tensor.__getitem__, (tensor, index), {})
+    result = stored[index]
     is_view = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
-    return tensor.like(result) if is_view else result.float()
+    return tensor.like(result) if is_view or _shares(result, stored) else result.float()
+
+
+def _shares(result: Tensor, stored: Tensor) -> bool:
+    """Whether an index that is no plain one, such as a number of NumPy's, has selected a view all the same."""
+    return not torch.compiler.is_compiling() and result.numel() > 0 and _same_memory(result, stored)
 
 
 @handles_each(*named("cat concat concatenate stack hstack vstack"))
 def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
+    if kwargs.get("out") is not None:
+        return call_widened(function, (tensors, *args), kwargs)
     stored = [tensor.stored if isinstance(tensor, HalfWeight) else tensor for tensor in tensors]
-    if all(isinstance(tensor, HalfWeight) for tensor in tensors) and kwargs.get("out") is None:
-        return tensors[0].like(function(stored, *args, **kwargs))
+    if all(isinstance(tensor, HalfWeight) for tensor in tensors):
+        return function(stored, *args, **kwargs).float()
     if any(tensor.dtype == torch.float32 for tensor in stored):  # torch widens what it joins to float32
         return function(stored, *args, **kwargs)
     return call_widened(function, (tensors, *args), kwargs)
@@ -139,10 +170,10 @@ def _to(tensor: Any, *args: Any, copy: bool = False, **kwargs: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
         return tensor.to(*args, copy=copy, **{key: without_numbers(value) for key, value in kwargs.items()})
     device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
-    if device not in (None, tensor.stored.device):
+    if device not in (None, tensor.device):
         return tensor.stored.to(device).to(dtype or torch.float32)
     if dtype in (None, torch.float32):
-        return tensor.like(tensor.stored.clone()) if copy else tensor
+        return tensor.stored.float() if copy else tensor
     return tensor.stored.to(dtype, copy=True)  # a copy even of float16: the caller may write into it
 
 
@@ -173,69 +204,3 @@ def _type(weight: HalfWeight, dtype: Any = None, non_blocking: bool = False) -> 
 )
 def _like(function: Any, *args: Any, **kwargs: Any) -> Any:
     return function(*map(without_numbers, args), **kwargs)
-
-
-@handles_each(
-    *(Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.element_size, Tensor.is_shared),
-    *(accessor("nbytes").__get__, accessor("itemsize").__get__, Tensor.is_pinned),
-)
-def _storage(function: Any, weight: HalfWeight) -> Any:
-    """The bytes at rest are what memory reports, serialisers and tie detection want to know."""
-    if torch._guards.TracingContext.try_get() is not None or _imitates(sys._getframe(2)):
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(weight)
-    return function(weight.stored)
-
-
-def _imitates(caller: types.FrameType) -> bool:
-    """Whether torch asks because it imitates the wrapper and what is inside, for torch.compile or torch.export."""
-    return caller.f_globals.get("__name__") == "torch._subclasses.meta_utils"
-
-
-# --- writes ---------------------------------------------------------------------------------------------------------
-
-
-@handles(Tensor.copy_)
-def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if isinstance(target, HalfWeight):
-        return target.overwrite(source)
-    assert isinstance(source, HalfWeight)
-    return target.copy_(source.stored, non_blocking)
-
-
-@handles(accessor("data").__set__)
-def _set_data(target: Tensor, source: Tensor) -> None:
-    if not isinstance(target, HalfWeight):
-        raise UpcastError(
-            "a weight stored in float16 as the .data of an ordinary tensor; their storages differ. "
-            "Assign a new torch.nn.Parameter instead."
-        )
-    if isinstance(source, HalfWeight):
-        target.stored = source.stored.view(target.stored.shape)
-    else:
-        target.overwrite(source)
-
-
-@handles(Tensor.share_memory_)
-def _share_memory(weight: HalfWeight) -> HalfWeight:
-    weight.stored.share_memory_()
-    return weight
-
-
-@handles(Tensor.requires_grad_)
-def _requires_grad(weight: HalfWeight, requires_grad: bool = True) -> HalfWeight:
-    _refuse_grad(requires_grad)
-    return weight
-
-
-@handles(accessor("requires_grad").__set__)
-def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
-    _refuse_grad(requires_grad)
-
-
-def _refuse_grad(requires_grad: bool) -> None:
-    if requires_grad:
-        raise UpcastError(
-            "requires_grad=True on a weight stored in float16; such weights are frozen, gradients flow through them "
-            "but not into them. Leave it alone with upcast.patch(model, keep=[...]), or upcast.unpatch(model) first."
-        )

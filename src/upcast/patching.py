@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from upcast import console, fingerprint, hooks, kernels, learning, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
-from upcast.half_weight import Fallbacks, HalfWeight, parameter
+from upcast.half_weight import OURS, HalfWeight, parameter
 from upcast.huge_pages import Memory
 from upcast.integrations import litgpt_fused, transformers_fused
 from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
+from upcast.store import Fallbacks
 from upcast.targets import prepare, slots, unwrap
 from upcast.tracking import Selection
 from upcast.tree import named_modules
@@ -28,7 +29,6 @@ Model = TypeVar("Model")
 Undo = list[tuple[nn.Module, str, Tensor]]
 Choice = str | Path | Policy | object
 
-_OURS = ("stored", "fallbacks", "twin", "_is_param")  # what a HalfWeight itself keeps in its __dict__
 _RECORD = "_upcast"  # the attribute in which a patched module keeps its Record
 
 
@@ -38,7 +38,6 @@ class Record:
 
     plan: Plan
     fallbacks: Fallbacks
-    required_grad: frozenset[str]
     policy: Policy
     selection: Selection | None  # None: the policy intercepts nothing
 
@@ -170,7 +169,9 @@ def report(model: object) -> str:
         UpcastError: the model is not patched.
     """
     record = record_of(unwrap(model))
-    lines = (f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}")
+    lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}"]
+    for why, (count, size) in record.fallbacks.dissolved.items():
+        lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, for {why}")
     return "\n".join([str(record.plan), *lines])
 
 
@@ -215,8 +216,8 @@ def _prepared(
 class _Weights:
     """What takes the place of a model's tensors."""
 
-    def __init__(self) -> None:
-        self.fallbacks = Fallbacks()
+    def __init__(self, model: str) -> None:
+        self.fallbacks = Fallbacks(model)
         self._memory = Memory()
         self._made: dict[str, HalfWeight] = {}
         self._half: Tensor | None = None  # of the tensor that was looked at last
@@ -235,10 +236,10 @@ class _Weights:
             return _widened(slot)
         if action == KEEP:
             return None
+        stored = self._made[twin.name].stored if twin is not None else slot.tensor.detach() if half is None else half
+        weight = parameter(stored, self.fallbacks, slot.wants_grad)
         if twin is not None:
-            weight = _twin_of(self._made[twin.name], self.fallbacks)
-        else:
-            weight = parameter(slot.tensor.detach() if half is None else half, self.fallbacks)
+            weight.store.share(self._made[twin.name].store)
         self._made[slot.name] = weight
         return weight
 
@@ -250,7 +251,7 @@ def _patch(
     policy: Policy,
     known: Mapping[str, tuple[torch.dtype, Rounding]],
 ) -> tuple[Record, Undo]:
-    weights, undo = _Weights(), Undo()
+    weights, undo = _Weights(type(root).__name__), Undo()
     changes: dict[str, Change] = {}
     try:
         for slot, action, reason, rounding, twin in settle(found, keep, weights.look):
@@ -267,9 +268,8 @@ def _patch(
         _clear(root)
         _put_back(undo)
         raise
-    required_grad = frozenset(slot.name for slot in found if slot.is_parameter and slot.tensor.requires_grad)
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
-    record = Record(plan, weights.fallbacks, required_grad, policy, selection)
+    record = Record(plan, weights.fallbacks, policy, selection)
     root.__dict__[_RECORD] = record
     return record, undo
 
@@ -293,12 +293,6 @@ def _run_under(root: nn.Module, policy: Policy) -> Selection | None:
     return selection
 
 
-def _twin_of(first: HalfWeight, fallbacks: Fallbacks) -> HalfWeight:
-    second = parameter(first.stored, fallbacks)
-    first.twin, second.twin = 1, 2
-    return second
-
-
 def _widened(slot: Slot) -> Tensor:
     wide = slot.tensor.detach().float()
     return nn.Parameter(wide, slot.tensor.requires_grad) if slot.is_parameter else wide
@@ -307,7 +301,7 @@ def _widened(slot: Slot) -> Tensor:
 def _replace(slot: Slot, new: Tensor, undo: Undo) -> None:
     """Put ``new`` where the slot's tensor is; what users hung on a parameter goes with it."""
     if slot.is_parameter:
-        new.__dict__.update({key: value for key, value in vars(slot.tensor).items() if key not in _OURS})
+        new.__dict__.update({key: value for key, value in vars(slot.tensor).items() if key not in OURS})
     for module, name in slot.places:
         undo.append((module, name, slot.tensor))
         setattr(module, name, new)  # not _parameters[name]: recurrent layers keep a second list
@@ -331,14 +325,20 @@ def _restored(slot: Slot, record: Record) -> Tensor | None:
     """Return the tensor as it was before the patch, or None when the patch did not change it."""
     change = next((change for change in record.plan.changes if change.name == slot.name), None)
     dtype = torch.float32 if change is None else change.dtype
-    if isinstance(slot.tensor, HalfWeight):
-        stored = slot.tensor.stored
-        plain = stored.clone() if slot.tensor.twin == 2 and dtype == torch.float16 else stored.to(dtype)
-    elif change is not None and change.action == WIDEN and slot.tensor.dtype == torch.float32:
-        plain = slot.tensor.detach().to(dtype)
+    tensor = slot.tensor
+    if isinstance(tensor, HalfWeight) and tensor.store.half is not None:
+        if dtype == torch.float16:
+            tensor.store.unshare()  # an equal weight's numbers are its own again
+        plain = tensor.stored.to(dtype)
+    elif isinstance(tensor, HalfWeight):
+        plain = tensor.widened()
+    elif change is not None and change.action != KEEP and tensor.dtype == torch.float32 != dtype:
+        plain = tensor.detach().to(dtype)
+        if change.in_float16 and not plain.isfinite().all():  # it became float32 for what float16 cannot hold
+            return None
     else:
         return None
-    return nn.Parameter(plain, slot.name in record.required_grad) if slot.is_parameter else plain
+    return nn.Parameter(plain, tensor.requires_grad) if slot.is_parameter else plain
 
 
 def _summary(record: Record) -> str:

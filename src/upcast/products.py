@@ -4,6 +4,7 @@ Everything that is a matrix product goes to the kernels. Convolutions and einsum
 along a dimension of the output, so that no whole large weight is ever widened.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,18 @@ from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
 
 
+def _note_gradient(weight: HalfWeight, result: Tensor) -> None:
+    """Have the weight know when a backward pass goes by that would have left it a gradient."""
+    if weight.wants_grad and result.requires_grad and not torch.compiler.is_compiling():
+        store = weight.store
+
+        def passed_by(gradients: Any) -> None:
+            store.missed_gradient = True
+
+        assert result.grad_fn is not None
+        result.grad_fn.register_prehook(passed_by)
+
+
 def _times(x: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ stored.T + bias for a float16 matrix."""
     if x.dtype in (torch.float16, torch.bfloat16):  # an input the caller halved; the model computes in float32
@@ -29,13 +42,15 @@ def _times(x: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if type(weight) is HalfWeight and x.dtype is torch.float32 and type(x) is Tensor:
         if weight.row_major and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the hot path
-            return kernels.active().linear(x, weight.stored, bias)
+            return kernels.active().linear(x, weight.store.half, bias)
     elif isinstance(x, HalfWeight) and isinstance(weight, HalfWeight) and x.stored.numel() <= weight.stored.numel():
         return _linear(x.widened(), weight, bias)  # a learned query, say: no larger than a layer's weight
     elif not _takes_part(x, weight, bias):
         return call_widened(F.linear, (x, weight, bias), {})
     assert isinstance(weight, HalfWeight)
-    return _times(x, weight.stored, bias)
+    result = _times(x, weight.stored, bias)
+    _note_gradient(weight, result)
+    return result
 
 
 def _takes_part(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -79,9 +94,8 @@ def _batched(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b for a weight of more than two dimensions (experts): one matrix at a time."""
     a2, b2 = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
     batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])
-    a3 = a2.expand(*batch, *a2.shape[-2:]).reshape(-1, *a2.shape[-2:])
-    b3 = b2.expand(*batch, *b2.shape[-2:]).reshape(-1, *b2.shape[-2:])
-    out = torch.stack([_product(a3[i], b3[i]) for i in range(a3.shape[0])])
+    a2, b2 = (each.expand(*batch, *each.shape[-2:]) for each in (a2, b2))
+    out = torch.stack([_product(a2[i], b2[i]) for i in itertools.product(*map(range, batch))])
     out = out.view(*batch, *out.shape[-2:])
     out = out.squeeze(-2) if a.dim() == 1 else out
     return out.squeeze(-1) if b.dim() == 1 else out

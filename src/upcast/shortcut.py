@@ -34,16 +34,19 @@ class LinearForward(Forward):
             and not torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
         ):
-            return kernels.active().linear(input, weight.stored, parameters["bias"])
+            half = weight.store.half
+            if half is not None:
+                return kernels.active().linear(input, half, parameters["bias"])
         return nn.Linear.forward(self.module, input)
 
 
 def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Return (float16 weight, float32 bias or None) of a patched ``nn.Linear`` as kernels take them, or None."""
     weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-    if not isinstance(weight, HalfWeight) or not weight.row_major:
+    half = weight.store.half if isinstance(weight, HalfWeight) and weight.row_major else None
+    if half is None:
         return None
-    return (weight.stored, bias) if bias is None or bias.dtype == torch.float32 else None
+    return (half, bias) if bias is None or bias.dtype == torch.float32 else None
 
 
 def install(root: nn.Module) -> None:

@@ -15,6 +15,7 @@ class Slot:
     is_parameter: bool
     places: list[tuple[nn.Module, str]]
     learns: bool = False  # it gets gradients, and stays the float32 parameter that it is
+    wants_grad: bool = False  # it requires grad, and goes to float16 until something trains it
 
     @property
     def is_weight(self) -> bool:

@@ -31,7 +31,7 @@ class Members:
         looked_up = [(state, "forward") for state in states]
         looked_up += [(state, name) for name in names for state in states if name in state]
         weights: list[Any] = [weight for module in modules for weight in module._parameters.values()]
-        looked_up += [(weight.__dict__, "stored") for weight in weights if type(weight) is HalfWeight]
+        looked_up += [(weight.store.__dict__, "half") for weight in weights if type(weight) is HalfWeight]
         self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
         self._kept = [*chain.from_iterable(map(dict.values, self._members)), *map(dict.get, self._owners, self._names)]
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from upcast import console, kernels
-from upcast.half_weight import Fallbacks, HalfWeight
+from upcast.half_weight import HalfWeight
+from upcast.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
 _handed_out = Fallbacks()  # what is widened of a cache are rows in use, not weights: counted apart

@@ -1,0 +1,102 @@
+"""How a weight stored in float16 becomes an ordinary float32 tensor, where float16 cannot serve.
+
+The object stays the same: an optimizer, a module or a list that holds it goes on with an ordinary parameter. Its views
+follow when they are next used. It is said once per model and reason; `upcast.report` counts.
+"""
+
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from upcast import console
+from upcast.errors import UpcastError
+
+if TYPE_CHECKING:
+    from upcast.half_weight import HalfWeight
+
+OUT_OF_RANGE = "values beyond 65504, or not finite, were written into them"
+MEMORY = "their memory was asked for (as float32 bytes, or for something to share)"
+GRADIENT = "a gradient was asked for"
+OPTIMIZER = "they are given to an optimizer"
+TRAINING = "the model is in training mode and gradients are recorded"
+
+_TRAINERS = {
+    "torch.optim.optimizer": OPTIMIZER,
+    "torch.nn.parallel.distributed": "they are given to DistributedDataParallel",
+}
+
+
+def dissolve(weight: "HalfWeight", why: str) -> None:
+    """Move the numbers of ``weight``, and of every view that shares them, to float32 memory; say why, once."""
+    store = weight.store
+    if store.half is None:
+        return
+    elements = store.half.numel()
+    store.dissolve()
+    if store.fallbacks.dissolve(why, elements):
+        console.say(f"{store.fallbacks.model}: weights become ordinary float32 parameters, for {why}")
+
+
+def alias(weight: "HalfWeight") -> Tensor:
+    """Return an ordinary tensor in the float32 memory of a dissolved weight."""
+    wide = weight.store.wide
+    assert wide is not None
+    return wide.detach() if weight.region is None else weight.region.of(wide)
+
+
+def materialize(weight: "HalfWeight", why: str) -> None:
+    """Make ``weight`` an ordinary float32 parameter (or tensor, where it is a view); the same object.
+
+    Raises:
+        UpcastError: something inside torch holds the tensor (a graph, torch.compile): it cannot be exchanged.
+    """
+    dissolve(weight, why)
+    if not _become(weight):
+        raise UpcastError(
+            f"a weight stored in float16 is to become float32, for {why}, but something inside torch holds it (a "
+            "compiled model or a weak reference). Do this before torch.compile, or keep the weight in float32 from the "
+            "start with keep=[...]."
+        )
+
+
+def _become(weight: "HalfWeight") -> bool:
+    """Exchange a dissolved weight for an ordinary tensor; return whether that was possible."""
+    attributes, is_parameter = weight.attributes(), isinstance(weight, torch.nn.Parameter)
+    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+        plain = alias(weight)
+        new = torch.nn.Parameter(plain, weight.wants_grad) if is_parameter else plain.requires_grad_(weight.wants_grad)
+        try:
+            torch.utils.swap_tensors(weight, new)
+        except RuntimeError:
+            return False
+    weight.__dict__.update(attributes)
+    return True
+
+
+def settled(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments of a torch function with ordinary tensors in place of dissolved weights."""
+    from upcast.half_weight import HalfWeight
+
+    def gone(value: Any) -> bool:
+        return isinstance(value, HalfWeight) and value.store.half is None
+
+    def settle(weight: Any) -> Any:
+        return alias(weight) if gone(weight) and not _become(weight) else weight
+
+    if not any(map(gone, pytree.tree_leaves((args, kwargs)))):
+        return args, kwargs
+    settled_args, settled_kwargs = pytree.tree_map_only(HalfWeight, settle, (args, kwargs))
+    return settled_args, settled_kwargs
+
+
+def trainer(frame: FrameType) -> str | None:
+    """Return why a caller's question means that the weight is to be trained, or None: it only looks."""
+    return _TRAINERS.get(frame.f_globals.get("__name__", ""))
+
+
+def asked_by_torch(frame: FrameType) -> bool:
+    """Whether the caller is torch's own code, such as ``Module.zero_grad``."""
+    return str(frame.f_globals.get("__name__", "")).split(".", maxsplit=1)[0] == "torch"

@@ -1,0 +1,190 @@
+"""What asks for a weight's memory, writes into it, or wants its gradient.
+
+Bytes at rest are told to whoever reports memory. Writes are rounded to float16. Whatever needs float32 bytes, shares
+memory, or trains makes the weight an ordinary float32 tensor (`upcast.materialize`).
+"""
+
+import sys
+import types
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from upcast import materialize
+from upcast.errors import UpcastError
+from upcast.half_weight import HalfWeight, call_in_memory, call_widened, out_of_range
+from upcast.ops import accessor, handles, handles_each, named
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+@handles_each(
+    *(Tensor.element_size, Tensor.is_shared, Tensor.is_pinned),
+    *(accessor("nbytes").__get__, accessor("itemsize").__get__),
+)
+def _at_rest(function: Any, weight: HalfWeight, *args: Any) -> Any:
+    """The bytes at rest are what reports of memory want to know."""
+    return function(weight.stored, *args)
+
+
+@handles_each(
+    *(Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage, Tensor.numpy, Tensor.__array__, Tensor.__dlpack__),
+    *(Tensor.set_, Tensor.resize_, Tensor.resize_as_, Tensor._typed_storage, torch.resize_as_),
+    *named("as_strided as_strided_"),
+    *(Tensor.squeeze_, Tensor.unsqueeze_, Tensor.t_, Tensor.transpose_, Tensor.swapaxes_, Tensor.swapdims_),
+)
+def _in_memory(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
+    """Whoever asks for the bytes gets float32's: the weight becomes an ordinary tensor."""
+    if isinstance(weight, HalfWeight) and (_traced() or _imitates(sys._getframe(2))):
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(weight, *args, **kwargs)
+    return call_in_memory(function, (weight, *args), kwargs)
+
+
+def _traced() -> bool:
+    return torch._guards.TracingContext.try_get() is not None
+
+
+def _imitates(caller: types.FrameType) -> bool:
+    """Whether torch asks because it imitates the wrapper and what is inside, for torch.compile or torch.export."""
+    return caller.f_globals.get("__name__") == "torch._subclasses.meta_utils"
+
+
+# --- writes -----------------------------------------------------------------------------------------------------------
+
+
+@handles(Tensor.copy_)
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
+    if not isinstance(target, HalfWeight):
+        assert isinstance(source, HalfWeight)
+        return target.copy_(source.stored, non_blocking)
+    if torch.is_grad_enabled() and source.requires_grad:  # the target becomes a part of the graph
+        return call_in_memory(Tensor.copy_, (target, source, non_blocking), {})
+    return target.overwrite(source)
+
+
+@handles_each(Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.sub_)
+def _in_place(function: Any, target: Tensor, other: Any, **kwargs: Any) -> Any:
+    if not isinstance(target, HalfWeight) or isinstance(other, Tensor) or kwargs:
+        return call_widened(function, (target, other), kwargs)
+    result = function(target.stored.clone(), other)  # torch computes in float32 and rounds once
+    if out_of_range(result):
+        return call_widened(function, (target, other), kwargs)  # which refuses, and says so
+    return target.overwrite(result)
+
+
+@handles(accessor("data").__set__)
+def _set_data(target: Tensor, source: Tensor) -> None:
+    """Take over the numbers of a tensor that nobody else holds; share the memory of any other, as torch does."""
+    if isinstance(target, HalfWeight):
+        if isinstance(source, HalfWeight) and (source.store, source.region) == (target.store, target.region):
+            return
+        if type(source) is Tensor and source.dtype == torch.float32 and source.shape == target.shape and _alone(source):
+            target.overwrite(source)
+            return
+    call_in_memory(accessor("data").__set__, (target, source), {})
+
+
+_references: list[int] = []  # how many a call holds to a source that nobody else has: measured below, by the first call
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether nothing but the running call holds the tensor, or its memory."""
+    uses, held = getattr(torch._C, "_storage_Use_Count", None), sys.getrefcount(tensor)
+    if not _references:
+        _references.append(held)
+    if uses is None or held > _references[0] or tensor._base is not None:
+        return False
+    storage = tensor.untyped_storage()
+    return bool(uses(storage._cdata) == 2)  # the tensor and ``storage``
+
+
+def _measure_references() -> None:
+    """Do both what `_alone` and ``+=`` ask about, with tensors that nobody else holds."""
+    weight = HalfWeight(torch.zeros(1, 1, dtype=torch.float16))
+    weight.data = torch.zeros(1, 1)
+    weight.data += torch.zeros(1, 1)
+
+
+_measure_references()
+
+
+@handles(Tensor.share_memory_)
+def _share_memory(weight: HalfWeight) -> HalfWeight:
+    weight.store.unshare()
+    weight.stored.share_memory_()
+    return weight
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@handles(accessor("requires_grad").__get__)
+def _asks_requires_grad(weight: HalfWeight) -> bool:
+    if _traced() or _imitates(sys._getframe(2)):
+        return False  # nothing is recorded for it
+    _begin_training(weight, sys._getframe(2))
+    return weight.wants_grad if isinstance(weight, HalfWeight) else weight.requires_grad
+
+
+@handles(accessor("is_leaf").__get__)
+def _is_leaf(weight: HalfWeight) -> bool:
+    _begin_training(weight, sys._getframe(2))
+    return True
+
+
+def _begin_training(weight: HalfWeight, caller: types.FrameType) -> None:
+    why = materialize.trainer(caller) if weight.wants_grad else None
+    if why is not None:
+        materialize.materialize(weight, why)
+
+
+@handles(Tensor.requires_grad_)
+def _requires_grad(weight: HalfWeight, requires_grad: bool = True) -> HalfWeight:
+    _set_requires_grad(weight, requires_grad)
+    return weight
+
+
+@handles(accessor("requires_grad").__set__)
+def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
+    """What was frozen and shall learn becomes an ordinary parameter at once.
+
+    So does what ``torch.nn.Parameter(weight)`` was made from: it asks of `detach` that both are of one type.
+    """
+    source = weight.source
+    begins = requires_grad and not weight.wants_grad and not (source is not None and source.wants_grad)
+    weight.wants_grad = requires_grad
+    if begins:
+        if isinstance(source, torch.nn.Parameter):
+            weight._is_param = True
+        for each in filter(None, (weight, source)):
+            materialize.materialize(each, materialize.GRADIENT)
+
+
+@handles(accessor("grad").__get__)
+def _grad(weight: HalfWeight) -> None:
+    """No gradient goes into float16; nobody shall take that for a gradient that is not there."""
+    if weight.store.missed_gradient and not materialize.asked_by_torch(sys._getframe(2)):
+        raise UpcastError(
+            "the gradient of a weight stored in float16 was not computed: nothing had said that the weight learns. "
+            "Give the parameters to an optimizer, or call model.train(), before the forward pass; or name what learns "
+            "with upcast.patch(model, trainable=[...])."
+        )
+
+
+@handles(accessor("grad").__set__)
+def _set_grad(weight: HalfWeight, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        call_in_memory(accessor("grad").__set__, (weight, gradient), {})
+
+
+@handles(torch.autograd.grad)
+def _autograd_grad(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    if any(isinstance(each, HalfWeight) for each in tree_leaves((outputs, inputs))):
+        raise UpcastError(
+            "torch.autograd.grad with respect to a weight stored in float16; nothing was recorded for it. Call "
+            "weight.requires_grad_(True) before the forward pass, or keep the weight in float32 with keep=[...]."
+        )
+    return torch.autograd.grad(outputs, inputs, *args, **kwargs)

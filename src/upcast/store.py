@@ -1,0 +1,115 @@
+"""Where the numbers of a HalfWeight live: float16 memory that a weight shares with its views."""
+
+import threading
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Fallbacks:
+    """What happened to the weights of one patched model: float32 copies, and weights that became float32."""
+
+    def __init__(self, model: str = "a model") -> None:
+        self.model = model  # what it is called, for messages
+        self.calls: dict[str, int] = {}
+        self.largest: dict[str, int] = {}
+        self.dissolved: dict[str, tuple[int, int]] = {}  # reason -> how many weights, and their bytes in float32
+        self._lock = threading.Lock()
+
+    def count(self, operation: str, elements: int) -> None:
+        """Note one float32 copy of ``elements`` numbers made for ``operation``."""
+        with self._lock:
+            self.calls[operation] = self.calls.get(operation, 0) + 1
+            self.largest[operation] = max(self.largest.get(operation, 0), 4 * elements)
+
+    def dissolve(self, reason: str, elements: int) -> bool:
+        """Note that a weight of ``elements`` numbers has become float32; return whether it is the first for that."""
+        with self._lock:
+            weights, size = self.dissolved.get(reason, (0, 0))
+            self.dissolved[reason] = (weights + 1, size + 4 * elements)
+        return not weights
+
+    def __reduce__(self) -> tuple[type["Fallbacks"], tuple[str]]:
+        return (Fallbacks, (self.model,))  # a copy of a model starts its own count
+
+    def __str__(self) -> str:
+        rows = [f"{name}: {n} calls, up to {self.largest[name]:,} bytes" for name, n in sorted(self.calls.items())]
+        return "\n".join(rows) or "none"
+
+
+class Region(NamedTuple):
+    """A part of a store's memory, looked at in some shape; ``offset`` counts from the first number."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    def of(self, memory: Tensor) -> Tensor:
+        """Return this view of the store's float16 or float32 memory."""
+        return memory.as_strided(self.size, self.stride, memory.storage_offset() + self.offset)
+
+
+def region_of(part: Tensor, whole: Tensor | None) -> Region | None:
+    """Return where ``part`` lies in ``whole``, whose storage it shares; None where it is the same."""
+    if whole is None or (part.shape == whole.shape and part.stride() == whole.stride()):
+        offset = 0 if whole is None else part.storage_offset() - whole.storage_offset()
+        if not offset:
+            return None
+    assert whole is not None
+    return Region(tuple(part.shape), part.stride(), int(part.storage_offset() - whole.storage_offset()))
+
+
+class Store:
+    """The memory of one weight.
+
+    Attributes:
+        half: the float16 numbers; None once they have dissolved.
+        wide: then the float32 numbers.
+        sharing: how many stores use the very same ``half`` (weights that are equal), or None.
+        fallbacks: the patched model's account.
+    """
+
+    dissolved = False  # whether any store of the process has: then HalfWeights are looked at twice
+
+    def __init__(self, half: Tensor, fallbacks: Fallbacks) -> None:
+        self.half: Tensor | None = half
+        self.wide: Tensor | None = None
+        self.sharing: list[int] | None = None
+        self.fallbacks = fallbacks
+        self.missed_gradient = False  # a backward pass went by it, though the weight reports that it requires grad
+
+    def share(self, other: "Store") -> None:
+        """Use the memory of ``other``, whose numbers are the same, until either is written."""
+        self.half = other.half
+        self.sharing = other.sharing = other.sharing or [1]
+        self.sharing[0] += 1
+
+    def unshare(self) -> None:
+        """Have memory that no other weight uses: called before anything is written, or handed out for writing."""
+        if self.sharing is None or self.half is None:
+            return
+        if self.sharing[0] > 1:
+            with torch.inference_mode(False):
+                self.half = like(self.half, torch.float16)
+        self.sharing[0] -= 1
+        self.sharing = None
+
+    def dissolve(self) -> None:
+        """Go to float32 memory."""
+        if self.half is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self.wide = like(self.half, torch.float32)
+        if self.sharing is not None:
+            self.sharing[0] -= 1
+        self.half = self.sharing = None
+        Store.dissolved = True
+
+
+def like(source: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of ``source`` in memory of their own, with the same strides."""
+    if any(size > 1 and not step for size, step in zip(source.shape, source.stride(), strict=True)):
+        return source.to(dtype, copy=True, memory_format=torch.contiguous_format)  # rows that lie on one another
+    made = torch.empty_strided(source.shape, source.stride(), dtype=dtype)
+    return made.copy_(source)
