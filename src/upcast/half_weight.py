@@ -47,6 +47,8 @@ class HalfWeight(torch.Tensor):
     Args:
         stored: the float16 tensor, of any shape and strides; it is used as it is, without a copy.
         fallbacks: where float32 copies are counted.
+        requires_grad: given by code that makes another ``type(parameter)(data, requires_grad=...)``: it gets an ordinary
+            ``torch.nn.Parameter``.
     """
 
     store: Store
@@ -56,7 +58,11 @@ class HalfWeight(torch.Tensor):
     source: "HalfWeight | None" = None  # what `detach` was asked of
 
     @staticmethod
-    def __new__(cls, stored: torch.Tensor, fallbacks: Fallbacks | None = None) -> "HalfWeight":
+    def __new__(
+        cls, stored: torch.Tensor, fallbacks: Fallbacks | None = None, *, requires_grad: bool | None = None
+    ) -> Any:
+        if requires_grad is not None:
+            return torch.nn.Parameter(stored, requires_grad)
         if stored.dtype != torch.float16:
             raise UpcastError(f"a HalfWeight of {stored.dtype}; it stores float16. Convert the tensor with .half().")
         # torch's own stub of _make_wrapper_subclass is untyped
@@ -94,6 +100,8 @@ class HalfWeight(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if Store.dissolved:
             args, kwargs = materialize.settled(args, kwargs or {})
+            if not any(isinstance(each, HalfWeight) for each in pytree.tree_leaves((args, kwargs))):
+                return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None and not (kwargs and isinstance(kwargs.get("out"), HalfWeight)):
             return handler(*args, **kwargs) if kwargs else handler(*args)
@@ -112,7 +120,7 @@ class HalfWeight(torch.Tensor):
         first = args[0] if args else None
         if isinstance(first, HalfWeight) and first.store.half is not None and (func.is_view or func in _ALIASING):
             return first.like(func(first.stored, *args[1:], **(kwargs or {})))
-        return call_widened(func, args, kwargs or {})
+        return dispatch_widened(func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
         """Tell torch.compile and torch.export what to trace: the float16 tensor inside."""
@@ -238,6 +246,8 @@ def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     ordinary float32 tensor first.
     """
     copies = _Copies(str(getattr(func, "__name__", func)))
+    if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
+        return _collective(func, args, kwargs, copies)
     result = func(*copies.widen(args), **copies.widen(kwargs))
     if copies.augmented(func, result):
         return result
@@ -247,6 +257,35 @@ def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             materialize.dissolve(weight, materialize.MEMORY)
         return call_widened(func, *materialize.settled(args, kwargs))
     return copies.settle(result)
+
+
+def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], copies: "_Copies") -> Any:
+    """Run a collective on float32 copies and wait for it; what may arrive later arrives in float32 memory."""
+    if "recv" in func.__name__:
+        return call_in_memory(func, args, kwargs)
+    result = func(*copies.widen(args), **copies.widen(kwargs))
+    if hasattr(result, "wait"):
+        result.wait()
+    return copies.settle(result, (args, kwargs))
+
+
+def dispatch_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `call_widened`, for an operator: its schema says what it writes, and nothing can be exchanged any more."""
+    if func.namespace == "c10d":
+        raise UpcastError(
+            f"{func} on a weight stored in float16, from inside torch.distributed; what it writes would be lost. Give "
+            "it weight.detach().clone(), and copy the result back."
+        )
+    copies = _Copies(str(getattr(func, "__name__", func)))
+    result = func(*copies.widen(args), **copies.widen(kwargs))
+    return copies.settle(result, _written(func, args, kwargs))
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """Return the arguments that an operator writes into."""
+    named = dict(zip((each.name for each in func._schema.arguments), args, strict=False)) | kwargs
+    marked = [each.name for each in func._schema.arguments if each.alias_info is not None and each.alias_info.is_write]
+    return [named[name] for name in marked if name in named]
 
 
 def call_in_memory(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -309,10 +348,14 @@ class _Copies:
                 found += [] if owner is None else [owner]
         return found
 
-    def settle(self, result: Any) -> Any:
-        """Write back what was written into copies, and return ``result`` with weights in place of them."""
+    def settle(self, result: Any, written: Any = ()) -> Any:
+        """Write back what was written into copies, and return ``result`` with weights in place of them.
+
+        ``written``: arguments of which it is known; of the others their version tells.
+        """
+        known = {id(each) for each in pytree.tree_leaves(written)}
         for weight, wide, version in self._pairs.values():
-            if wide._version != version:
+            if wide._version != version or id(weight) in known:
                 _write_back(weight, wide)
         originals = {id(wide): weight for weight, wide, _ in self._pairs.values()}
         if isinstance(result, torch.Tensor):

@@ -17,6 +17,8 @@ from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, call_in_memory, call_widened, out_of_range
 from upcast.ops import accessor, handles, handles_each, named
 
+_SIZES = ("accelerate.utils.modeling", "compute_module_sizes")  # a report of memory that goes by dtype
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -27,6 +29,13 @@ from upcast.ops import accessor, handles, handles_each, named
 def _at_rest(function: Any, weight: HalfWeight, *args: Any) -> Any:
     """The bytes at rest are what reports of memory want to know."""
     return function(weight.stored, *args)
+
+
+@handles(accessor("dtype").__get__)
+def _dtype(weight: HalfWeight) -> torch.dtype:
+    caller = sys._getframe(2)
+    at_rest = caller.f_code.co_name == _SIZES[1] and caller.f_globals.get("__name__") == _SIZES[0]
+    return torch.float16 if at_rest else torch.float32
 
 
 @handles_each(
@@ -159,8 +168,9 @@ def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
     if begins:
         if isinstance(source, torch.nn.Parameter):
             weight._is_param = True
-        for each in filter(None, (weight, source)):
-            materialize.materialize(each, materialize.GRADIENT)
+        for each in (weight, source):
+            if each is not None:
+                materialize.materialize(each, materialize.GRADIENT)
 
 
 @handles(accessor("grad").__get__)
