@@ -100,8 +100,8 @@ WRITES: list[tuple[str, Use]] = [
     (".data +=", lambda m, _: m[0].weight.data.__iadd__(torch.ones(40, 5))),
     ("swapped", lambda m, _: _swap(m[1].weight, m[2].weight)),
     ("vector_to_parameters", lambda m, _: _through_a_vector(m)),
-    ("load_state_dict of what was saved", lambda m, path: _round_trip(m, path)),
-    ("load_model", lambda m, path: _through_save_model(m, path)),
+    ("load_state_dict of what was saved", _round_trip),
+    ("load_model", _through_save_model),
 ]
 
 
@@ -239,7 +239,7 @@ def test_data_of_another_shape_or_dtype_is_taken_as_torch_takes_it(make: Callabl
 
 
 PARAMETERS: list[tuple[str, Callable[[Tensor], nn.Parameter]]] = [
-    ("the weight", lambda w: nn.Parameter(w)),
+    ("the weight", nn.Parameter),
     (".data", lambda w: nn.Parameter(w.data)),
     ("detached", lambda w: nn.Parameter(w.detach())),
     ("a slice", lambda w: nn.Parameter(w.data[:7])),

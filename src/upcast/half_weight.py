@@ -47,8 +47,8 @@ class HalfWeight(torch.Tensor):
     Args:
         stored: the float16 tensor, of any shape and strides; it is used as it is, without a copy.
         fallbacks: where float32 copies are counted.
-        requires_grad: given by code that makes another ``type(parameter)(data, requires_grad=...)``: it gets an ordinary
-            ``torch.nn.Parameter``.
+        requires_grad: given by code that makes another ``type(parameter)(data, requires_grad=...)``, which gets an
+            ordinary ``torch.nn.Parameter``.
     """
 
     store: Store
