@@ -70,6 +70,28 @@ def _scaled(factor: float, through: Callable[[nn.Module], Tensor]) -> Use:
     return lambda model, _: through(model).mul_(factor)
 
 
+def _swap(a: Tensor, b: Tensor) -> None:
+    a.data.mul_(2)
+    a.data, b.data = b.data, a.data
+
+
+def _through_a_vector(model: nn.Module) -> None:
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 2, model.parameters())
+
+
+def _round_trip(model: nn.Module, path: Path) -> None:
+    torch.save(model.state_dict(), path / "state.pt")
+    model[0].weight.data.zero_()
+    model.load_state_dict(torch.load(path / "state.pt", weights_only=True))
+
+
+def _through_save_model(model: nn.Module, path: Path) -> None:
+    safetensors.save_model(model, path / "model.safetensors")
+    model[0].weight.data.zero_()
+    safetensors.load_model(model, path / "model.safetensors")
+
+
 # name, what is done to a model; afterwards it must give what the unpatched model gives; the values fit float16
 WRITES: list[tuple[str, Use]] = [
     ("numpy", _written_by_numpy),
@@ -103,28 +125,6 @@ WRITES: list[tuple[str, Use]] = [
     ("load_state_dict of what was saved", _round_trip),
     ("load_model", _through_save_model),
 ]
-
-
-def _swap(a: Tensor, b: Tensor) -> None:
-    a.data.mul_(2)
-    a.data, b.data = b.data, a.data
-
-
-def _through_a_vector(model: nn.Module) -> None:
-    vector = nn.utils.parameters_to_vector(model.parameters())
-    nn.utils.vector_to_parameters(vector * 2, model.parameters())
-
-
-def _round_trip(model: nn.Module, path: Path) -> None:
-    torch.save(model.state_dict(), path / "state.pt")
-    model[0].weight.data.zero_()
-    model.load_state_dict(torch.load(path / "state.pt", weights_only=True))
-
-
-def _through_save_model(model: nn.Module, path: Path) -> None:
-    safetensors.save_model(model, path / "model.safetensors")
-    model[0].weight.data.zero_()
-    safetensors.load_model(model, path / "model.safetensors")
 
 
 @pytest.mark.parametrize("use", [pytest.param(use, id=name) for name, use in WRITES])

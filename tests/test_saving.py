@@ -137,8 +137,8 @@ def test_conversions_that_change_nothing(model: Net) -> None:
         model.float(),
         model.to(torch.float32),
         model.cpu(),
-        model.eval(),
         model.train(),
+        model.eval(),
     ):
         assert converted is model
     assert all(weight is weights[name] for name, weight in half_weights(model).items())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import config, pickling, shortcut
+from upcast import config, pickling, shortcut, training
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 from upcast.tree import modules
@@ -22,6 +22,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     pickling.install(modules(root))
     if shortcuts:
         shortcut.install(root)
+    training.install(root)
     root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
 
 
@@ -31,6 +32,7 @@ def remove(root: nn.Module) -> None:
         _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
         _discard(module._load_state_dict_pre_hooks, lambda hook: getattr(hook, "hook", hook) is _accept_state)
     pickling.remove(modules(root))
+    training.remove(root)
     shortcut.remove(root)
     root.__dict__.pop("_apply", None)
 

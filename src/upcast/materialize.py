@@ -97,6 +97,7 @@ def trainer(frame: FrameType) -> str | None:
     return _TRAINERS.get(frame.f_globals.get("__name__", ""))
 
 
-def asked_by_torch(frame: FrameType) -> bool:
-    """Whether the caller is torch's own code, such as ``Module.zero_grad``."""
-    return str(frame.f_globals.get("__name__", "")).split(".", maxsplit=1)[0] == "torch"
+def only_clears(frame: FrameType) -> bool:
+    """Whether the caller is torch's own code that looks for a gradient to drop it, such as ``Module.zero_grad``."""
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.startswith("torch.") and frame.f_code.co_name in ("zero_grad", "_apply")

@@ -1,0 +1,58 @@
+"""When a model that was patched for inference begins to train: what requires grad becomes float32, and learns.
+
+An optimizer or DistributedDataParallel that is given the weights says so itself (`upcast.memory_ops`). Here is the other
+sign: the model goes into training mode, and then runs while gradients are recorded.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcast import materialize
+from upcast.forward import Forward
+from upcast.half_weight import HalfWeight
+from upcast.tree import modules
+
+
+class TrainingSwitch(Forward):
+    """``train`` of a patched model: in training mode, its next forward pass under autograd begins the training."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.module: Any = root
+
+    def __call__(self, mode: bool = True) -> Any:
+        """Set the mode, as ``Module.train`` does, and return the module."""
+        root = self.module
+        type(root).train(root, mode)
+        _watch(root, mode)
+        return root
+
+
+def install(root: nn.Module) -> None:
+    """Have ``root`` know when it goes into training mode; one that is in it already says nothing by that."""
+    root.__dict__["train"] = TrainingSwitch(root)
+
+
+def remove(root: nn.Module) -> None:
+    """Take away what `install` gave."""
+    root.__dict__.pop("train", None)
+    _watch(root, mode=False)
+
+
+def _watch(root: nn.Module, mode: bool) -> None:
+    hooks = root._forward_pre_hooks
+    ours = [key for key, hook in hooks.items() if hook is _begin]
+    if mode and not ours:
+        root.register_forward_pre_hook(_begin)
+    for key in ours if not mode else ():
+        del hooks[key]
+
+
+def _begin(root: nn.Module, _: Any) -> None:
+    if not root.training or not torch.is_grad_enabled():
+        return
+    for module in modules(root):
+        for weight in module._parameters.values():
+            if isinstance(weight, HalfWeight) and weight.wants_grad:
+                materialize.materialize(weight, materialize.TRAINING)

@@ -1,0 +1,199 @@
+"""A model that was patched for inference and then trained learns as the unpatched one does, and says so in one line."""
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import upcast
+from tests.conftest import assert_patched, half_weights, relative_error, rounded
+
+IDS = torch.arange(60).view(4, 15) % 31
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.norm = nn.Embedding(31, 16), nn.LayerNorm(16)
+        self.conv, self.body = nn.Conv1d(16, 16, 3, padding=1), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 31)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.norm(self.embed(ids))
+        x = x + torch.tanh(self.conv(x.mT).mT)
+        return self.head(torch.relu(self.body(x)))
+
+
+def net() -> Net:
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    return nn.functional.cross_entropy(model(IDS[:, :-1]).flatten(0, 1), IDS[:, 1:].flatten())
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 5) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def adam(parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.01)
+
+
+def plain_loop(model: nn.Module) -> list[float]:
+    return fit(model, adam(model.parameters()))
+
+
+def loop_in_training_mode(model: nn.Module) -> list[float]:
+    return fit(model.train(), adam(model.parameters()))
+
+
+def training_mode_then_optimizer_of_what_requires_grad(model: nn.Module) -> list[float]:
+    model.train()
+    loss_of(model).backward()
+    return fit(model, adam(p for p in model.parameters() if p.requires_grad))
+
+
+def head_on_a_frozen_body(model: nn.Module) -> list[float]:
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return fit(model.train(), adam(model.parameters()))
+
+
+def body_frozen_one_by_one(model: nn.Module) -> list[float]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith("head")
+    return fit(model, adam(p for p in model.parameters() if p.requires_grad))
+
+
+def unfrozen_later(model: nn.Module) -> list[float]:
+    model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    first = fit(model, adam(model.head.parameters()))
+    model.body.weight.requires_grad = True
+    return first + fit(model, adam(p for p in model.parameters() if p.requires_grad))
+
+
+def added_to_an_optimizer(model: nn.Module) -> list[float]:
+    model.embed.requires_grad_(False)
+    model.body.requires_grad_(False)
+    optimizer = adam(model.head.parameters())
+    optimizer.add_param_group({"params": list(model.conv.parameters())})
+    return fit(model, optimizer)
+
+
+def groups_with_decay(model: nn.Module) -> list[float]:
+    decay = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
+    rest = [p for p in model.parameters() if p.requires_grad and p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    return fit(model, torch.optim.AdamW(groups, lr=0.01))
+
+
+def by_hand(model: nn.Module) -> list[float]:
+    model.train()
+    losses = []
+    for _ in range(5):
+        model.zero_grad()
+        loss = loss_of(model)
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 0.1 * parameter.grad
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def scheduler_and_ema(model: nn.Module) -> list[float]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    losses = []
+    for _ in range(4):
+        losses += fit(model, optimizer, 1)
+        schedule.step()
+        average.update_parameters(model)
+    return [*losses, float(loss_of(average).detach())]
+
+
+Program = Callable[[nn.Module], list[float]]
+PROGRAMS: list[Program] = [
+    *(plain_loop, loop_in_training_mode, training_mode_then_optimizer_of_what_requires_grad, head_on_a_frozen_body),
+    *(body_frozen_one_by_one, unfrozen_later, added_to_an_optimizer, groups_with_decay, by_hand, scheduler_and_ema),
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_it_learns_as_unpatched(
+    program: Callable[[nn.Module], list[float]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    got, want = upcast.patch(net()), rounded(net())
+    capsys.readouterr()
+    losses, wanted = program(got), program(want)
+    assert losses == pytest.approx(wanted, abs=1e-5)
+    assert wanted[-1] < wanted[0]
+    said = capsys.readouterr().err.splitlines()
+    assert 1 <= len(said) <= 2, said  # one for each reason
+    for name, parameter in got.named_parameters():
+        assert relative_error(parameter, want.get_parameter(name)) < 1e-4, name
+        assert parameter.requires_grad is want.get_parameter(name).requires_grad, name
+
+
+def test_a_frozen_body_stays_in_float16() -> None:
+    model = upcast.patch(net())
+    head_on_a_frozen_body(model)
+    assert set(half_weights(model)) == {"embed.weight", "conv.weight", "body.weight"}
+
+
+def test_inference_does_not_begin_to_train() -> None:
+    model = upcast.patch(net())
+    embedded = model.embed(IDS[:, :3]).detach().requires_grad_()
+    model.head(model.body(embedded)).sum().backward()  # saliency: a gradient with respect to the input
+    loss_of(model).backward()
+    model.zero_grad()
+    with torch.no_grad():
+        model.train()(IDS)  # dropout for its noise, say
+    model.eval()(IDS)
+    assert_patched(model)
+    fresh = upcast.patch(net().train())  # its mode says nothing: every fresh module is in it
+    fresh(IDS)
+    assert_patched(fresh)
+
+
+def test_a_gradient_that_was_not_computed_is_an_error_before_it_is_used() -> None:
+    model = upcast.patch(net())
+    assert model.head.weight.grad is None
+    loss_of(model).backward()
+    with pytest.raises(upcast.UpcastError, match=r"gradient .* was not computed.*model\.train\(\)"):
+        [parameter.grad for parameter in model.parameters()]
+    with pytest.raises(upcast.UpcastError, match=r"gradient .* was not computed"):
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    with pytest.raises(upcast.UpcastError, match=r"requires_grad_\(True\)"):
+        torch.autograd.grad(loss_of(model), [model.head.weight])
+
+
+def test_trainable_freezes_the_others() -> None:
+    model = upcast.patch(net(), trainable=["head"])
+    fit(model.train(), adam(model.parameters()))
+    assert set(half_weights(model)) == {"embed.weight", "conv.weight", "body.weight"}
+    assert not model.body.weight.requires_grad
+
+
+def test_unpatch_gives_back_what_was_trained() -> None:
+    got, want = upcast.patch(net()), rounded(net())
+    for model in (got, want):
+        plain_loop(model)
+    upcast.unpatch(got)
+    assert "train" not in got.__dict__
+    assert not got._forward_pre_hooks
+    assert relative_error(got(IDS), want(IDS)) < 1e-5
+    assert all(parameter.requires_grad for parameter in got.parameters())
