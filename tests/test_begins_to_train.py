@@ -108,7 +108,7 @@ def by_hand(model: nn.Module) -> list[float]:
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
         losses.append(float(loss.detach()))
     return losses
 

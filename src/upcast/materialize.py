@@ -17,15 +17,15 @@ from upcast.errors import UpcastError
 if TYPE_CHECKING:
     from upcast.half_weight import HalfWeight
 
+# why, as the end of a sentence
 OUT_OF_RANGE = "values beyond 65504, or not finite, were written into them"
-MEMORY = "their memory was asked for (as float32 bytes, or for something to share)"
-GRADIENT = "a gradient was asked for"
-OPTIMIZER = "they are given to an optimizer"
-TRAINING = "the model is in training mode and gradients are recorded"
+MEMORY = "their memory was asked for (as float32 bytes, or to be shared)"
+GRADIENT = "requires_grad_(True) asks for their gradients"
+TRAINING = "the model runs in training mode while gradients are recorded"
 
 _TRAINERS = {
-    "torch.optim.optimizer": OPTIMIZER,
-    "torch.nn.parallel.distributed": "they are given to DistributedDataParallel",
+    "torch.optim.optimizer": "an optimizer is given them",
+    "torch.nn.parallel.distributed": "DistributedDataParallel is given them",
 }
 
 
@@ -37,7 +37,8 @@ def dissolve(weight: "HalfWeight", why: str) -> None:
     elements = store.half.numel()
     store.dissolve()
     if store.fallbacks.dissolve(why, elements):
-        console.say(f"{store.fallbacks.model}: weights become ordinary float32 parameters, for {why}")
+        model = store.fallbacks.model
+        console.say(f"{model}: weights become ordinary float32 parameters, because {why}; upcast.report counts them")
 
 
 def alias(weight: "HalfWeight") -> Tensor:
@@ -56,7 +57,7 @@ def materialize(weight: "HalfWeight", why: str) -> None:
     dissolve(weight, why)
     if not _become(weight):
         raise UpcastError(
-            f"a weight stored in float16 is to become float32, for {why}, but something inside torch holds it (a "
+            f"a weight stored in float16 is to become float32, because {why}, but something inside torch holds it (a "
             "compiled model or a weak reference). Do this before torch.compile, or keep the weight in float32 from the "
             "start with keep=[...]."
         )

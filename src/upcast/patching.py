@@ -171,7 +171,7 @@ def report(model: object) -> str:
     record = record_of(unwrap(model))
     lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}"]
     for why, (count, size) in record.fallbacks.dissolved.items():
-        lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, for {why}")
+        lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, because {why}")
     return "\n".join([str(record.plan), *lines])
 
 

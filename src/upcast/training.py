@@ -1,7 +1,7 @@
 """When a model that was patched for inference begins to train: what requires grad becomes float32, and learns.
 
-An optimizer or DistributedDataParallel that is given the weights says so itself (`upcast.memory_ops`). Here is the other
-sign: the model goes into training mode, and then runs while gradients are recorded.
+An optimizer or DistributedDataParallel that is given the weights says so itself (`upcast.memory_ops`). Here is the
+other sign: the model goes into training mode, and then runs while gradients are recorded.
 """
 
 from typing import Any
