@@ -306,7 +306,7 @@ def _bytes(model: nn.Module) -> int:
     """Return the bytes of parameters and buffers; shared storage counts once."""
     storages: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        plain = tensor.stored if isinstance(tensor, HalfWeight) else tensor
+        plain = tensor.memory() if isinstance(tensor, HalfWeight) else tensor
         storage = plain.untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -91,6 +91,10 @@ class HalfWeight(torch.Tensor):
             raise UpcastError("a weight that is no longer stored in float16; it has become float32. Look at it anew.")
         return half if self.region is None else self.region.of(half)
 
+    def memory(self) -> torch.Tensor:
+        """Return the ordinary tensor that holds the numbers now: float16, or float32 once they have dissolved."""
+        return materialize.alias(self) if self.store.half is None else self.stored
+
     @property
     def fallbacks(self) -> Fallbacks:
         """Where float32 copies are counted."""
@@ -196,8 +200,7 @@ class HalfWeight(torch.Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             shape = tuple(self.shape)
         where = "stored in float16" if self.store.half is not None else "in float32"
-        numbers = self.stored if self.store.half is not None else materialize.alias(self)
-        return f"HalfWeight(float32 {shape} {where}:\n{numbers})"
+        return f"HalfWeight(float32 {shape} {where}:\n{self.memory()})"
 
 
 # What of torch reads the wrapper's memory, which there is none of, raises an error in place of reading at address zero.

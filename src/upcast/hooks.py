@@ -54,7 +54,7 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
         value = state.get(prefix + name)
         if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
             weight.store.unshare()  # the caller may write into it
-            state[prefix + name] = value.widened() if weight.store.half is None else value.stored
+            state[prefix + name] = value.memory()
 
 
 def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object) -> None:

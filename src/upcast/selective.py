@@ -264,7 +264,7 @@ def _widened(tensor: Tensor) -> Tensor:
 
 def _narrowed(tensor: Tensor) -> Tensor:
     if type(tensor) is HalfWeight:
-        return tensor.stored
+        return tensor.memory().half()
     return tensor.half() if mark_of(tensor) in (FOR_HALF, STORED) else tensor
 
 

@@ -269,7 +269,7 @@ def _refuse_drawing(root: nn.Module) -> None:
 
 def _broken_weights(root: nn.Module) -> str:
     for name, tensor in root.named_parameters():
-        plain = tensor.stored if isinstance(tensor, HalfWeight) else tensor
+        plain = tensor.memory() if isinstance(tensor, HalfWeight) else tensor
         if plain.is_floating_point() and not all_finite(plain):
             return f" ({name} itself is not finite)"
     return ""

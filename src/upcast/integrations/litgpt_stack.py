@@ -154,7 +154,7 @@ class Stack:
     def made_with(self, embedding: nn.Module) -> MadeWith:
         """Return what keys and values depend on, beside the tokens."""
         weights = [each for step in self.steps for each in step.rest if isinstance(each, Tensor)]
-        weights += [p.stored if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
+        weights += [p.memory() if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
         return MadeWith(weights, self._numbers)
 
     def in_one_call(self, x: Tensor) -> bool:
