@@ -5,6 +5,7 @@ when the backward pass has ended. Only when one of them is not finite is the ste
 numbers, with a look at the gradients of every operation. For that the gradient of the result is held until the end.
 """
 
+import weakref
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from upcast.errors import UpcastError
 from upcast.findings import all_finite
+from upcast.forward import Attached
 
 _ENGINE = Variable._execution_engine
 _REMEDY = "Look at that module and at the batch; a lower learning rate or a smaller loss keeps gradients in range."
@@ -56,16 +58,25 @@ class Step:
         return trace.culprit
 
 
-class Backward:
+class Backward(Attached):
     """The backward passes of one watched module in ``root``. ``steps`` counts its forward passes in training."""
 
+    weak = ("_module", "_root")
+
     def __init__(self, module: nn.Module, root: nn.Module) -> None:
-        self.module, self.root = module, root
+        super().__init__(module)
+        self._root = weakref.ref(root)
         self.steps = 0
         self._arrived: list[Step] = []
 
+    @property
+    def root(self) -> Any:
+        """The patched model; of a part that outlives it, the part."""
+        root = self._root()
+        return self.module if root is None else root
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrived": []}  # a copy of a model is in no backward pass
+        return {**super().__getstate__(), "_arrived": []}  # a copy of a model is in no backward pass
 
     def follow(self, output: Any, args: Any, kwargs: Any, state: Any) -> None:
         """Be told of the gradients of ``output`` if it has any, and of the end of the backward pass.

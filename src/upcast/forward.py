@@ -1,12 +1,68 @@
-"""What a patched module carries as its ``forward``."""
+"""What a patched module carries as its ``forward``, and how it knows its module without keeping it alive.
 
+A module holds its forward. If the forward held the module as well, a model that nobody needs any more would stay in
+memory until the garbage collector runs, which it may not do for gigabytes: it counts objects, not their bytes.
+"""
+
+import gc
+import weakref
 from types import CodeType
+from typing import Any, ClassVar
+
+from torch import nn
+
+from upcast.errors import UpcastError
 
 
-class Forward:
-    """An object called in place of a module's own ``forward``; it copies and pickles with the module."""
+class Attached:
+    """An object that ``module`` holds, and that knows it; it copies and pickles with the module."""
+
+    weak: ClassVar[tuple[str, ...]] = ("_module",)  # attributes that are weak references to modules
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def module(self) -> Any:
+        """The module that this belongs to."""
+        module = self._module()
+        return self._found() if module is None else module
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes with the modules themselves: a copy of a module puts itself in their place."""
+        known = {name: getattr(self, name)() for name in self.weak}
+        return {**self.__dict__, **known, "_module": self.module}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        known = {name: weakref.ref(state[name]) for name in self.weak if state[name] is not None}
+        self.__dict__.update(state | known)
+        if _holds(state["_module"], self):  # complete before us: we were copied alone, and nobody else has the module
+            self.__dict__["_kept"] = state["_module"]
+
+    def _found(self) -> nn.Module:
+        """Return the module that holds this, though it was made for another, which is gone.
+
+        A shallow copy of a module shares what its original holds, and may outlive it.
+        """
+        for holder in gc.get_referrers(self):
+            for module in gc.get_referrers(holder) if isinstance(holder, dict) else [holder]:
+                if isinstance(module, nn.Module) and _holds(module, self):
+                    self._module = weakref.ref(module)
+                    return module
+        raise UpcastError(
+            f"a {type(self).__name__} whose module is gone; what a patched module has in place of a method does not "
+            "keep the module in memory. Keep the module, and call it."
+        )
+
+
+class Forward(Attached):
+    """An object called in place of a module's own ``forward``, or of another method."""
 
     @property
     def __code__(self) -> CodeType:
         """Where torch.export says that the module's code begins."""
         return type(self).__call__.__code__
+
+
+def _holds(module: nn.Module, attached: Attached) -> bool:
+    return any(value is attached for value in module.__dict__.values())

@@ -6,6 +6,7 @@ the eyes of `upcast.diagnose` on it. All other steps cost nothing.
 
 import math
 import re
+import weakref
 from typing import Any
 
 import torch
@@ -90,9 +91,10 @@ class Headroom:
 
     def _arm(self) -> None:
         self._disarm()
-        self._handle = self.module.register_forward_pre_hook(self._remember, with_kwargs=True)
+        self._handle = self.module.register_forward_pre_hook(_Remember(self), with_kwargs=True)
 
-    def _remember(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+    def remember(self, args: Any, kwargs: Any) -> None:
+        """Take the arguments of a forward pass for the next measurement."""
         if torch.is_grad_enabled():  # else it is an evaluation in between
             self._disarm()
             self._sample = pytree.tree_map_only(Tensor, Tensor.detach, (args, dict(kwargs)))
@@ -118,6 +120,21 @@ class Headroom:
         where = f"{least.module or '(the model itself)'}: {least.what}, {least.largest:,.0f} of {FLOAT16_MAX:,.0f}"
         bad = f"a number that is not finite, first in {nonfinite}; else " if nonfinite else ""
         console.say(f"step {self.steps}: {bad}least headroom {least.headroom:+.1f} bits, in {where}")
+
+
+class _Remember:
+    """The hook of a model that is measured; it does not keep its Headroom, and a copy of the model has none."""
+
+    def __init__(self, headroom: Headroom | None = None) -> None:
+        self._headroom = None if headroom is None else weakref.ref(headroom)
+
+    def __call__(self, _: nn.Module, args: Any, kwargs: Any) -> None:
+        headroom = None if self._headroom is None else self._headroom()
+        if headroom is not None:
+            headroom.remember(args, kwargs)
+
+    def __reduce__(self) -> Any:
+        return (_Remember, ())
 
 
 def block_of(module: str) -> str:

@@ -1,6 +1,5 @@
 """What a patched module does differently: when it is saved, loaded or converted, and the short way to its kernels."""
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from upcast import config, pickling, shortcut, training
 from upcast.errors import UpcastError
+from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 from upcast.tree import modules
 
@@ -23,7 +23,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     if shortcuts:
         shortcut.install(root)
     training.install(root)
-    root.__dict__["_apply"] = functools.partial(_guarded_apply, root)
+    root.__dict__["_apply"] = GuardedApply(root)
 
 
 def remove(root: nn.Module) -> None:
@@ -71,17 +71,21 @@ def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadat
             state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
 
 
-def _guarded_apply(root: Any, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-    """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
-    probe = function(torch.empty(0))
-    if probe.device.type == "cpu" and probe.dtype == torch.float32:
-        return _apply_to_others(root, function, recurse)
-    wanted = probe.dtype if probe.dtype != torch.float32 else probe.device
-    by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
-    raise UpcastError(
-        f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed with "
-        f"in float32, on the CPU. Call upcast.unpatch(model) first.{by_environment if config.read().enabled else ''}"
-    )
+class GuardedApply(Attached):
+    """``_apply`` of a patched model."""
+
+    def __call__(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
+        root, probe = self.module, function(torch.empty(0))
+        if probe.device.type == "cpu" and probe.dtype == torch.float32:
+            return _apply_to_others(root, function, recurse)
+        wanted = probe.dtype if probe.dtype != torch.float32 else probe.device
+        by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
+        raise UpcastError(
+            f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed "
+            "with in float32, on the CPU. Call upcast.unpatch(model) first."
+            f"{by_environment if config.read().enabled else ''}"
+        )
 
 
 def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: bool) -> Any:

@@ -15,34 +15,38 @@ from upcast.forward import Forward
 from upcast.half_weight import HalfWeight
 from upcast.tree import modules
 
+# Looked up once: a call costs little more than its lookups.
+_active, _float32 = kernels.active, torch.float32
+_gradients, _traced = torch.is_grad_enabled, torch.compiler.is_compiling
+
 
 class LinearForward(Forward):
     """The forward of one patched ``nn.Linear``."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
-
     def __call__(self, input: Tensor) -> Any:
         """Return ``input @ weight.T + bias`` in float32: input (..., K), result (..., N)."""
-        parameters = self.module._parameters
-        weight = parameters["weight"]
+        module: Any = self._module()
+        if module is None:
+            module = self.module
+        parameters = module._parameters
+        weight = parameters.get("weight")  # pruned, parametrized and normed layers have none
         if (
             type(weight) is HalfWeight
             and weight.row_major
             and type(input) is Tensor
-            and input.dtype is torch.float32
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
+            and input.dtype is _float32
+            and not _gradients()
+            and not _traced()
         ):
             half = weight.store.half
             if half is not None:
-                return kernels.active().linear(input, half, parameters["bias"])
-        return nn.Linear.forward(self.module, input)
+                return _active().linear(input, half, parameters["bias"])
+        return type(module).forward(module, input)
 
 
 def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     """Return (float16 weight, float32 bias or None) of a patched ``nn.Linear`` as kernels take them, or None."""
-    weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+    weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
     half = weight.store.half if isinstance(weight, HalfWeight) and weight.row_major else None
     if half is None:
         return None

@@ -38,7 +38,7 @@ class Tracked(Forward):
     """The forward of one module of a model under a policy; it copies and pickles with its module."""
 
     def __init__(self, module: nn.Module, name: str, selection: Selection) -> None:
-        self.module: Any = module
+        super().__init__(module)
         self.name, self.selection = name, selection
         self.before = module.__dict__.get("forward")
         ours = isinstance(self.before, (Fused, LinearForward, Watch))  # a fast way, of float32 only; or who watches it

@@ -18,9 +18,6 @@ from upcast.tree import modules
 class TrainingSwitch(Forward):
     """``train`` of a patched model: in training mode, its next forward pass under autograd begins the training."""
 
-    def __init__(self, root: nn.Module) -> None:
-        self.module: Any = root
-
     def __call__(self, mode: bool = True) -> Any:
         """Set the mode, as ``Module.train`` does, and return the module."""
         root = self.module

@@ -9,6 +9,7 @@ well (`upcast.backward`).
 import inspect
 import math
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
@@ -47,13 +48,21 @@ class Watch(Forward):
     Of the watched modules of one model that are inside one another, the outermost that is called watches.
     """
 
+    weak = ("_module", "_root")
+
     def __init__(self, module: nn.Module, root: nn.Module, guard: bool, heal: bool) -> None:
-        self.module: Any = module
-        self.root = root
+        super().__init__(module)
+        self._root = weakref.ref(root)
         self.guard, self.heal = guard, heal
         self.before = module.__dict__.get("forward")
         self.lenient = False  # infinite numbers are meant, as in masked logits: only NaN counts
         self.backward = Backward(module, root)
+
+    @property
+    def root(self) -> Any:
+        """The patched model; of a part that outlives it, the part."""
+        root = self._root()
+        return self.module if root is None else root
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -5,13 +5,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from upcast.distributed.group import Group
+from upcast.forward import Forward
 
 
-class DividedBlock:
+class DividedBlock(Forward):
     """The forward of ``block``; ``together``: both halves read the same input, and one sum serves both."""
 
     def __init__(self, block: Any, group: Group) -> None:
-        self.block, self.group = block, group
+        super().__init__(block)
+        self.group = group
         norms = (block.post_attention_norm, block.post_mlp_norm)
         self.together = bool(block.config.parallel_residual) and all(isinstance(norm, nn.Identity) for norm in norms)
 
@@ -24,7 +26,8 @@ class DividedBlock:
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> Any:
-        block, settings = self.block, self.block.config
+        block: Any = self.module
+        settings = block.config
         normed = block.norm_1(x)
         attended = block.attn(normed, cos, sin, mask, input_pos, input_pos_maxp1)
         if not self.together:
@@ -37,8 +40,8 @@ class DividedBlock:
 
     def after_attention(self, branch: Tensor, x: Tensor) -> Any:
         """Return what goes on after the first half, from this rank's ``branch`` of it and its input."""
-        return self.block.post_attention_norm(self.group.sum(branch)) + x
+        return self.module.post_attention_norm(self.group.sum(branch)) + x
 
     def after_mlp(self, branch: Tensor, x: Tensor) -> Any:
         """Return what goes on after the second half."""
-        return self.block.post_mlp_norm(self.group.sum(branch)) + x
+        return self.module.post_mlp_norm(self.group.sum(branch)) + x

@@ -20,7 +20,7 @@ class FusedMoE(Fused):
         self.members: Members | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "members": None}  # a copy collects its own
+        return {**super().__getstate__(), "members": None}  # a copy collects its own
 
     def __call__(self, x: Tensor) -> Any:
         """Return the weighted sum of the experts' outputs for x (B, T, C)."""

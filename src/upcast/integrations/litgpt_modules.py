@@ -24,7 +24,7 @@ class Fused(Forward):
     """What replaces one method of ``module`` while it is patched. ``calls`` counts what really ran fused."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.module: Any = module
+        super().__init__(module)
         self.calls = 0
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from upcast.distributed import agreement
 from upcast.distributed.group import Group
 from upcast.distributed.shares import Cut, divide_heads, even, turned
 from upcast.errors import UpcastError
+from upcast.forward import Attached
 from upcast.integrations import litgpt_stack
 from upcast.integrations.litgpt_divided import DividedBlock
 
@@ -188,14 +189,11 @@ class Concatenate:
         return self.group.concatenate(output, self.sizes)
 
 
-class LastPosition:
-    """Forward pre-hook of the head: only the last position, in loops that read no other."""
-
-    def __init__(self, gpt: nn.Module) -> None:
-        self.gpt = gpt
+class LastPosition(Attached):
+    """Forward pre-hook of a GPT's head: only the last position, in loops that read no other."""
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][:, -1:],) if litgpt_stack.wants_last(self.gpt) else args
+        return (args[0][:, -1:],) if litgpt_stack.wants_last(self.module) else args
 
 
 class Elsewhere(nn.Module):

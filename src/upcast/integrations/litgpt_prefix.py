@@ -121,29 +121,25 @@ def kept(held: Held | None) -> bool:
 class CacheReset(Forward):
     """``reset_parameters`` of one cache."""
 
-    def __init__(self, cache: Any) -> None:
-        self.cache = cache
-
     def __call__(self) -> None:
         """Fill the cache with zeros, as LitGPT does; nothing where its model's caches are kept."""
-        if kept(self.cache.__dict__.get(_MARK)):
+        cache = self.module
+        if kept(cache.__dict__.get(_MARK)):
             return
-        forget(self.cache)
-        type(self.cache).reset_parameters(self.cache)
+        forget(cache)
+        type(cache).reset_parameters(cache)
 
 
 class CacheClearer(Forward):
     """``clear_kv_cache`` of one GPT."""
 
-    def __init__(self, gpt: nn.Module) -> None:
-        self.gpt: Any = gpt
-
     def __call__(self) -> None:
         """Drop the caches, as LitGPT does; where they are kept, only until others are there."""
-        held = held_of(self.gpt)
+        gpt = self.module
+        held = held_of(gpt)
         if held is not None and kept(held):
-            held.left = caches_of(self.gpt)
-        type(self.gpt).clear_kv_cache(self.gpt)
+            held.left = caches_of(gpt)
+        type(gpt).clear_kv_cache(gpt)
 
 
 def held_of(gpt: Any) -> Held | None:

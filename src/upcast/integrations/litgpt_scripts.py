@@ -5,7 +5,6 @@ and hand it to Fabric. Each script's own name for these is wrapped, not LitGPT's
 functions and has wrappers of its own (`upcast.integrations.litgpt_finetune`).
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from upcast import checkpoint, config, console
 from upcast.errors import UpcastError
+from upcast.forward import Attached
 from upcast.integrations import litgpt
 from upcast.targets import unwrap
 
@@ -114,19 +114,23 @@ def _build(wrapped: Callable[..., nn.Module], _: Any, args: Any, kwargs: Any) ->
     model = wrapped(*args, **kwargs)
     found = {(p.device.type, str(p.dtype).removeprefix("torch.")) for p in model.parameters()}
     if found == {("cpu", "float32")}:
-        model.__dict__["load_state_dict"] = functools.partial(_take, model)
+        model.__dict__["load_state_dict"] = Taking(model)
     else:
         asked = ", ".join(f"{dtype} on {device!r}" for device, dtype in sorted(found))
         console.say(f"{type(model).__module__}.GPT runs as it is, unpatched: it was asked for in {asked}")
     return model
 
 
-def _take(model: Any, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-    """Take over mapped weights, once, in place of ``load_state_dict``."""
-    del model.__dict__["load_state_dict"]
-    if not all(type(value) in (Tensor, nn.Parameter) for value in state.values()):
-        return model.load_state_dict(state, *args, **kwargs)
-    return _fill(model, dict(state))
+class Taking(Attached):
+    """``load_state_dict`` of a model of the adapter scripts."""
+
+    def __call__(self, state: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Take over mapped weights, once."""
+        model = self.module
+        del model.__dict__["load_state_dict"]
+        if not all(type(value) in (Tensor, nn.Parameter) for value in state.values()):
+            return model.load_state_dict(state, *args, **kwargs)
+        return _fill(model, dict(state))
 
 
 # --- what splits the model --------------------------------------------------------------------------------------------

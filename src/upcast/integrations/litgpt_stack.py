@@ -127,7 +127,7 @@ class DividedStep(Step):
         if divided.together:
             return divided.group.sum(self._call(native.BOTH, x, angles, place)).add_(x)
         attended = divided.after_attention(self._call(native.ATTENTION, x, angles, place), x)
-        read = x if divided.block.config.parallel_residual else attended
+        read = x if divided.module.config.parallel_residual else attended
         return divided.after_mlp(self._call(native.MLP, read, angles, None), attended)
 
 
@@ -251,7 +251,7 @@ class FusedGPT(Fused):
         return x
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "stack": None, "held": Held()}  # a copy collects its own
+        return {**super().__getstate__(), "stack": None, "held": Held()}  # a copy collects its own
 
     def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
         """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""

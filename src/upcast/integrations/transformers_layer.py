@@ -56,7 +56,7 @@ class FusedDecoderLayer(Fused):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": None}  # a copy collects its own
+        return {**super().__getstate__(), "_known": None}  # a copy collects its own
 
     def _token(self, x: Tensor) -> bool:
         """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
