@@ -6,6 +6,8 @@ which is not what they gave before; and before it, and after it is undone, the f
 
 import copy
 import functools
+import importlib
+import pickle
 import types
 from collections.abc import Callable
 from typing import Any
@@ -27,14 +29,17 @@ from upcast.shortcut import LinearForward
 
 lm = pytest.importorskip("litgpt.model")
 pytest.importorskip("transformers")
-
-from transformers import DynamicCache, cache_utils
-from transformers.activations import SiLUActivation
-from transformers.integrations import sdpa_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
-from transformers.models.gpt2 import modeling_gpt2 as gpt2
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+activations = importlib.import_module("transformers.activations")
+cache_utils = importlib.import_module("transformers.cache_utils")
+modeling_utils = importlib.import_module("transformers.modeling_utils")
+sdpa_attention = importlib.import_module("transformers.integrations.sdpa_attention")
+gpt2, llama, qwen3 = (
+    importlib.import_module(f"transformers.models.{n}.modeling_{n}") for n in ("gpt2", "llama", "qwen3")
+)
+ALL_ATTENTION_FUNCTIONS, GLOBAL = (
+    modeling_utils.ALL_ATTENTION_FUNCTIONS,
+    modeling_utils.AttentionInterface._global_mapping,
+)
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 
@@ -54,7 +59,7 @@ def _litgpt(model: Any) -> list[Tensor]:
 
 
 def _transformers(model: Any) -> list[Tensor]:
-    cache, found = DynamicCache(config=model.config), []
+    cache, found = cache_utils.DynamicCache(config=model.config), []
     for start, end in [(0, PROMPT), *((i, i + 1) for i in range(PROMPT, IDS.shape[1]))]:
         found.append(model(IDS[:, start:end], past_key_values=cache, use_cache=True).logits)
     return found
@@ -62,7 +67,11 @@ def _transformers(model: Any) -> list[Tensor]:
 
 def _lively_gpt2() -> Any:
     sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return make_transformers("GPT2LMHeadModel", "GPT2Config", sizes)
+    model = make_transformers("GPT2LMHeadModel", "GPT2Config", sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3) if parameter.dim() >= 2 else parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
 FAMILIES: dict[str, tuple[Callable[[], Any], Callable[[Any], list[Tensor]], float]] = {
@@ -125,11 +134,8 @@ LITGPT = [
     *((lm.CausalSelfAttention, "scaled_dot_product_attention"), (F, "scaled_dot_product_attention"), (F, "embedding")),
     *EVERYWHERE,
 ]
-TRANSFORMERS = [
-    (F, "scaled_dot_product_attention"),
-    (cache_utils.DynamicLayer, "update"),
-    (cache_utils.Cache, "update"),
-]
+CACHES = [(kind, "update") for kind in (cache_utils.DynamicLayer, cache_utils.Cache)]
+TRANSFORMERS = [(F, "scaled_dot_product_attention"), *CACHES]
 REPLACED: list[tuple[str, Any, str]] = [
     *(("SmolLM2", *each) for each in LITGPT),
     *(
@@ -140,15 +146,15 @@ REPLACED: list[tuple[str, Any, str]] = [
     *(("Pythia", *each) for each in [(lm.GptNeoxMLP, "forward"), (F, "gelu"), (nn.LayerNorm, "forward")]),
     *(("Pythia", *each) for each in [(F, "layer_norm"), (torch, "layer_norm")]),
     *(("Gemma 2", *each) for each in [(lm, "do_softcapping"), (lm.GemmaMLP, "forward"), (F, "softmax")]),
-    *(("Mixtral", *each) for each in [(lm.LLaMAMoE, "forward"), (lm.LLaMAMLP, "forward"), (torch, "where")][:2]),
+    *(("Mixtral", kind, "forward") for kind in (lm.LLaMAMoE, lm.LLaMAMLP)),
     *(("Llama", *each) for each in (*EVERYWHERE, *TRANSFORMERS)),
     *(("Llama", llama, name) for name in ("apply_rotary_pos_emb", "rotate_half")),
     *(("Llama", getattr(llama, f"Llama{kind}"), "forward") for kind in ("RMSNorm", "MLP", "Attention", "DecoderLayer")),
-    *(("Llama", *each) for each in [(SiLUActivation, "forward"), (F, "silu"), (torch, "rsqrt")]),
-    *(("Llama", ALL_ATTENTION_FUNCTIONS, "sdpa"), ("Llama", AttentionInterface._global_mapping, "sdpa")),
+    *(("Llama", *each) for each in [(activations.SiLUActivation, "forward"), (F, "silu"), (torch, "rsqrt")]),
+    *(("Llama", ALL_ATTENTION_FUNCTIONS, "sdpa"), ("Llama", GLOBAL, "sdpa")),
     *(("Qwen3", qwen3, name) for name in ("apply_rotary_pos_emb", "rotate_half")),
     *(("Qwen3", getattr(qwen3, f"Qwen3{kind}"), "forward") for kind in ("RMSNorm", "MLP", "Attention")),
-    *(("GPT-2", *each) for each in (*EVERYWHERE, *TRANSFORMERS[1:], (nn.LayerNorm, "forward"))),
+    *(("GPT-2", *each) for each in (*EVERYWHERE, *CACHES, (nn.LayerNorm, "forward"))),
     *(("GPT-2", *each) for each in [(gpt2.GPT2MLP, "forward"), (gpt2.Conv1D, "forward")]),
 ]
 
@@ -158,7 +164,7 @@ def _changed(output: Any) -> Any:
     if isinstance(output, tuple):
         return (_changed(output[0]), *output[1:])
     if isinstance(output, Tensor) and output.is_floating_point():
-        return output + output.abs().mean() * 0.7 + torch.linspace(0, 0.4, output.shape[-1])
+        return output * torch.linspace(0.3, 1.7, output.shape[-1]) + output.abs().mean() * 0.7
     return output
 
 
@@ -185,10 +191,10 @@ def _wrapt(original: Callable[..., Any]) -> Any:
 
 
 def _replace(patch: pytest.MonkeyPatch, owner: Any, name: str, how: Callable[[Any], Any]) -> None:
-    if owner in (ALL_ATTENTION_FUNCTIONS, AttentionInterface._global_mapping):
-        patch.setitem(owner, name, how(owner[name])) if isinstance(owner, dict) else patch.setitem(
-            owner._local_mapping, name, how(owner[name])
-        )
+    if owner is ALL_ATTENTION_FUNCTIONS:
+        patch.setitem(owner._local_mapping, name, how(owner[name]))
+    elif owner is GLOBAL:
+        patch.setitem(owner, name, how(owner[name]))
     else:
         patch.setattr(owner, name, how(getattr(owner, name)))
 
@@ -322,8 +328,13 @@ def _embedding_hook(model: Any) -> None:
 
 
 def _other_implementation(model: Any) -> None:
-    AttentionInterface.register("mine", _mine(sdpa_attention.sdpa_attention_forward))
+    modeling_utils.AttentionInterface.register("mine", _mine(sdpa_attention.sdpa_attention_forward))
     model.config._attn_implementation = "mine"
+
+
+def _function_as_activation(model: Any) -> None:
+    del model.model.layers[1].mlp.act_fn
+    model.model.layers[1].mlp.act_fn = torch.tanh
 
 
 class MyActivation(nn.Module):
@@ -388,8 +399,6 @@ def test_what_is_changed_in_one_model_runs(family: str, what: str, change: Calla
     pair = Pair(family, unpatched=when == "before")
     if when == "after":
         assert pair.fast() or family == "GPT-2"
-        if what == "forward of cache":
-            pair.plain.set_kv_cache(1, 16)
     pair.both(change)
     if when == "before":
         pair.patch()
@@ -416,14 +425,18 @@ def test_the_cache_of_litgpt_may_be_changed_in_one_model() -> None:
 # --- caches, masks and modes of the program's own ---------------------------------------------------------------------
 
 
-class Sinks(DynamicCache):
+class Sinks(cache_utils.DynamicCache):
     """Keeps the first two rows and the last three, as a program with a cache of its own does."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
-        keys, values = super().update(key_states, value_states, layer_idx, cache_kwargs)
-        if keys.shape[2] <= PROMPT:
-            return keys, values
-        return tuple(torch.cat([each[:, :, :1] * 3, each[:, :, -3:]], 2) for each in (keys, values))
+    def update(self, *args: Any) -> Any:
+        return _sinks(self, *args)
+
+
+def _sinks(cache: Any, *args: Any) -> Any:
+    keys, values = cache_utils.DynamicCache.update(cache, *args)
+    if keys.shape[2] <= PROMPT:
+        return keys, values
+    return tuple(torch.cat([each[:, :, :1] * 3, each[:, :, -3:]], 2) for each in (keys, values))
 
 
 @pytest.mark.parametrize("own", [True, False], ids=["a class", "one object"])
@@ -431,20 +444,13 @@ def test_a_cache_of_the_program_s_own_is_asked(own: bool) -> None:
     pair = Pair("Llama")
     found = []
     for model in (pair.model, pair.plain):
-        cache: Any = Sinks(config=model.config) if own else DynamicCache(config=model.config)
+        cache: Any = Sinks(config=model.config) if own else cache_utils.DynamicCache(config=model.config)
         if not own:
-            cache.update = functools.partial(Sinks.update.__get__(cache, Sinks) if own else _sinks, cache)
+            cache.update = functools.partial(_sinks, cache)
         model(IDS[:, :PROMPT], past_key_values=cache)
         found.append(model(IDS[:, PROMPT : PROMPT + 1], past_key_values=cache).logits)
     assert relative_error(*found) < 3e-3
     assert relative_error(found[1], pair.usual[1]) > 3e-2
-
-
-def _sinks(cache: Any, key_states: Tensor, value_states: Tensor, layer_idx: int, cache_kwargs: Any = None) -> Any:
-    keys, values = DynamicCache.update(cache, key_states, value_states, layer_idx, cache_kwargs)
-    if keys.shape[2] <= PROMPT:
-        return keys, values
-    return tuple(torch.cat([each[:, :, :1] * 3, each[:, :, -3:]], 2) for each in (keys, values))
 
 
 def _window_of_two(max_seq_length: int, device: Any = None) -> Tensor:
@@ -527,8 +533,6 @@ def test_a_mode_that_says_where_tensors_are_made_changes_nothing() -> None:
 
 @pytest.mark.parametrize("family", ["SmolLM2", "Llama"])
 def test_copies_look_for_themselves(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pickle
-
     pair = Pair(family)
     for other in (copy.deepcopy(pair.model), pickle.loads(pickle.dumps(pair.model))):
         pair.model = other

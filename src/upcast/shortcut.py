@@ -6,6 +6,7 @@ ordinary way for everything else (gradients, tracing, other dtypes, a weight, a 
 replaced).
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ class LinearForward(Forward):
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(bound(self.module))
 
     def __call__(self, input: Any = _MISSING, *args: Any, **kwargs: Any) -> Any:
         """Return ``input @ weight.T + bias`` in float32: input (..., K), result (..., N).

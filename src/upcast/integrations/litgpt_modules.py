@@ -8,6 +8,7 @@ Inner modules are called as modules, so that hooks on them see what they would s
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -45,6 +46,10 @@ class Fused(Forward):
         if torch.compiler.is_compiling() or not self.genuine() or observed():
             return self.unfused(*args, **kwargs)
         return self.fused(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(bound(self.module, self.method))
 
     def genuine(self) -> bool:
         """Whether the module is what it was, and its library's code has not been replaced."""
