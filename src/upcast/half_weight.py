@@ -13,9 +13,11 @@ HalfWeights that stand for it become ordinary tensors: see `upcast.materialize`.
 import copy
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from upcast import materialize
@@ -39,6 +41,15 @@ _METADATA = {
         if name.startswith(("is_", "_is_")) and name != "is_nonzero"
     ),
 }
+
+
+_FUNCTIONS = {name: value for name, value in vars(F).items() if type(value) is FunctionType}
+
+
+def _meant(func: Any) -> Any:
+    """Return the function of torch.nn.functional that calls itself ``func``: it looks up its name, now another's."""
+    name = next((name for name in _FUNCTIONS if vars(F).get(name) is func), None)
+    return func if name is None else _FUNCTIONS[name]
 
 
 class HalfWeight(torch.Tensor):
@@ -112,6 +123,9 @@ class HalfWeight(torch.Tensor):
         if func in _METADATA or getattr(func, "__name__", "") in ("__get__", "__set__"):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        meant = _meant(func)
+        if meant is not func:
+            return cls.__torch_function__(meant, types, args, kwargs)
         return call_widened(func, args, kwargs or {})
 
     @classmethod

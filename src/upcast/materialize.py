@@ -98,7 +98,7 @@ def trainer(frame: FrameType) -> str | None:
     return _TRAINERS.get(frame.f_globals.get("__name__", ""))
 
 
-def only_clears(frame: FrameType) -> bool:
-    """Whether the caller is torch's own code that looks for a gradient to drop it, such as ``Module.zero_grad``."""
+def uses_gradients(frame: FrameType) -> bool:
+    """Whether the caller would compute with a gradient: torch's own code looks to clear it, or while it traces."""
     module = str(frame.f_globals.get("__name__", ""))
-    return module.startswith("torch.") and frame.f_code.co_name in ("zero_grad", "_apply")
+    return not module.startswith("torch.") or module.startswith("torch.nn.utils.")

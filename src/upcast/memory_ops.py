@@ -176,7 +176,7 @@ def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
 @handles(accessor("grad").__get__)
 def _grad(weight: HalfWeight) -> None:
     """No gradient goes into float16; nobody shall take that for a gradient that is not there."""
-    if weight.store.missed_gradient and not materialize.only_clears(sys._getframe(2)):
+    if weight.store.missed_gradient and materialize.uses_gradients(sys._getframe(2)):
         raise UpcastError(
             "the gradient of a weight stored in float16 was not computed: nothing had said that the weight learns. "
             "Give the parameters to an optimizer, or call model.train(), before the forward pass; or name what learns "

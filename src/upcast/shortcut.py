@@ -2,29 +2,46 @@
 
 The way over ``__torch_function__`` costs a microsecond or two per call, as much as a small product itself. A patched
 ``nn.Linear`` therefore carries a forward of its own, which goes straight to the kernel in inference and takes the
-ordinary way for everything else (gradients, tracing, other dtypes, a weight that has been replaced).
+ordinary way for everything else (gradients, tracing, other dtypes, a weight, a class or a function that has been
+replaced).
 """
 
+import inspect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcast import kernels
+from upcast import genuine, kernels
 from upcast.forward import Forward
+from upcast.genuine import bound
 from upcast.half_weight import HalfWeight
 from upcast.tree import modules
 
 # Looked up once: a call costs little more than its lookups.
 _active, _float32 = kernels.active, torch.float32
 _gradients, _traced = torch.is_grad_enabled, torch.compiler.is_compiling
+_Linear = nn.Linear
+_its = genuine.namespace(nn.Linear)
+_forward = _its["forward"] if genuine.is_own(_its["forward"], "forward", "torch") else None
+_linear = torch._C._nn.linear  # what torch.nn.functional.linear is, unless someone replaced it
+_MISSING: Any = object()
+_function_modes = torch._C._len_torch_function_stack
 
 
 class LinearForward(Forward):
     """The forward of one patched ``nn.Linear``."""
 
-    def __call__(self, input: Tensor) -> Any:
-        """Return ``input @ weight.T + bias`` in float32: input (..., K), result (..., N)."""
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(bound(self.module))
+
+    def __call__(self, input: Any = _MISSING, *args: Any, **kwargs: Any) -> Any:
+        """Return ``input @ weight.T + bias`` in float32: input (..., K), result (..., N).
+
+        More arguments are for a forward that someone gave the class.
+        """
         module: Any = self._module()
         if module is None:
             module = self.module
@@ -37,11 +54,20 @@ class LinearForward(Forward):
             and input.dtype is _float32
             and not _gradients()
             and not _traced()
+            and type(module) is _Linear
+            and _its["forward"] is _forward
+            and F.linear is _linear
+            and not _function_modes()
+            and not args
+            and not kwargs
         ):
             half = weight.store.half
             if half is not None:
                 return _active().linear(input, half, parameters["bias"])
-        return type(module).forward(module, input)
+        args = args if input is _MISSING else (input, *args)
+        if _traced() or (type(module) is _Linear and _its["forward"] is _forward):
+            return type(module).forward(module, *args, **kwargs)
+        return bound(module)(*args, **kwargs)
 
 
 def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:

@@ -22,7 +22,7 @@ class FusedMoE(Fused):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "members": None}  # a copy collects its own
 
-    def __call__(self, x: Tensor) -> Any:
+    def fused(self, x: Tensor) -> Any:
         """Return the weighted sum of the experts' outputs for x (B, T, C)."""
         if not self.free(x) or self._watched():
             return self.unfused(x)

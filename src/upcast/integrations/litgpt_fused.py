@@ -56,7 +56,7 @@ def install_caches(root: nn.Module, kv_cache: str) -> None:
     attentions = (litgpt.CausalSelfAttention, litgpt.MultiheadLatentAttention) if litgpt else ()
     for module in modules(root):
         if isinstance(module, attentions):
-            module.__dict__["build_kv_cache"] = CacheBuilder(module, KV_CACHES[kv_cache] or torch.float32, fused=False)
+            module.__dict__["build_kv_cache"] = CacheBuilder(module, KV_CACHES[kv_cache] or torch.float32, stays=False)
 
 
 def remove(root: nn.Module) -> None:

@@ -15,7 +15,7 @@ from upcast.integrations.litgpt_modules import Fused
 class FusedLoRAQKV(Fused):
     """LoRAQKVLinear of a float32 model, merged or not; its two matrices learn as they do without it."""
 
-    def __call__(self, x: Tensor) -> Any:
+    def fused(self, x: Tensor) -> Any:
         lora = self.module
         plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu
         if not plain or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:

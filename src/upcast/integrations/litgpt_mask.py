@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from upcast.genuine import Root
 from upcast.integrations.litgpt_modules import Fused
 from upcast.integrations.litgpt_prefix import caches_of, held_of, kept
 
@@ -71,7 +72,16 @@ class CausalMask(Tensor):
 class CacheSetter(Fused):
     """``set_kv_cache`` of one GPT: LitGPT's own, but it finds a mask of the right size, and kept caches go on."""
 
-    def __call__(
+    method = "set_kv_cache"
+
+    def stands_for(self, module: Any) -> tuple[Any, ...]:
+        """The mask is not made by LitGPT."""
+        return _roots, type(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fused(*args, **kwargs) if self.genuine() else self.unfused(*args, **kwargs)
+
+    def fused(
         self,
         batch_size: int,
         max_seq_length: int | None = None,
@@ -94,6 +104,10 @@ class CacheSetter(Fused):
         held = held_of(gpt)
         if held is not None and kept(held):
             held.take_over(caches_of(gpt))
+
+
+def _roots(gpt: type) -> list[Root]:
+    return [(gpt, "set_kv_cache")]
 
 
 def restore(gpt: nn.Module) -> None:

@@ -1,12 +1,14 @@
 """Fused forwards for LitGPT's own modules: norms, MLPs, causal attention and its cache.
 
 Each is an object that a patched module carries as its ``forward``; it copies and pickles with the module. It runs the
-kernels where nothing could tell the difference but the clock, and LitGPT's own forward everywhere else: while
-torch.compile traces, where a parameter of the module itself learns, and for arguments that the kernels do not cover.
+kernels where nothing could tell the difference but the clock, and the forward of the module's class everywhere else:
+while torch.compile traces, where a parameter of the module itself learns, for arguments that the kernels do not cover,
+and where someone replaced what the kernels stand for.
 Inner modules are called as modules, so that hooks on them see what they would see without fusion.
 """
 
 import functools
+import inspect
 import math
 from typing import Any
 
@@ -15,21 +17,54 @@ from torch import Tensor, nn
 
 from upcast import console, kernels, selective
 from upcast.forward import Forward
+from upcast.genuine import Root, bound, calls, forwards, observed, originals
 from upcast.integrations.litgpt_prefix import CacheReset, forget
 
+_SCORES = "scaled_dot_product_attention"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Fused(Forward):
-    """What replaces one method of ``module`` while it is patched. ``calls`` counts what really ran fused."""
+    """What replaces one method of ``module`` while it is patched. ``calls`` counts what really ran fused.
+
+    It stands for the method of the class that the module had when it was made, and runs only while that is genuine.
+    """
+
+    method = "forward"
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         self.calls = 0
+        self.kind = type(module)
+        self.originals = originals(*self.stands_for(module))
+
+    def stands_for(self, module: Any) -> tuple[Any, ...]:
+        """Return what `originals` is to collect."""
+        return forwards, type(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not self.genuine() or observed():
+            return self.unfused(*args, **kwargs)
+        return self.fused(*args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(bound(self.module, self.method))
+
+    def genuine(self) -> bool:
+        """Whether the module is what it was, and its library's code has not been replaced."""
+        return type(self.module) is self.kind and self.originals.intact()
+
+    def fused(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the kernels, or `unfused` where they do not cover the arguments."""
+        raise NotImplementedError
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the forward that the module's class defines."""
-        return type(self.module).forward(self.module, *args, **kwargs)
+        """Run the method as the module's class has it now."""
+        module = self.module
+        if torch.compiler.is_compiling():  # which follows this, but not a search
+            return getattr(type(module), self.method)(module, *args, **kwargs)
+        return bound(module, self.method)(*args, **kwargs)
 
     def free(self, x: Tensor) -> bool:
         """Whether the kernels may run for ``x``: float32 on the CPU, nothing traces, and no gradient is wanted."""
@@ -55,13 +90,24 @@ def hooked(module: nn.Module) -> bool:
     return any(state[name] for name in _HOOKS)
 
 
+def fuses(module: nn.Module, kind: type[Fused]) -> bool:
+    """Whether ``module`` has a fused forward of that kind, and is what it was made for."""
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, kind) and type(module) is forward.kind
+
+
+def unwatched_call(module: nn.Module) -> bool:
+    """Whether nobody would see if ``module`` was not called, as its class has it, but stood for."""
+    return "forward" not in module.__dict__ and not hooked(module) and not nn.modules.module._has_any_global_hook()
+
+
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
 class FusedRMSNorm(Fused):
     """LitGPT's RMSNorm over the last dimension."""
 
-    def __call__(self, x: Tensor) -> Any:
+    def fused(self, x: Tensor) -> Any:
         norm = self.module
         if not self.fits(x):
             return self.unfused(x)
@@ -72,7 +118,7 @@ class FusedRMSNorm(Fused):
 class FusedLayerNorm(Fused):
     """torch's LayerNorm over the last dimension, with or without weight and bias."""
 
-    def __call__(self, input: Tensor) -> Any:
+    def fused(self, input: Tensor) -> Any:
         norm = self.module
         if not self.free(input):
             return self.unfused(input)
@@ -92,7 +138,7 @@ class FusedGatedMLP(Fused):
         super().__init__(module)
         self.activation = activation
 
-    def __call__(self, x: Tensor) -> Any:
+    def fused(self, x: Tensor) -> Any:
         if not self.fits(x):
             return self.unfused(x)
         to_gate, to_up, down = (getattr(self.module, name) for name in self.layers)
@@ -109,12 +155,21 @@ class FusedGatedMLP(Fused):
 class CacheBuilder(Fused):
     """``build_kv_cache`` of one attention: caches of ``dtype`` (None: torch's default) unless the caller names one."""
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None, fused: bool = True) -> None:
+    method = "build_kv_cache"
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, stays: bool = True) -> None:
         super().__init__(module)
         self.dtype = dtype
-        self.fused = fused  # False: under a policy other than safe, the cache's own forward runs
+        self.stays = stays  # False: under a policy other than safe, the cache's own forward runs
 
-    def __call__(
+    def stands_for(self, module: Any) -> tuple[Any, ...]:
+        """The caches that are made count as well."""
+        return _cache_roots, type(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fused(*args, **kwargs) if self.genuine() or not self.stays else self.unfused(*args, **kwargs)
+
+    def fused(
         self,
         batch_size: int,
         max_seq_length: int,
@@ -127,7 +182,7 @@ class CacheBuilder(Fused):
         cache = type(attn).build_kv_cache(
             attn, batch_size, max_seq_length, rope_cache_length, device, self.dtype if dtype is None else dtype
         )
-        if not self.fused:
+        if not self.stays:
             selective.mark_buffers(cache)
         else:
             cache.__dict__["forward"] = FusedCache(cache, self)
@@ -151,11 +206,19 @@ class FusedCache(Fused):
         super().__init__(module)
         self.builder = builder
 
-    def __call__(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        cache = self.module
+        if torch.compiler.is_compiling():  # then the model itself has forgotten
+            return self.fused(*args, **kwargs)
+        forget(cache)
+        if self.genuine():
+            return self.fused(*args, **kwargs)
+        cache.k, cache.v = cache.k.float(), cache.v.float()  # as whoever replaced something expects them
+        return self.unfused(*args, **kwargs)
+
+    def fused(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, Hkv, T, D) and return the whole cache, both in their dtype."""
         cache = self.module
-        if not torch.compiler.is_compiling():  # then the model itself has forgotten
-            forget(cache)
         if cache.k.dtype == torch.float16 and k.dtype == torch.float32:
             keys, values = k.half(), v.half()
             if not _overflowed(k, keys) and not _overflowed(v, values):
@@ -164,6 +227,19 @@ class FusedCache(Fused):
             self.builder.widen(cache)
         full: tuple[Tensor, Tensor] = self.unfused(input_pos, k, v)
         return full
+
+
+def _cache_roots(attention: type) -> list[Root]:
+    """What decides which cache an attention gets, and what that one does."""
+    from litgpt import model
+
+    return [(attention, "build_kv_cache"), *_attention_roots(attention), (model, "KVCache")]
+
+
+def _attention_roots(attention: type) -> list[Root]:
+    from litgpt.model import KVCache
+
+    return [*forwards(attention), *calls(KVCache)]
 
 
 def _overflowed(wide: Tensor, half: Tensor) -> bool:
@@ -196,7 +272,15 @@ def first_of_run(input_pos: Tensor, time: int) -> int | None:
 class FusedAttention(Fused):
     """CausalSelfAttention for consecutive positions, with LitGPT's KVCache in float16 or float32, or without."""
 
-    def __call__(
+    def stands_for(self, module: Any) -> tuple[Any, ...]:
+        """The cache is not called."""
+        return _attention_roots, type(module)
+
+    def genuine(self) -> bool:
+        """Whether it, its cache's code and its method for the scores are LitGPT's own."""
+        return super().genuine() and _SCORES not in self.module.__dict__
+
+    def fused(
         self,
         x: Tensor,
         cos: Tensor,
@@ -241,6 +325,8 @@ class FusedAttention(Fused):
         attn = self.module
         cache = attn.kv_cache
         if not plain_cache(cache, attn.config) or hooked(cache) or cache.k.shape[0] < batch:
+            return None
+        if nn.modules.module._has_any_global_hook():
             return None
         capped = attn.config.attention_logit_softcapping is not None
         where = positions(cache.k.shape[2], attn.apply_sliding_window_attention, capped, start, time, maxp1)
@@ -327,7 +413,7 @@ def plain_cache(cache: Any, config: Any) -> bool:
     """Whether ``cache`` is LitGPT's own, of a dtype and shape that the kernels take."""
     from litgpt.model import KVCache
 
-    if type(cache) is not KVCache:
+    if type(cache) is not KVCache or not isinstance(cache.__dict__.get("forward"), (FusedCache, type(None))):
         return False
     k, v = cache.k, cache.v
     heads = (config.n_query_groups, config.head_size)

@@ -7,12 +7,15 @@ module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-lev
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from upcast import kernels
+from upcast.forward import Forward
+from upcast.genuine import Root, calls, originals
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt_divided import DividedBlock
 from upcast.integrations.litgpt_mask import CausalMask
@@ -23,10 +26,12 @@ from upcast.integrations.litgpt_modules import (
     FusedLayerNorm,
     FusedRMSNorm,
     first_of_run,
+    fuses,
     hooked,
     is_causal,
     plain_cache,
     positions,
+    unwatched_call,
 )
 from upcast.integrations.litgpt_prefix import Held, MadeWith
 from upcast.integrations.members import Members
@@ -35,6 +40,8 @@ from upcast.shortcut import LinearForward, operands
 
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+_SCORES = "scaled_dot_product_attention"
+_NUMBERS = ("eps", "add_unit_offset", "normalized_shape", "mscale", "apply_sliding_window_attention", "config")
 _AT_ONCE = 16  # positions of all rows that go through all blocks in one call
 
 Angles = tuple[Tensor, Tensor]  # cos and sin, each (T, n)
@@ -139,20 +146,25 @@ class Stack:
         self.steps = [step for step in found if step is not None]
         self.complete = len(self.steps) == len(found)
         kinds = {step.kind: step for step in self.steps}
+        self._embedding = gpt.transformer.wte
         self.kinds = [*kinds.values()]  # a step of each kind
         self.kind_of = [[*kinds].index(step.kind) for step in self.steps]
         self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
         self._arguments: tuple[tuple[Any, ...], ...] | None = None
         modules = [*gpt.transformer.h.modules()]
-        self._members = Members(modules, also=(gpt, gpt.transformer), names=("eps",))
+        self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=_SCORES)
         self.watched = self._members.watched
-        self._config = gpt.config
-        self._settings = (*gpt.config.__dict__.values(),)
+        self._originals = originals(_roots, *dict.fromkeys(map(type, modules)))
+        self._configs = [*{id(each): each for each in map(_config, (gpt, *modules)) if each is not None}.values()]
+        self._settings = self._set()
         self._numbers = (*(module.eps for module in modules if "eps" in module.__dict__), *self._settings)
         self.caches = [step.cache for step in self.steps]
 
-    def made_with(self, embedding: nn.Module) -> MadeWith:
-        """Return what keys and values depend on, beside the tokens."""
+    def made_with(self) -> MadeWith | None:
+        """Return what keys and values depend on, beside the tokens; None for an embedding that may do anything."""
+        embedding = self._embedding
+        if type(embedding) is not nn.Embedding or not unwatched_call(embedding):
+            return None
         weights = [each for step in self.steps for each in step.rest if isinstance(each, Tensor)]
         weights += [p.memory() if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
         return MadeWith(weights, self._numbers)
@@ -177,7 +189,14 @@ class Stack:
 
     def current(self) -> bool:
         """Whether nothing was replaced or reconfigured since."""
-        return self._members.same() and (*self._config.__dict__.values(),) == self._settings
+        return self._members.same() and self._set() == self._settings
+
+    def genuine(self) -> bool:
+        """Whether what the native call stands for is still LitGPT's and torch's own code."""
+        return self._originals.intact()
+
+    def _set(self) -> tuple[Any, ...]:
+        return tuple(chain.from_iterable(config.__dict__.values() for config in self._configs))
 
 
 class FusedGPT(Fused):
@@ -188,7 +207,7 @@ class FusedGPT(Fused):
         self.stack: Stack | None = None
         self.held = Held()
 
-    def __call__(
+    def fused(
         self,
         idx: Tensor,
         input_pos: Tensor | None = None,
@@ -215,7 +234,7 @@ class FusedGPT(Fused):
         """
         held, first = self.held, start
         tokens = idx[0].tolist() if len(idx) == 1 else None
-        made_with = stack.made_with(self.module.transformer.wte) if tokens is not None and start == 0 else None
+        made_with = stack.made_with() if tokens is not None and start == 0 else None
         if tokens is not None and made_with is not None and self._last_is_enough():
             start = held.shared(tokens, stack.caches, made_with)
         batch, time = len(idx), first + idx.shape[1] - start
@@ -279,7 +298,7 @@ class FusedGPT(Fused):
         stack = self.stack
         if stack is None or not stack.current():
             self.stack = stack = Stack(self.module)
-        return stack if stack.complete and not stack.watched() else None
+        return stack if stack.complete and stack.genuine() and not stack.watched() else None
 
     def _angles(self, start: int, time: int) -> dict[int | None, Angles]:
         """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
@@ -300,7 +319,9 @@ class FusedGPT(Fused):
 
     def _last_is_enough(self) -> bool:
         gpt = self.module
-        return wants_last(gpt) and not any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head)))
+        if not wants_last(gpt) or any(map(hooked, (gpt, gpt.transformer.ln_f, gpt.lm_head))):
+            return False
+        return _each_by_itself(gpt.transformer.ln_f) and _each_by_itself(gpt.lm_head)
 
     def _capped(self, logits: Tensor) -> Tensor:
         limit = self.module.config.final_logit_softcapping
@@ -311,7 +332,9 @@ def _step(block: Any, index: int) -> Step | None:
     """Return the native call for ``block``, or None if it needs what the kernel does not know."""
     attn, config = block.attn, block.attn.config  # of a divided block, with the heads that are here
     forward, divided = attn.__dict__.get("forward"), _divided(block)
-    if not (_plain(block) or divided) or not isinstance(forward, FusedAttention) or config.rope_interleave:
+    if not (_is_block(block) or divided) or not fuses(attn, FusedAttention) or config.rope_interleave:
+        return None
+    if _SCORES in attn.__dict__:
         return None
     if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
         return None
@@ -338,8 +361,31 @@ def _divided(block: Any) -> DividedBlock | None:
     return forward if isinstance(forward, DividedBlock) else None
 
 
+def _is_block(block: nn.Module) -> bool:
+    """Whether ``block`` runs the forward of LitGPT's Block, as subclasses with other layers do."""
+    from litgpt.model import Block
+
+    return isinstance(block, Block) and type(block).forward is Block.forward and "forward" not in block.__dict__
+
+
+def _each_by_itself(module: nn.Module) -> bool:
+    """Whether ``module``, a norm or the head, is known to take each position by itself."""
+    known = type(module).__module__.partition(".")[0] in ("litgpt", "torch")
+    return known and isinstance(module.__dict__.get("forward"), (Forward, type(None)))
+
+
+def _config(module: nn.Module) -> Any:
+    config = module.__dict__.get("config")
+    return config if hasattr(config, "__dict__") else None
+
+
+def _roots(*kinds: type) -> list[Root]:
+    """Return what blocks of modules of these kinds run, with the embedding before them, as the stack leaves it out."""
+    return calls(nn.Embedding, *(kind for kind in kinds if not issubclass(kind, (nn.ModuleList, nn.ModuleDict))))
+
+
 def _plain(module: nn.Module) -> bool:
-    """Whether ``module`` is one of LitGPT's or torch's own, running its class's forward or a short way to the same."""
+    """Whether ``module`` runs its class's forward, or a short way to the same."""
     return isinstance(module.__dict__.get("forward"), (LinearForward, type(None)))
 
 
@@ -356,10 +402,9 @@ def _norm(norm: Any) -> tuple[Any, ...] | None:
     """Return (weight, bias, kind, eps, offset) of a norm as the kernel takes it."""
     if norm is None or (type(norm) is nn.Identity and _plain(norm)):
         return _NO_NORM
-    forward = norm.__dict__.get("forward")
-    if isinstance(forward, FusedRMSNorm):
+    if fuses(norm, FusedRMSNorm):
         return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
-    if isinstance(forward, FusedLayerNorm):
+    if fuses(norm, FusedLayerNorm):
         return (norm.weight, norm.bias, 2, norm.eps, 0.0)
     return None
 
@@ -368,9 +413,8 @@ def _mlp(mlp: Any) -> tuple[Any, ...] | None:
     """Return (activation, gate, up or None, down) of an MLP that the kernel knows."""
     from litgpt.model import GptNeoxMLP
 
-    forward = mlp.__dict__.get("forward")
-    if isinstance(forward, FusedGatedMLP):
-        return (forward.activation, mlp.fc_1, mlp.fc_2, mlp.proj)
+    if fuses(mlp, FusedGatedMLP):
+        return (mlp.__dict__["forward"].activation, mlp.fc_1, mlp.fc_2, mlp.proj)
     if type(mlp) is GptNeoxMLP and _plain(mlp):
         return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from upcast import console, kernels
+from upcast.genuine import Root, is_own, originals
 from upcast.half_weight import HalfWeight
 from upcast.store import Fallbacks
 
@@ -50,12 +51,19 @@ def narrow(cache: Any) -> None:
             narrow(part)
     if getattr(cache, "offloading", True) or not twins():  # an offloading cache moves its tensors itself
         return
+    if not is_own(type(cache), type(cache).__name__, "transformers"):  # a cache of the user's may do anything
+        return
     for layer in cache.layers:
-        twin = twins().get(type(layer))
-        if twin is not None and not layer.is_initialized:
+        kind: type = type(layer)
+        twin = twins().get(kind)
+        if twin is not None and not layer.is_initialized and originals(_roots, kind).intact():
             layer.__class__ = twin
     replicated = cache.layer_class_to_replicate
     cache.layer_class_to_replicate = twins().get(replicated, replicated)
+
+
+def _roots(layer: type) -> list[Root]:
+    return [(layer, "update"), (layer, "lazy_initialization")]
 
 
 def growing(cache: Any, index: int) -> Any:
@@ -77,7 +85,8 @@ class _Twin:
 
     def update(self, key_states: Tensor, value_states: Tensor, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values in float16 and return all rows."""
-        if not all(map(_storable, (key_states, value_states))):
+        own = originals(_roots, self.original).intact()
+        if not own or not all(map(_storable, (key_states, value_states))):
             return self._give_up(key_states, value_states, cache_kwargs, "")
         stored = self._store(key_states, value_states, cache_kwargs)
         if stored is None:

@@ -8,8 +8,7 @@ does anything else keeps its own. Their forwards are checked against float32 by 
 import functools
 import inspect
 import sys
-from collections.abc import Callable
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from torch import nn
 
 from upcast.integrations.transformers_cache import narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
-from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
 from upcast.tree import modules
-
-_ACTIVATIONS = {"SiLUActivation": "silu", "SiLU": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
 
 
 def install(root: nn.Module, kv_cache: str) -> None:
@@ -61,10 +58,12 @@ def _fuse(module: Any) -> None:
         return
     kinds = _patterns()
     code = _code(type(module).forward)
+    if code is None:
+        return
     if code == kinds["norm"] and _vector(module, "weight") and hasattr(module, "variance_epsilon"):
         module.__dict__["forward"] = FusedRMSNorm(module)
-    elif code == kinds["mlp"] and (activation := _ACTIVATIONS.get(type(module.act_fn).__name__)):
-        module.__dict__["forward"] = FusedGatedMLP(module, activation)
+    elif code == kinds["mlp"] and (name := activation(module)):
+        module.__dict__["forward"] = FusedGatedMLP(module, name)
     elif code in kinds["attention"] and _rope(module) == kinds["rope"]:
         module.__dict__["forward"] = FusedAttention(module)
 
@@ -76,7 +75,8 @@ def _is_layer(module: Any) -> bool:
     inside = module._modules
     if not all(name in inside and isinstance(inside[name].__dict__.get("forward"), parts[name]) for name in parts):
         return False
-    return bool(_code(type(module).forward) == _patterns()["layer"])
+    code = _code(type(module).forward)
+    return code is not None and bool(code == _patterns()["layer"])
 
 
 @functools.cache
@@ -101,13 +101,15 @@ def _patterns() -> dict[str, Any]:
 def _rope(module: Any) -> Any:
     home = sys.modules[type(module).__module__]
     parts = (getattr(home, "apply_rotary_pos_emb", None), getattr(home, "rotate_half", None))
-    return tuple(None if part is None else _code(part) for part in parts)
+    return tuple(map(_code, parts))
 
 
-def _code(function: Callable[..., Any]) -> Any:
-    """Return what a function does, without its name and its docstring."""
-    while hasattr(function, "__wrapped__"):
+def _code(function: Any) -> Any:
+    """Return what a function does, without its name and its docstring; None for what is no function."""
+    while type(function) is FunctionType and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
+    if type(function) is not FunctionType:
+        return None
     code: CodeType = function.__code__
     constants = tuple(value for value in code.co_consts if value != function.__doc__)
     return code.co_code, code.co_names, code.co_varnames, constants

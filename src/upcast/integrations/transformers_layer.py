@@ -10,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.integrations.litgpt_modules import Fused
+from upcast.genuine import Originals, Root, calls, originals
+from upcast.integrations.litgpt_modules import Fused, fuses
 from upcast.integrations.members import Members
 from upcast.integrations.transformers_cache import growing
-from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.integrations.transformers_modules import (
+    FusedAttention,
+    FusedGatedMLP,
+    FusedRMSNorm,
+    activation,
+    attention_roots,
+)
 from upcast.kernels import native
 from upcast.shortcut import LinearForward, operands
 
@@ -26,9 +33,9 @@ class FusedDecoderLayer(Fused):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._known: tuple[Members, tuple[Any, ...] | None] | None = None  # replaced whole: threads share the layer
+        self._known: tuple[Members, Originals, tuple[Any, ...] | None] | None = None  # replaced whole: threads share it
 
-    def __call__(
+    def fused(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
@@ -40,7 +47,7 @@ class FusedDecoderLayer(Fused):
         **kwargs: Any,
     ) -> Any:
         if attention_mask is None and position_embeddings is not None and self._token(hidden_states):
-            y = self._fused(hidden_states, position_embeddings, past_key_values)
+            y = self._in_one_call(hidden_states, position_embeddings, past_key_values)
             if y is not None:
                 self.calls += 1
                 return y
@@ -66,12 +73,12 @@ class FusedDecoderLayer(Fused):
             return False
         return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
 
-    def _fused(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+    def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
         plan = self._current_plan()
         if plan is None:
             return None
-        layer = growing(cache, self.module.self_attn.layer_idx)
+        layer = growing(cache, self.module.self_attn.layer_idx) if _own(cache) else None
         room = None if layer is None else layer.reserve()
         if layer is None or room is None or room[0].shape[0] != x.shape[0]:
             return None
@@ -87,16 +94,34 @@ class FusedDecoderLayer(Fused):
         known = self._known
         if known is None or not known[0].same():
             inside = [module for module in self.module.modules() if module is not self.module]
-            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), _plan(self.module)
-        members, plan = known
+            code = originals(_roots, *dict.fromkeys(map(type, inside)))
+            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), code, _plan(self.module)
+        members, code, plan = known
         sdpa = self.module.self_attn.config._attn_implementation == "sdpa"
-        return plan if sdpa and not members.watched() else None
+        return plan if sdpa and not members.watched() and code.intact() else None
+
+
+def _roots(*kinds: type) -> list[Root]:
+    """Return what a layer of modules of these kinds runs, as the native call leaves it out."""
+    return [*calls(*kinds), *attention_roots(*kinds)]
+
+
+def _own(cache: Any) -> bool:
+    """Whether ``cache`` takes keys and values as Transformers' own caches do."""
+    kind: type = type(cache)
+    return "update" not in cache.__dict__ and originals(_cache_roots, kind).intact()
+
+
+def _cache_roots(cache: type) -> list[Root]:
+    from transformers import cache_utils
+
+    return [(cache, "update"), (cache_utils.Cache, "update"), (cache_utils.DynamicLayer, "update")]
 
 
 def _plan(layer: Any) -> tuple[Any, ...] | None:
     attn, mlp = layer.self_attn, layer.mlp
     gated = mlp.__dict__.get("forward")
-    if not isinstance(attn.__dict__.get("forward"), FusedAttention) or not isinstance(gated, FusedGatedMLP):
+    if not fuses(attn, FusedAttention) or not fuses(mlp, FusedGatedMLP) or activation(mlp) != gated.activation:
         return None
     linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
     matrices = [_matrix(linear) for linear in linears]
@@ -121,6 +146,6 @@ def _norm(norm: Any) -> tuple[Any, ...] | None:
     """Return (weight, bias, kind, eps, offset) of a fused RMSNorm, or of none."""
     if norm is None:
         return _NO_NORM
-    if not isinstance(norm.__dict__.get("forward"), FusedRMSNorm):
+    if not fuses(norm, FusedRMSNorm):
         return None
     return (norm.weight, None, 1, norm.variance_epsilon, 0.0)

@@ -1,21 +1,24 @@
 """Fused forwards of single modules of Transformers: norms, gated MLPs and attention of the Llama kind."""
 
+import functools
+import sys
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.attention import over_cache, rows_in_use
+from upcast.genuine import Root, Table, calls, forwards
 from upcast.half_weight import HalfWeight
 from upcast.integrations import litgpt_modules
-from upcast.integrations.litgpt_modules import Fused
+from upcast.integrations.litgpt_modules import Fused, unwatched_call
 
 
 class FusedRMSNorm(Fused):
     """RMSNorm over the last dimension, with a plain weight."""
 
-    def __call__(self, hidden_states: Tensor) -> Any:
+    def fused(self, hidden_states: Tensor) -> Any:
         norm = self.module
         if not self.fits(hidden_states):
             return self.unfused(hidden_states)
@@ -28,11 +31,23 @@ class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
 
     layers = ("gate_proj", "up_proj", "down_proj")
 
+    def stands_for(self, module: Any) -> tuple[Any, ...]:
+        """The activation is not called."""
+        return _gated_roots, type(module), type(module.act_fn)
+
+    def genuine(self) -> bool:
+        """Whether it and its activation are what they were, and nobody watches the activation."""
+        return super().genuine() and activation(self.module) == self.activation
+
 
 class FusedAttention(Fused):
     """Llama's or Qwen3's attention under SDPA: rope in one kernel, and a float16 cache read as it is."""
 
-    def __call__(
+    def stands_for(self, module: Any) -> tuple[Any, ...]:
+        """Transformers' function for SDPA is not called."""
+        return attention_roots, type(module)
+
+    def fused(
         self,
         hidden_states: Tensor,
         position_embeddings: Any = None,
@@ -88,3 +103,43 @@ class FusedAttention(Fused):
             return kernels.causal_attention(q, k, v, attn.scaling)
         options = {"is_causal": bool(masked), "scale": attn.scaling, "enable_gqa": attn.num_key_value_groups > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+@functools.cache
+def _activations() -> dict[type, str]:
+    from transformers import activations
+
+    known = {"SiLUActivation": "silu", "GELUTanh": "gelu_tanh", "GELUActivation": "gelu"}
+    ours = {getattr(activations, name): kind for name, kind in known.items() if hasattr(activations, name)}
+    return {**ours, nn.SiLU: "silu"}
+
+
+def activation(mlp: Any) -> str | None:
+    """Return what the kernels call the activation of a gated MLP; None for one they do not know, or that is watched."""
+    act = mlp._modules.get("act_fn")
+    name = _activations().get(type(act))
+    return name if name and unwatched_call(act) and _plain_gelu(act) else None
+
+
+def _plain_gelu(act: Any) -> bool:
+    """Whether a GELU of Transformers has the function that it was made with, if it has one."""
+    function = act.__dict__.get("act")
+    if type(function) is functools.partial:
+        return function.func is F.gelu and function.keywords == {"approximate": "tanh"}
+    return function is None or function is F.gelu or getattr(function, "__self__", None) is act
+
+
+def _gated_roots(mlp: type, act: type) -> list[Root]:
+    return [*forwards(mlp), *calls(act)]
+
+
+def attention_roots(*kinds: type) -> list[Root]:
+    """Return the forwards of ``kinds``, and what an attention among them finds in Transformers' table for SDPA."""
+    from transformers.integrations import sdpa_attention
+
+    roots: list[Root] = [*forwards(*kinds), (sdpa_attention, "sdpa_attention_forward")]
+    for kind in kinds:
+        table = vars(sys.modules[kind.__module__]).get("ALL_ATTENTION_FUNCTIONS")
+        for each in (getattr(table, "_local_mapping", table), getattr(table, "_global_mapping", None)):
+            roots += [(Table(each, "transformers"), "sdpa")] if isinstance(each, dict) else []
+    return roots
