@@ -32,11 +32,7 @@ _TRAINERS = {
 def dissolve(weight: "HalfWeight", why: str) -> None:
     """Move the numbers of ``weight``, and of every view that shares them, to float32 memory; say why, once."""
     store = weight.store
-    if store.half is None:
-        return
-    elements = store.half.numel()
-    store.dissolve()
-    if store.fallbacks.dissolve(why, elements):
+    if store.dissolve() and store.fallbacks.dissolve(why, alias(weight).numel()):
         model = store.fallbacks.model
         console.say(f"{model}: weights become ordinary float32 parameters, because {why}; upcast.report counts them")
 

@@ -60,6 +60,9 @@ def region_of(part: Tensor, whole: Tensor | None) -> Region | None:
     return Region(tuple(part.shape), part.stride(), int(part.storage_offset() - whole.storage_offset()))
 
 
+_changes = threading.Lock()  # two threads may find at once that a weight has to move
+
+
 class Store:
     """The memory of one weight.
 
@@ -87,24 +90,30 @@ class Store:
 
     def unshare(self) -> None:
         """Have memory that no other weight uses: called before anything is written, or handed out for writing."""
-        if self.sharing is None or self.half is None:
+        if self.sharing is None:
             return
-        if self.sharing[0] > 1:
-            with torch.inference_mode(False):
-                self.half = like(self.half, torch.float16)
-        self.sharing[0] -= 1
-        self.sharing = None
+        with _changes:
+            if self.sharing is not None and self.half is not None and self.sharing[0] > 1:
+                with torch.inference_mode(False):
+                    self.half = like(self.half, torch.float16)
+            self._leave()
 
-    def dissolve(self) -> None:
-        """Go to float32 memory."""
-        if self.half is None:
-            return
-        with torch.inference_mode(False), torch.no_grad():
-            self.wide = like(self.half, torch.float32)
+    def dissolve(self) -> bool:
+        """Go to float32 memory; return whether it was not there already."""
+        with _changes:
+            if self.half is None:
+                return False
+            with torch.inference_mode(False), torch.no_grad():
+                self.wide = like(self.half, torch.float32)
+            self._leave()
+            self.half = None
+        Store.dissolved = True
+        return True
+
+    def _leave(self) -> None:
         if self.sharing is not None:
             self.sharing[0] -= 1
-        self.half = self.sharing = None
-        Store.dissolved = True
+        self.sharing = None
 
 
 def like(source: Tensor, dtype: torch.dtype) -> Tensor:
