@@ -32,7 +32,7 @@ _TRAINERS = {
 def dissolve(weight: "HalfWeight", why: str) -> None:
     """Move the numbers of ``weight``, and of every view that shares them, to float32 memory; say why, once."""
     store = weight.store
-    if store.dissolve() and store.fallbacks.dissolve(why, alias(weight).numel()):
+    if store.dissolve() and store.wide is not None and store.fallbacks.dissolve(why, store.wide.numel()):
         model = store.fallbacks.model
         console.say(f"{model}: weights become ordinary float32 parameters, because {why}; upcast.report counts them")
 
