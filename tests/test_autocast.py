@@ -83,14 +83,9 @@ def test_operations(operation: str, grad: bool, dtype: torch.dtype) -> None:
     model = Product(function, *shape)
     plain = rounded(model).requires_grad_(False)
     upcast.patch(model)
-    exact = plain(x)
+    exact = model(x)  # in float32, of inputs in half too
     inputs = [x.clone().requires_grad_(grad) for _ in range(2)]
     with torch.set_grad_enabled(grad), torch.autocast("cpu", dtype):
-        if operation == "cat with bfloat16" and dtype == torch.float16:
-            for each in (plain, model):
-                with pytest.raises(RuntimeError, match="Unexpected floating ScalarType"):
-                    each(x)
-            return
         want, got = plain(inputs[0]), model(inputs[1])
     assert got.dtype == want.dtype
     assert got.requires_grad == want.requires_grad
@@ -153,6 +148,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[Tensor, ...]]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_torchs_own_layers(layer: str, grad: bool) -> None:
@@ -217,7 +213,7 @@ FORMS = {"nested": nested, "decorated": decorated, "switched": switched, "anothe
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_every_form_of_autocast(form: str, grad: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
-    plain = rounded(model)
+    plain = rounded(model).requires_grad_(False)  # torch keeps its casts of what requires grad, whatever the dtype
     upcast.patch(model)
     with torch.set_grad_enabled(grad):
         want, got = FORMS[form](plain, X), FORMS[form](model, X)
@@ -274,6 +270,7 @@ def test_generation(kind: str, way: str, dtype: torch.dtype) -> None:
     plain = rounded(model)
     upcast.patch(model)
     found = []
+    exact, _ = generated(plain, **{**options, "max_new_tokens": 3, "min_new_tokens": 3})
     for each in (plain, model):
         if way == "one cache for both" and kind != "encoder and decoder":
             cache = pytest.importorskip("transformers").DynamicCache(config=each.config)
@@ -283,7 +280,9 @@ def test_generation(kind: str, way: str, dtype: torch.dtype) -> None:
         with torch.autocast("cpu", dtype):
             found.append(generated(each, **{**options, "max_new_tokens": 3, "min_new_tokens": 3}))
     (want, before), (got, after) = found
-    assert relative(got[0], want[0]) < 3e-2
+    assert got.dtype == want.dtype
+    allowed = max(3e-2, 1.1 * relative(want, exact))  # in bfloat16 the unpatched one chooses other experts
+    assert min(relative(got, want), relative(got, exact)) < allowed
     if after is not None:
         kinds = [[(type(layer).__name__, layer.keys.dtype, layer.values.dtype) for layer in layers(c)]
                  for c in (before, after)]  # fmt: skip
