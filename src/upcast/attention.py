@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upcast import kernels
+from upcast import autocast, kernels
 from upcast.half_weight import HalfWeight, call_widened
 from upcast.ops import handles
 
@@ -38,6 +38,8 @@ def _attention(
 def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) -> bool:
     """Whether the kernel takes these: (B, H, T, D), one batch, whole groups of heads, and nobody needs a gradient."""
     if type(query) is not Tensor or query.dtype != torch.float32 or dropout or torch.compiler.is_compiling():
+        return False
+    if query.is_nested or autocast.enabled():  # autocast rounds all three, and the result
         return False
     if (torch.is_grad_enabled() and query.requires_grad) or {query.dim(), key.dim(), value.dim()} != {4}:
         return False

@@ -16,7 +16,7 @@ from upcast import kernels
 from upcast.genuine import Root, originals
 from upcast.half_weight import HalfWeight, call_widened
 from upcast.ops import handles, handles_each, named
-from upcast.products import _in_tiles, _times
+from upcast.products import _in_tiles, _times, factor
 
 # --- torch's own composites -----------------------------------------------------------------------------------------
 
@@ -59,7 +59,10 @@ def _embedding_bag(
     padding_idx: int | None = None,
 ) -> Any:
     rest = (norm_type, False, mode, False, per_sample_weights, include_last_offset)
-    if max_norm is not None or not isinstance(weight, HalfWeight):  # max_norm renormalises the weight in place
+    whole = input.dtype in (torch.int64, torch.int32) and input.layout is torch.strided and not input.is_nested
+    if (
+        max_norm is not None or not isinstance(weight, HalfWeight) or not whole
+    ):  # max_norm renormalises the weight in place
         return call_widened(F.embedding_bag, (input, weight, offsets, max_norm, *rest, padding_idx), {})
     used, places = torch.unique(input, return_inverse=True)
     padding = None
@@ -83,15 +86,22 @@ def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | Non
 
 @handles(torch.tensordot)
 def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -> Any:
-    if out is not None or isinstance(a, HalfWeight) is isinstance(b, HalfWeight) or torch.float64 in (a.dtype, b.dtype):
-        return call_widened(torch.tensordot, (a, b), {"dims": dims, "out": out})
+    ours = factor(b) if isinstance(a, HalfWeight) else isinstance(b, HalfWeight) and factor(a)
     count = dims if isinstance(dims, int) else None
     in_a, in_b = (list(range(-count, 0)), list(range(count))) if count is not None else map(_listed, dims)
+    if out is not None or not ours or not _contracts(a, in_a, b, in_b):
+        return call_widened(torch.tensordot, (a, b), {"dims": dims, "out": out})
     left, right = _as_matrix(a, in_a, last=True), _as_matrix(b, in_b, last=False)
     kept = [a.shape[i] for i in _others(a, in_a)] + [b.shape[i] for i in _others(b, in_b)]
     if isinstance(b, HalfWeight):
         return _times(left, right.t()).reshape(kept)
     return _times(right.t(), left).t().reshape(kept)
+
+
+def _contracts(a: Tensor, in_a: list[int], b: Tensor, in_b: list[int]) -> bool:
+    """Whether the dimensions ``in_a`` are there and as long as ``in_b``; torch says what is wrong with others."""
+    there = all(-x.dim() <= dim < x.dim() for x, dims in ((a, in_a), (b, in_b)) for dim in dims)
+    return there and [a.shape[dim] for dim in in_a] == [b.shape[dim] for dim in in_b]
 
 
 def _listed(dims: Any) -> list[int]:
@@ -143,7 +153,8 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 def _elementwise(function: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> Any:
     weight = b if isinstance(b, HalfWeight) else a
     other = a if weight is b else b
-    if isinstance(other, HalfWeight) or not weight.stored.dim() or kwargs.get("out") is not None:
+    special = isinstance(other, Tensor) and (other.layout is not torch.strided or other.is_nested)
+    if special or isinstance(other, HalfWeight) or not weight.stored.dim() or kwargs.get("out") is not None:
         return call_widened(function, (a, b, *args), kwargs)
     dim = max(range(weight.stored.dim()), key=lambda i: weight.stored.shape[i])
     from_end, size = dim - weight.stored.dim(), weight.stored.shape[dim]

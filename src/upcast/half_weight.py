@@ -119,7 +119,10 @@ class HalfWeight(torch.Tensor):
                 return func(*args, **kwargs)
         handler = HANDLERS.get(func)
         if handler is not None and not (kwargs and isinstance(kwargs.get("out"), HalfWeight)):
-            return handler(*args, **kwargs) if kwargs else handler(*args)
+            if not kwargs:
+                return handler(*args)
+            args, kwargs = _in_order(args, kwargs)
+            return handler(*args, **kwargs)
         if func in _METADATA or getattr(func, "__name__", "") in ("__get__", "__set__"):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
@@ -215,6 +218,16 @@ class HalfWeight(torch.Tensor):
             shape = tuple(self.shape)
         where = "stored in float16" if self.store.half is not None else "in float32"
         return f"HalfWeight(float32 {shape} {where}:\n{self.memory()})"
+
+
+def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with those that torch calls ``input`` and ``other`` at their places, the first two."""
+    kwargs = dict(kwargs)
+    if "input" in kwargs:
+        args = (kwargs.pop("input"), *args)
+    if "other" in kwargs and len(args) == 1:
+        args = (*args, kwargs.pop("other"))
+    return args, kwargs
 
 
 # What of torch reads the wrapper's memory, which there is none of, raises an error in place of reading at address zero.

@@ -76,7 +76,7 @@ class GuardedApply(Attached):
 
     def __call__(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
-        root, probe = self.module, function(torch.empty(0))
+        root, probe = self.module, function(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type == "cpu" and probe.dtype == torch.float32:
             return _apply_to_others(root, function, recurse)
         wanted = probe.dtype if probe.dtype != torch.float32 else probe.device

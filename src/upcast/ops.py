@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast import kernels
+from upcast import autocast, kernels
 from upcast.half_weight import HANDLERS, HalfWeight, call_in_memory, call_widened
 
 Handler = Callable[..., Any]
@@ -124,7 +124,7 @@ def _shares(result: Tensor, stored: Tensor) -> bool:
 
 @handles_each(*named("cat concat concatenate stack hstack vstack"))
 def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
-    if kwargs.get("out") is not None:
+    if kwargs.get("out") is not None or autocast.active():  # which joins no float16 with others
         return call_widened(function, (tensors, *args), kwargs)
     stored = [tensor.stored if isinstance(tensor, HalfWeight) else tensor for tensor in tensors]
     if all(isinstance(tensor, HalfWeight) for tensor in tensors):
@@ -132,6 +132,9 @@ def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     if any(tensor.dtype == torch.float32 for tensor in stored):  # torch widens what it joins to float32
         return function(stored, *args, **kwargs)
     return call_widened(function, (tensors, *args), kwargs)
+
+
+_INDICES = (torch.int64, torch.int32)
 
 
 # --- selections: only the chosen rows are widened -------------------------------------------------------------------
@@ -154,7 +157,8 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if max_norm is not None:  # renormalises the weight in place
+    plain = weight.dim() == 2 and indices.dtype in _INDICES and indices.layout is torch.strided
+    if max_norm is not None or not plain or indices.is_nested:  # max_norm renormalises the weight in place
         args = (indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return call_widened(torch.nn.functional.embedding, args, {})
     assert isinstance(weight, HalfWeight)

@@ -13,10 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from upcast import kernels
+from upcast import autocast, kernels
+from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, call_widened
 from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
+
+_TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # from these, products are float32
 
 
 def _note_gradient(weight: HalfWeight, result: Tensor) -> None:
@@ -35,53 +38,86 @@ def _times(x: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return x @ stored.T + bias for a float16 matrix."""
     if x.dtype in (torch.float16, torch.bfloat16):  # an input the caller halved; the model computes in float32
         x = x.float()
-    return kernels.linear(x, stored, bias)
+    return autocast.rounded(kernels.linear(x, stored, bias))
 
 
 @handles(F.linear)
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    if type(weight) is HalfWeight and x.dtype is torch.float32 and type(x) is Tensor:
-        if weight.row_major and not torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the hot path
-            return kernels.active().linear(x, weight.store.half, bias)
-    elif isinstance(x, HalfWeight) and isinstance(weight, HalfWeight) and x.stored.numel() <= weight.stored.numel():
-        return _linear(x.widened(), weight, bias)  # a learned query, say: no larger than a layer's weight
-    elif not _takes_part(x, weight, bias):
-        return call_widened(F.linear, (x, weight, bias), {})
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    if (
+        type(weight) is HalfWeight
+        and weight.row_major
+        and type(input) is Tensor
+        and input.dtype is torch.float32
+        and not input.is_neg()
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not autocast.enabled()
+    ):  # the hot path
+        try:
+            return kernels.active().linear(input, weight.store.half, bias)
+        except (UpcastError, TypeError, RuntimeError):
+            pass  # sparse, nested, of another size: of these torch makes its own result, or its own error
+    if isinstance(input, HalfWeight) and isinstance(weight, HalfWeight) and input.numel() <= weight.numel():
+        input = input.widened()  # a learned query, say: no larger than a layer's weight
+    if not _takes_part(input, weight, bias):
+        return call_widened(F.linear, (input, weight, bias), {})
     assert isinstance(weight, HalfWeight)
-    result = _times(x, weight.stored, bias)
+    result = _times(input, weight.stored, bias)
     _note_gradient(weight, result)
     return result
 
 
 def _takes_part(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether only the weight is stored in float16, and the product is one of float32."""
-    only_weight = isinstance(weight, HalfWeight) and not isinstance(x, HalfWeight) and not isinstance(bias, HalfWeight)
-    return only_weight and x.dtype != torch.float64 and weight.dim() == 2
+    """Whether only the weight is stored in float16, and the product is one that the kernels know."""
+    if not isinstance(weight, HalfWeight) or weight.dim() != 2 or not _takes(x, weight.shape[1]):
+        return False
+    return bias is None or (dense(bias) and bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
 
 
-@handles(*named("matmul mm bmm mv __matmul__"))
-def _matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Any:
+def _takes(x: Tensor, size: int) -> bool:
+    """Whether the kernels take x (..., size). Of anything else torch makes its own result, or its own error."""
+    return factor(x) and x.dim() > 0 and x.shape[-1] == size
+
+
+def factor(x: Tensor) -> bool:
+    """Whether x, of whatever shape, is something that the kernels multiply with a weight."""
+    return dense(x) and x.dtype in _TAKEN
+
+
+def dense(x: Tensor) -> bool:
+    """Whether x is no weight of ours, and its numbers are in plain memory: not sparse, nested or yet to be negated."""
+    plain = not isinstance(x, HalfWeight) and x.layout is torch.strided and not x.is_nested
+    return plain and x.is_cpu and not x.is_neg()
+
+
+@handles_each(*named("matmul mm bmm mv __matmul__"))
+def _matmul(function: Any, *given: Tensor, out: Tensor | None = None, **by_name: Tensor) -> Any:
+    a, b = (*given, *by_name.values())
+    if out is not None or (function in _VECTORS and autocast.active()):  # which leaves mv in float32
+        return call_widened(function, (a, b), {} if out is None else {"out": out})
     if isinstance(a, HalfWeight) and isinstance(b, HalfWeight):
-        a, b = (a.widened(), b) if a.stored.numel() < b.stored.numel() else (a, b.widened())
-    result = _product(a, b)
-    return result if out is None else out.copy_(result)
+        a, b = (a.widened(), b) if a.numel() < b.numel() else (a, b.widened())
+    return _product(function, a, b)
+
+
+_VECTORS = named("mv addmv")
 
 
 @handles(Tensor.__rmatmul__)
 def _rmatmul(b: Tensor, a: Tensor) -> Any:
-    return _product(a, b)
+    return _product(torch.matmul, a, b)
 
 
-def _product(a: Tensor, b: Tensor) -> Any:
-    """Return a @ b, one of which is a HalfWeight."""
+def _product(function: Any, a: Tensor, b: Tensor) -> Any:
+    """Return a @ b, one of which is a HalfWeight; ``function`` is what the caller asked of torch."""
     weight = a if isinstance(a, HalfWeight) else b
     assert isinstance(weight, HalfWeight)
     other = b if weight is a else a
-    if weight.stored.dim() == 1 or other.dtype == torch.float64:
-        return call_widened(torch.matmul, (a, b), {})
-    if weight.stored.dim() > 2 and weight.stored.numel() <= TILE:  # no more than a tile: a cache's rows in use, say
+    if weight.dim() == 1 or not factor(other) or not _fit(function, a, b):
+        return call_widened(function, (a, b), {})
+    if weight.dim() > 2 and weight.numel() <= TILE:  # no more than a tile: a cache's rows in use, say
         return torch.matmul(*(weight.widened() if each is weight else each for each in (a, b)))
-    if weight.stored.dim() > 2:
+    if weight.dim() > 2:
         return _batched(a, b)
     if weight is b:
         return _times(a, weight.stored.t())
@@ -90,32 +126,72 @@ def _product(a: Tensor, b: Tensor) -> Any:
     return _times(other.mT, weight.stored).mT
 
 
+_DIMENSIONS = {
+    **dict.fromkeys(named("mm"), (2, 2)),
+    **dict.fromkeys(named("bmm"), (3, 3)),
+    **dict.fromkeys(named("mv"), (2, 1)),
+}
+
+
+def _fit(function: Any, a: Tensor, b: Tensor) -> bool:
+    """Whether a @ b is a product of the kind ``function``; torch says what is wrong with any other."""
+    if not a.dim() or not b.dim() or a.shape[-1] != b.shape[-2 if b.dim() > 1 else 0]:
+        return False
+    wanted = _DIMENSIONS.get(function, (a.dim(), b.dim()))
+    return wanted == (a.dim(), b.dim()) and (wanted != (3, 3) or a.shape[0] == b.shape[0] or function in _BROADCASTING)
+
+
+_BROADCASTING = named("matmul __matmul__")
+
+
 def _batched(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b for a weight of more than two dimensions (experts): one matrix at a time."""
     a2, b2 = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
     batch = torch.broadcast_shapes(a2.shape[:-2], b2.shape[:-2])
     a2, b2 = (each.expand(*batch, *each.shape[-2:]) for each in (a2, b2))
-    out = torch.stack([_product(a2[i], b2[i]) for i in itertools.product(*map(range, batch))])
+    out = torch.stack([_product(torch.mm, a2[i], b2[i]) for i in itertools.product(*map(range, batch))])
     out = out.view(*batch, *out.shape[-2:])
     out = out.squeeze(-2) if a.dim() == 1 else out
     return out.squeeze(-1) if b.dim() == 1 else out
 
 
-@handles(*named("addmm baddbmm addmv"))
+@handles_each(*named("addmm baddbmm addmv"))
 def _add_product(
-    addend: Tensor, *factors: Tensor, beta: float = 1, alpha: float = 1, out: Tensor | None = None, **by_name: Tensor
-) -> Tensor:
+    function: Any,
+    addend: Tensor,
+    *factors: Tensor,
+    beta: float = 1,
+    alpha: float = 1,
+    out: Tensor | None = None,
+    **by_name: Tensor,
+) -> Any:
     """Return beta * addend + alpha * (a @ b); torch calls a and b mat1 and mat2, batch1 and batch2, or mat and vec."""
     a, b = (*factors, *by_name.values())
-    if not isinstance(a, HalfWeight) and not isinstance(b, HalfWeight):
-        assert isinstance(addend, HalfWeight)
-        result = beta * addend.widened() + alpha * (a @ b)
-    elif isinstance(b, HalfWeight) and b.stored.dim() == 2 and beta == alpha == 1 and addend.shape == b.shape[1:]:
-        result = _times(a, b.stored.t(), addend)
-    else:
-        product = _matmul(a, b)
-        result = (product if alpha == 1 else alpha * product) + (addend if beta == 1 else beta * addend)
-    return result if out is None else out.copy_(result)
+    ours = dense(addend) and (factor(b) if isinstance(a, HalfWeight) else isinstance(b, HalfWeight) and factor(a))
+    if out is not None or not ours or not _adds(function, addend, a, b) or (function in _VECTORS and autocast.active()):
+        settings = {"beta": beta, "alpha": alpha, **({} if out is None else {"out": out})}
+        return call_widened(function, (addend, a, b), settings)
+    if isinstance(b, HalfWeight) and b.dim() == 2 and beta == alpha == 1 and addend.shape == b.shape[1:]:
+        return _times(a, b.stored.t(), addend.float())
+    product = _product(_FACTORS[function], a, b)
+    result = (product if alpha == 1 else alpha * product) + (addend if beta == 1 else beta * addend)
+    return autocast.rounded(result)
+
+
+_FACTORS = {
+    getattr(home, name): getattr(home, product)
+    for home in (torch, Tensor)
+    for name, product in (("addmm", "mm"), ("baddbmm", "bmm"), ("addmv", "mv"))
+}
+
+
+def _adds(function: Any, addend: Tensor, a: Tensor, b: Tensor) -> bool:
+    """Whether these are what ``function`` adds up, in float32; or what autocast makes of it."""
+    if not _fit(_FACTORS[function], a, b):
+        return False
+    shape = (*a.shape[:-1], *b.shape[-1:]) if b.dim() > 1 else a.shape[:-1]
+    wide = autocast.active() or addend.dtype == torch.float32
+    return wide and addend.dtype in _TAKEN and torch.broadcast_shapes(addend.shape, shape) == shape
 
 
 @handles(*(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f))
@@ -127,10 +203,12 @@ def _grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     """Rows offs[e-1]..offs[e] of x (T, K) times weight[e] of (E, K, N), for the experts that have rows."""
-    if not isinstance(weight, HalfWeight) or isinstance(x, HalfWeight) or x.dim() != 2 or weight.stored.dim() != 3:
+    ours = isinstance(weight, HalfWeight) and weight.dim() == 3 and x.dim() == 2 and _takes(x, weight.shape[1])
+    if not ours or offs is None:
         args = (x, weight, offs, bias, out_dtype)
         return call_widened(F.grouped_mm, args, {})
-    assert offs is not None
+    assert isinstance(weight, HalfWeight)
+    x = x.float()
     ends = offs.to(torch.int64)
     used = int(ends[-1])
     out = kernels.grouped_linear(x[:used], weight.stored, torch.diff(ends, prepend=ends.new_zeros(1)))
@@ -163,10 +241,10 @@ def _conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or input.dtype == torch.float64:
+    if not isinstance(weight, HalfWeight) or not factor(input):
         args = (input, weight, bias, stride, padding, dilation, groups)
         return call_widened(function, args, {})
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    x = input.float()
 
     def product(tile: Tensor, cut: slice) -> Any:
         part = None if bias is None else bias[cut]
@@ -193,10 +271,10 @@ def _conv_transpose(
     groups: int = 1,
     dilation: Any = 1,
 ) -> Any:
-    if not isinstance(weight, HalfWeight) or isinstance(input, HalfWeight) or input.dtype == torch.float64:
+    if not isinstance(weight, HalfWeight) or not factor(input):
         args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
         return call_widened(function, args, {})
-    x = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    x = input.float()
 
     def some_groups(x: Tensor, tile: Tensor, bias: Tensor | None, count: int) -> Any:
         return function(x, tile, bias, stride, padding, output_padding, count, dilation)

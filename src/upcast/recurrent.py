@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upcast import autocast
 from upcast.half_weight import call_widened
 from upcast.ops import handles, handles_each
+from upcast.products import factor
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, "Tensor | None"], State]
@@ -53,7 +55,8 @@ _CELLS: dict[Any, Cell] = {
 def _recurrent(function: Any, first: Tensor, second: Any, third: Any, *args: Any) -> Any:
     """Dispatch the two forms: (input, hx, weights, ...) and (data, batch_sizes, hx, weights, ...)."""
     packed = isinstance(second, Tensor) and not second.is_floating_point()
-    if first.dtype == torch.float64:
+    # Autocast gives each kind of cell dtypes of its own.
+    if not factor(first) or not first.numel() or autocast.active():
         return call_widened(function, (first, second, third, *args), {})
     state = third if packed else second
     weights, (biases, layers, dropout, training, both, *batch_first) = (args[0], args[1:]) if packed else (third, args)

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcast import genuine, kernels
+from upcast import autocast, genuine, kernels
+from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import bound
 from upcast.half_weight import HalfWeight
@@ -21,7 +22,7 @@ from upcast.tree import modules
 
 # Looked up once: a call costs little more than its lookups.
 _active, _float32 = kernels.active, torch.float32
-_gradients, _traced = torch.is_grad_enabled, torch.compiler.is_compiling
+_gradients, _traced, _autocast = torch.is_grad_enabled, torch.compiler.is_compiling, autocast.enabled
 _Linear = nn.Linear
 _its = genuine.namespace(nn.Linear)
 _forward = _its["forward"] if genuine.is_own(_its["forward"], "forward", "torch") else None
@@ -52,18 +53,23 @@ class LinearForward(Forward):
             and weight.row_major
             and type(input) is Tensor
             and input.dtype is _float32
+            and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
             and not _gradients()
             and not _traced()
             and type(module) is _Linear
             and _its["forward"] is _forward
             and F.linear is _linear
             and not _function_modes()
+            and not _autocast()
             and not args
             and not kwargs
         ):
             half = weight.store.half
             if half is not None:
-                return _active().linear(input, half, parameters["bias"])
+                try:
+                    return _active().linear(input, half, parameters["bias"])
+                except (UpcastError, TypeError, RuntimeError):
+                    pass  # the ordinary way has a result for it, or torch's own error
         args = args if input is _MISSING else (input, *args)
         if _traced() or (type(module) is _Linear and _its["forward"] is _forward):
             return type(module).forward(module, *args, **kwargs)

@@ -120,5 +120,5 @@ def like(source: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the numbers of ``source`` in memory of their own, with the same strides."""
     if any(size > 1 and not step for size, step in zip(source.shape, source.stride(), strict=True)):
         return source.to(dtype, copy=True, memory_format=torch.contiguous_format)  # rows that lie on one another
-    made = torch.empty_strided(source.shape, source.stride(), dtype=dtype)
+    made = torch.empty_strided(source.shape, source.stride(), dtype=dtype, device=source.device)
     return made.copy_(source)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from upcast import autocast
 from upcast.integrations.litgpt_modules import Fused
 
 
@@ -17,7 +18,7 @@ class FusedLoRAQKV(Fused):
 
     def fused(self, x: Tensor) -> Any:
         lora = self.module
-        plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu
+        plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu and not autocast.enabled()
         if not plain or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return self.unfused(x)
         self.calls += 1

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import console, kernels, selective
+from upcast import autocast, console, kernels, selective
 from upcast.forward import Forward
 from upcast.genuine import Root, bound, calls, forwards, observed, originals
 from upcast.integrations.litgpt_prefix import CacheReset, forget
@@ -67,12 +67,12 @@ class Fused(Forward):
         return bound(module, self.method)(*args, **kwargs)
 
     def free(self, x: Tensor) -> bool:
-        """Whether the kernels may run for ``x``: float32 on the CPU, nothing traces, and no gradient is wanted."""
+        """Whether the kernels may run for ``x``: float32 on the CPU, no tracing, no autocast, no gradient wanted."""
         if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters())):
             return False
-        return torch._C._get_tracing_state() is None
+        return torch._C._get_tracing_state() is None and not autocast.enabled()
 
     def fits(self, x: Tensor) -> bool:
         """As `free`, but a gradient may be wanted through the module; none of the module's own parameters learns."""
@@ -81,7 +81,7 @@ class Fused(Forward):
         own = self.module._parameters.values()
         if torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in own):
             return False
-        return torch._C._get_tracing_state() is None
+        return torch._C._get_tracing_state() is None and not autocast.enabled()
 
 
 def hooked(module: nn.Module) -> bool:
@@ -219,7 +219,7 @@ class FusedCache(Fused):
     def fused(self, input_pos: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v (B, Hkv, T, D) and return the whole cache, both in their dtype."""
         cache = self.module
-        if cache.k.dtype == torch.float16 and k.dtype == torch.float32:
+        if cache.k.dtype == torch.float16 and k.dtype == torch.float32 and not autocast.enabled():
             keys, values = k.half(), v.half()
             if not _overflowed(k, keys) and not _overflowed(v, values):
                 all_keys, all_values = self.unfused(input_pos, keys, values)
@@ -289,7 +289,7 @@ class FusedAttention(Fused):
         input_pos: Tensor | None = None,
         input_pos_maxp1: int | None = None,
     ) -> Any:
-        place = self._usual(x, cos, mask, input_pos, input_pos_maxp1) if self.fits(x) else None
+        place = self._usual(x, (cos, sin), mask, input_pos, input_pos_maxp1) if self.fits(x) else None
         if place is None:
             return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
         qkv = self.module.qkv(x)
@@ -301,10 +301,13 @@ class FusedAttention(Fused):
         return self.module.proj(y.transpose(1, 2).flatten(2))
 
     def _usual(
-        self, x: Tensor, cos: Tensor, mask: Tensor | None, input_pos: Tensor | None, maxp1: int | None
+        self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None, maxp1: int | None
     ) -> Place | None:
         """Return where the positions stand if the arguments are what the kernels cover."""
+        cos = angles[0]
         if x.dim() != 3 or cos.dim() != 3 or cos.shape[-1] != self.module.config.rope_n_elem or not x.numel():
+            return None
+        if any(each.dtype is not torch.float32 for each in angles):
             return None
         if input_pos is None:
             return Place(0) if mask is None and (self.free(x) or self._plain()) else None
@@ -435,4 +438,4 @@ def is_causal(mask: Tensor, start: int, time: int) -> bool:
 @functools.lru_cache(maxsize=4)
 def _band(size: int) -> Tensor:
     """Return ``size`` times True, then False: every row of a causal mask of that size is a part of it."""
-    return torch.arange(2 * size) < size
+    return torch.arange(2 * size, device="cpu") < size

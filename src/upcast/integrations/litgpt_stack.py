@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import kernels
+from upcast import autocast, kernels
 from upcast.forward import Forward
 from upcast.genuine import Root, calls, originals
 from upcast.half_weight import HalfWeight
@@ -277,7 +277,7 @@ class FusedGPT(Fused):
         gpt = self.module
         if kernels.active() is not native or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
             return None
-        if torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters()):
+        if autocast.enabled() or (torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters())):
             return None
         if idx.dim() != 2 or not idx.numel() or idx.shape[1] > gpt.max_seq_length:
             return None

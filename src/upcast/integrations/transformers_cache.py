@@ -3,23 +3,30 @@
 ``generate`` makes its cache itself, so the layers of a cache change their class on the way into a patched model. They
 store float16 and hand out `HalfWeight`: float32 to the model's code, float16 to the attention kernel. A prompt's first
 attention sees its own float32 keys and values. A layer that meets a value beyond 65504, or anything else that a twin
-does not cover, becomes Transformers' own layer again.
+does not cover, becomes Transformers' own layer again. A model that is given no cache makes one of its own, in float32;
+it is narrowed when it comes back with the next token. Pickled, a twin is Transformers' own layer with float32 tensors.
 """
 
+import copy
+import copyreg
 import functools
 import inspect
+import operator
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from upcast import console, kernels
+from upcast import autocast, console, kernels
 from upcast.genuine import Root, is_own, originals
 from upcast.half_weight import HalfWeight
 from upcast.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
-_handed_out = Fallbacks()  # what is widened of a cache are rows in use, not weights: counted apart
+_handed_out = Fallbacks("a KV cache")  # what is widened of a cache are rows in use, not weights: counted apart
+_beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that float16 cannot hold: they are asked once
+_WHY = "it met a value beyond 65504, where float16 ends"
 
 
 @functools.cache
@@ -30,10 +37,12 @@ def twins() -> dict[type, type]:
     if not hasattr(cache_utils, "DynamicSlidingWindowLayer"):
         return {}
 
-    def twin(name: str, ours: type, original: type) -> type:
+    def twin(name: str, ours: type, original: type) -> Any:
         # One base and the methods of ours: with two bases, an object could not change its class.
         methods = {key: value for kind in (_Twin, ours) for key, value in vars(kind).items() if callable(value)}
-        return type(name, (original,), {**methods, "original": original})
+        return kind_of(name, (original,), {**methods, "original": original})
+
+    kind_of = _kind_of_twins(type(cache_utils.DynamicLayer))
 
     return {
         cache_utils.DynamicLayer: twin("HalfDynamicLayer", _Growing, cache_utils.DynamicLayer),
@@ -42,6 +51,14 @@ def twins() -> dict[type, type]:
         ),
         cache_utils.StaticLayer: twin("HalfStaticLayer", _Static, cache_utils.StaticLayer),
     }
+
+
+def _kind_of_twins(kind: type) -> Any:
+    """Return a metaclass whose classes pickle as those that they are twins of: a cache names its layers' class."""
+    twin = type("TwinType", (kind,), {})
+    reduce: Any = lambda cls: (operator.getitem, ((cls.original,), 0))  # noqa: E731
+    copyreg.pickle(twin, reduce)
+    return twin
 
 
 def narrow(cache: Any) -> None:
@@ -56,14 +73,32 @@ def narrow(cache: Any) -> None:
     for layer in cache.layers:
         kind: type = type(layer)
         twin = twins().get(kind)
-        if twin is not None and not layer.is_initialized and originals(_roots, kind).intact():
+        if twin is None or not originals(_roots, kind).intact():
+            continue
+        if not layer.is_initialized:
             layer.__class__ = twin
+        elif hasattr(layer, "crop") and layer not in _beyond:  # static ones have their addresses
+            _adopt(layer, twin)
     replicated = cache.layer_class_to_replicate
     cache.layer_class_to_replicate = twins().get(replicated, replicated)
 
 
 def _roots(layer: type) -> list[Root]:
     return [(layer, "update"), (layer, "lazy_initialization")]
+
+
+def _adopt(layer: Any, twin: type) -> None:
+    """Turn a layer that holds float32 rows to its twin; it stays as it is if that would lose a value or a gradient."""
+    held = layer.keys, layer.values
+    if not all(_storable(states) and not states.requires_grad for states in held):
+        return
+    keys, values = map(_half, held)
+    if keys is None or values is None:
+        _beyond.add(layer)
+        console.say(f"a layer of the KV cache stays in float32: {_WHY}")
+        return
+    layer.__class__ = twin
+    layer.keys, layer.values = _out(keys), _out(values)
 
 
 def growing(cache: Any, index: int) -> Any:
@@ -86,13 +121,25 @@ class _Twin:
     def update(self, key_states: Tensor, value_states: Tensor, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values in float16 and return all rows."""
         own = originals(_roots, self.original).intact()
-        if not own or not all(map(_storable, (key_states, value_states))):
+        if not own or not all(map(_storable, (key_states, value_states))) or not self._holds_halves():
             return self._give_up(key_states, value_states, cache_kwargs, "")
         stored = self._store(key_states, value_states, cache_kwargs)
         if stored is None:
-            why = "it met a value beyond 65504, where float16 ends"
-            return self._give_up(key_states, value_states, cache_kwargs, why)
+            _beyond.add(self)
+            return self._give_up(key_states, value_states, cache_kwargs, _WHY)
         return stored
+
+    def _holds_halves(self) -> bool:
+        """Whether keys and values are float16, or now are: someone may have assigned others that float16 holds."""
+        for name in ("keys", "values"):
+            held = self.__dict__.get(name)
+            if held is None or isinstance(held, HalfWeight) or not held.numel():
+                continue
+            half = _half(held) if _storable(held) and not held.requires_grad else None
+            if half is None:
+                return False
+            setattr(self, name, _out(half))
+        return True
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
         raise NotImplementedError
@@ -106,10 +153,34 @@ class _Twin:
         """Reorder the batch, as beam search does after each token."""
         self.batch_select_indices(beam_idx)
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch, as assisted generation does."""
+        if isinstance(self.keys, HalfWeight):
+            held = (self.keys.stored, self.values.stored)
+            self.keys, self.values = (_out(each.repeat_interleave(repeats, dim=0)) for each in held)
+
+    def __copy__(self) -> Any:
+        new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = new = self.__class__.__new__(self.__class__)
+        for name, value in self.__dict__.items():
+            if name != "_buffers":
+                held = isinstance(value, HalfWeight)
+                new.__dict__[name] = _out(value.stored.clone()) if held else copy.deepcopy(value, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        fields = {name: value for name, value in self.__dict__.items() if name != "_buffers"}
+        plain = {name: value.widened() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
+        return copyreg._reconstructor, (self.original, object, None), plain  # type: ignore[attr-defined]
+
     def _give_up(self, keys: Tensor, values: Tensor, settings: Any, why: str) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
         self.__class__ = self.original
-        self.dtype = torch.float16 if keys.dtype == torch.float16 else torch.float32
+        self.dtype = torch.float16 if keys.dtype == torch.float16 and not autocast.active() else torch.float32
         for name in ("keys", "values"):
             held = getattr(self, name, None)
             if isinstance(held, HalfWeight):
@@ -121,8 +192,10 @@ class _Twin:
 
 
 def _storable(states: Tensor) -> bool:
-    plain = type(states) is Tensor and states.dtype == torch.float32 and states.dim() == 4
-    return plain and not (torch.is_grad_enabled() and states.requires_grad) and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling() or autocast.enabled():  # under which a cache is of what dtype it may be
+        return False
+    plain = type(states) is Tensor and states.dtype == torch.float32 and states.dim() == 4 and states.is_cpu
+    return plain and not (torch.is_grad_enabled() and states.requires_grad)
 
 
 def _half(states: Tensor) -> Tensor | None:
@@ -135,6 +208,31 @@ def _out(stored: Tensor) -> HalfWeight:
     return HalfWeight(stored, _handed_out)
 
 
+class _Buffers:
+    """Keys and values (B, H, S, D) with room, and how many rows were ever written.
+
+    Layers that are copies of one another share them. Rows that have been handed out are never written again: after a
+    crop, say, someone may still hold them, and the rows go to new buffers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        self.keys, self.values, self.rows = keys, values, rows
+
+    def fit(self, keys: Any, values: Any, before: int, after: int) -> bool:
+        """Whether ``keys`` and ``values`` are the first ``before`` rows of these, and ``after`` have room."""
+        if before != self.rows or after > self.keys.shape[2]:
+            return False
+        return _begins(self.keys, keys) and _begins(self.values, values)
+
+
+def _begins(buffer: Tensor, held: Any) -> bool:
+    """Whether ``held`` still is the first rows of the buffer: beams reorder them."""
+    if not isinstance(held, HalfWeight) or held.shape[:2] != buffer.shape[:2]:
+        return False
+    stored = held.stored
+    return stored.data_ptr() == buffer.data_ptr() and stored.stride() == buffer.stride()
+
+
 class _Growing(_Twin):
     """DynamicLayer: buffers with room, so that a token costs its own rows and not a copy of all."""
 
@@ -142,7 +240,7 @@ class _Growing(_Twin):
         before: int = self.get_seq_length()  # type: ignore[attr-defined]
         after = before + keys.shape[2]
         buffers = self._room(keys, values, before, after)
-        for buffer, new in zip(buffers, (keys, values), strict=True):
+        for buffer, new in ((buffers.keys, keys), (buffers.values, values)):
             if not kernels.active().kv_append(buffer, new, before):
                 return None
         self.advance(after)
@@ -154,37 +252,32 @@ class _Growing(_Twin):
         if not isinstance(self.keys, HalfWeight) or not isinstance(self.values, HalfWeight):
             return None
         rows = self.keys.shape[2]
-        return (*self._room(self.keys, self.values, rows, rows + 1), rows) if rows else None
+        if not rows:
+            return None
+        buffers = self._room(self.keys, self.values, rows, rows + 1)
+        return buffers.keys, buffers.values, rows
 
     def advance(self, rows: int) -> None:
         """Say that the buffers hold ``rows`` rows now."""
-        keys, values = self._buffers
-        self.keys, self.values = _out(keys[:, :, :rows]), _out(values[:, :, :rows])
+        buffers = self._buffers
+        buffers.rows = rows
+        self.keys, self.values = _out(buffers.keys[:, :, :rows]), _out(buffers.values[:, :, :rows])
 
-    def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> tuple[Tensor, Tensor]:
+    def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> _Buffers:
         """Return buffers that hold the first ``before`` rows and have room for ``after``."""
-        buffers: tuple[Tensor, Tensor] | None = self.__dict__.get("_buffers")
-        if buffers is not None and before and self._holds(buffers) and after <= buffers[0].shape[2]:
+        buffers: _Buffers | None = self.__dict__.get("_buffers")
+        if buffers is not None and before and buffers.fit(self.keys, self.values, before, after):
             return buffers
         room = after + max(_ROOM, after // 2) if before else after + _ROOM
         made = []
         for new, held in ((keys, self.__dict__.get("keys")), (values, self.__dict__.get("values"))):
-            buffer = torch.empty((*new.shape[:2], room, new.shape[3]), dtype=torch.float16)
+            with torch.inference_mode(False):  # what is born there could not be written to outside of it
+                buffer = torch.empty((*new.shape[:2], room, new.shape[3]), dtype=torch.float16, device="cpu")
             if before and held is not None:
                 buffer[:, :, :before] = held.stored if isinstance(held, HalfWeight) else held
             made.append(buffer)
-        self._buffers = made[0], made[1]
+        self._buffers = _Buffers(made[0], made[1], before)
         return self._buffers
-
-    def _holds(self, buffers: tuple[Tensor, Tensor]) -> bool:
-        """Whether keys and values still are the first rows of the buffers: beams reorder them, crops shorten them."""
-        return all(
-            isinstance(held, HalfWeight)
-            and held.stored.data_ptr() == buffer.data_ptr()
-            and held.stored.stride() == buffer.stride()
-            and held.shape[:2] == buffer.shape[:2]
-            for held, buffer in zip((self.keys, self.values), buffers, strict=True)
-        )
 
 
 class _Sliding(_Twin):
@@ -207,7 +300,8 @@ class _Static(_Twin):
             return None
         if not self.is_initialized:
             takes = len(inspect.signature(self.original.lazy_initialization).parameters) - 1
-            self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 it took the keys alone
+            with torch.inference_mode(False):  # what is born there could not be written to outside of it
+                self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 the keys alone
             self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
         positions = (settings or {}).get("cache_position")
         if positions is None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcast import autocast
 from upcast.integrations.transformers_cache import narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
@@ -49,8 +50,9 @@ def remove(root: nn.Module) -> None:
 
 def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
-    if cache is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        narrow(cache)
+    if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or autocast.enabled():
+        return
+    narrow(cache)
 
 
 def _fuse(module: Any) -> None:

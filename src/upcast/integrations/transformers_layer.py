@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import kernels
+from upcast import autocast, kernels
 from upcast.genuine import Originals, Root, calls, originals
 from upcast.integrations.litgpt_modules import Fused, fuses
 from upcast.integrations.members import Members
@@ -20,6 +20,7 @@ from upcast.integrations.transformers_modules import (
     FusedRMSNorm,
     activation,
     attention_roots,
+    wide,
 )
 from upcast.kernels import native
 from upcast.shortcut import LinearForward, operands
@@ -46,7 +47,7 @@ class FusedDecoderLayer(Fused):
         position_embeddings: Any = None,
         **kwargs: Any,
     ) -> Any:
-        if attention_mask is None and position_embeddings is not None and self._token(hidden_states):
+        if attention_mask is None and wide(position_embeddings) and self._token(hidden_states):
             y = self._in_one_call(hidden_states, position_embeddings, past_key_values)
             if y is not None:
                 self.calls += 1
@@ -68,6 +69,8 @@ class FusedDecoderLayer(Fused):
     def _token(self, x: Tensor) -> bool:
         """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
         if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.is_grad_enabled():
+            return False
+        if autocast.enabled():
             return False
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or x.shape[1] != 1:
             return False

@@ -4,6 +4,7 @@ import functools
 import sys
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,11 @@ from upcast.genuine import Root, Table, calls, forwards
 from upcast.half_weight import HalfWeight
 from upcast.integrations import litgpt_modules
 from upcast.integrations.litgpt_modules import Fused, unwatched_call
+
+
+def wide(angles: Any) -> bool:
+    """Whether cos and sin are float32: they are of the dtype of the embeddings that the model was given."""
+    return angles is not None and angles[0].dtype is angles[1].dtype is torch.float32
 
 
 class FusedRMSNorm(Fused):
@@ -59,7 +65,12 @@ class FusedAttention(Fused):
         attn = self.module
         given = (position_embeddings, attention_mask, past_key_values, cache_position)
         drops = attn.training and attn.attention_dropout > 0
-        if attn.config._attn_implementation != "sdpa" or drops or not self.fits(hidden_states):
+        if (
+            attn.config._attn_implementation != "sdpa"
+            or drops
+            or not self.fits(hidden_states)
+            or not wide(position_embeddings)
+        ):
             return self._own(hidden_states, given, kwargs)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
         q, k, v = (layer(hidden_states) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))

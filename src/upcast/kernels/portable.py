@@ -135,6 +135,6 @@ def _scratch(elements: int) -> torch.Tensor:
     if scratch is None or scratch.numel() < elements:
         # A tensor born in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            scratch = torch.empty(max(elements, TILE))
+            scratch = torch.empty(max(elements, TILE), dtype=torch.float32, device="cpu")
         _local.scratch = scratch
     return scratch[:elements]

@@ -51,9 +51,9 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
 def _visible(start: int, time: int, causal: bool, window: int | None) -> Tensor:
     """(T, start + T) bool: which positions each query sees."""
-    query = torch.arange(start, start + time).unsqueeze(1)
-    key = torch.arange(start + time)
-    seen = key <= query if causal else torch.ones(time, start + time, dtype=torch.bool)
+    query = torch.arange(start, start + time, device="cpu").unsqueeze(1)
+    key = torch.arange(start + time, device="cpu")
+    seen = key <= query if causal else torch.ones(time, start + time, dtype=torch.bool, device="cpu")
     return seen & (key > query - window) if window else seen
 
 
