@@ -182,9 +182,11 @@ def adopt(
     policy: Choice = "safe",
     guard: bool = False,
     heal: bool = False,
+    keep: Sequence[str] = (),
+    trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
-    record, _ = _patch(*_prepared(root, policy, (), kv_cache), roundings)
+    record, _ = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings)
     _watch(root, record, guard, heal)
     console.say(_summary(record), record.plan)
     return record
