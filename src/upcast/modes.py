@@ -31,3 +31,11 @@ def float32_by_default() -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``, or in place of an inference tensor an ordinary one in the same memory."""
+    if not tensor.is_inference():
+        return tensor
+    layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), *layout)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from upcast.integrations import aside, transformers_saving
 from upcast.integrations.transformers_cache import narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
@@ -28,6 +29,7 @@ def install(root: nn.Module, kv_cache: str) -> None:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None:  # then no module of ``root`` can be of Transformers
         return
+    transformers_saving.install(library)
     for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
         for module in modules(model):
             if "forward" not in module.__dict__:
@@ -45,15 +47,23 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         if isinstance(module.__dict__.get("forward"), kinds):
             del module.__dict__["forward"]
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        _leave_caches_alone(module)
+
+
+def _leave_caches_alone(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if cache is not None and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        narrow(cache)
+        try:
+            narrow(cache)
+        except Exception as error:  # each layer is Transformers' own or ours, and works as it is
+            _leave_caches_alone(model)
+            aside.say(f"the KV caches of {type(model).__name__} stay in float32: {aside.describe(error)}")
 
 
 def _fuse(module: Any) -> None:

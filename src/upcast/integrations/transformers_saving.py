@@ -37,8 +37,14 @@ def _all_fit(state: Mapping[str, Tensor]) -> bool:
     return all(
         torch.equal(tensor.half().float(), tensor.float())
         for tensor in state.values()
-        if not isinstance(tensor, HalfWeight) and tensor.is_floating_point() and tensor.dtype != torch.float16
+        if not _is_half(tensor) and tensor.is_floating_point()
     )
+
+
+def _is_half(tensor: Tensor) -> bool:
+    if isinstance(tensor, HalfWeight):
+        return tensor.store.half is not None
+    return tensor.dtype == torch.float16
 
 
 @contextmanager
