@@ -43,7 +43,7 @@ def parts_of(model: object) -> list[Part]:
     Raises:
         UpcastError: it is no module, and holds none.
     """
-    return list(dict.fromkeys(_found(roots_of(model))))
+    return list({id(part.module): part for part in _found(roots_of(model))}.values())  # components may share one
 
 
 def _found(roots: dict[str, nn.Module]) -> Iterator[Part]:

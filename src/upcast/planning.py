@@ -245,9 +245,7 @@ def _changes(found: Sequence[Slot], keep: Sequence[str]) -> tuple[Change, ...]:
 def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str]) -> Plan:
     """Return what was done to the parts that are patched, and what `patch` would do to each of the others alone."""
     roots = roots_of(model)
-    changes = [
-        replace(change, name=_join(part.name, change.name)) for part in parts for change in part.record.plan.changes
-    ]
+    changes = [_under(part.name, change) for part in parts for change in part.record.plan.changes]
     inside = {id(slot.tensor) for part in parts for slot in slots(part.module)}
     for name, root in roots.items():
         rest = [slot for slot in slots(root) if id(slot.tensor) not in inside]

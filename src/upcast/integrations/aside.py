@@ -15,7 +15,7 @@ import torch
 import wrapt
 from torch import nn
 
-from upcast import console
+from upcast import config, console
 from upcast.errors import UpcastError
 from upcast.tree import modules
 
@@ -40,7 +40,8 @@ def attempt(
     """
     drawn = _RandomState()
     try:
-        return ours()
+        with console.held():
+            return ours()
     except NotOurs as reason:
         _say_unpatched(f"{what} {verb}", str(reason))
         failure = ""
@@ -63,6 +64,30 @@ def say(line: str) -> None:
     """Say one line, where it can be said: not into a closed stream, nor under variables that nobody understands."""
     with contextlib.suppress(Exception):
         console.say(line)
+
+
+def say_once(line: str) -> None:
+    """Say a line that may come up again, for another part of the same model or in the next call."""
+    if line not in _said:
+        _said.add(line)
+        say(line)
+
+
+_said: set[str] = set()
+
+
+def check_enabled() -> None:
+    """Raise NotOurs where UPCAST has been switched off since the hooks were put in place."""
+    if not config.read().enabled:
+        raise NotOurs
+
+
+def enabled() -> bool:
+    """Return whether UPCAST is on, and its variables make sense."""
+    try:
+        return config.read().enabled
+    except UpcastError:
+        return False
 
 
 def describe(error: BaseException) -> str:

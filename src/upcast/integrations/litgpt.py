@@ -180,6 +180,7 @@ def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> An
         return wrapped(*args, **kwargs)
 
     def ours() -> Any:
+        aside.check_enabled()
         call = arguments(wrapped, args, kwargs)
         if call["distribute"] != "auto":  # distribute() comes later
             raise NotOurs
@@ -206,6 +207,7 @@ def _patched(llm: Any) -> Any:
 
 def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -> Any:
     def ours() -> None:
+        aside.check_enabled()
         call = arguments(wrapped, args, kwargs)
         reason = _not_ours(llm, call)
         if reason:

@@ -33,6 +33,8 @@ def activate(module: ModuleType) -> None:
 
 def _optimizer(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
     """Make the optimizer from what learns: LitGPT hands over the base as well, which it would keep in memory."""
+    if not aside.enabled():
+        return wrapped(*args, **kwargs)
     call = litgpt.arguments(wrapped, args, kwargs)
     parameters = call["model_parameters"] = list(call["model_parameters"])  # a generator can be read once
     learning = [parameter for parameter in parameters if parameter.requires_grad]

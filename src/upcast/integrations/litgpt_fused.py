@@ -148,7 +148,7 @@ _CLASSES = ("RMSNorm", "LLaMAMLP", "GemmaMLP", "LLaMAMoE", "CausalSelfAttention"
 _SETTINGS = (
     *("attention_logit_softcapping", "attention_scores_scalar", "final_logit_softcapping", "gelu_approximate"),
     *("head_size", "n_embd", "n_expert_groups", "n_expert_per_token", "n_head", "n_query_groups", "n_shared_expert"),
-    *("norm_qk", "norm_qk_type", "parallel_residual", "rope_indices", "rope_interleave", "rope_n_elem"),
+    *("norm_qk", "norm_qk_type", "parallel_residual", "rope_indices", "rope_interleave"),
     *("routed_scaling_factor", "scale_embeddings", "shared_attention_norm", "sliding_window_size"),
 )
 

@@ -49,6 +49,7 @@ def load_or_step_aside(
     """Call ``ours`` with the arguments of LitGPT's ``load_checkpoint``; have LitGPT load where it refuses or fails."""
 
     def attempt() -> None:
+        aside.check_enabled()
         call = litgpt.arguments(wrapped, args, kwargs)
         reason = not_ours(call["fabric"])
         if reason:
@@ -101,7 +102,8 @@ def _compute_in_float32(fabric: Any) -> None:
 
 
 def default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: Any) -> str:
-    return wrapped(*args, **kwargs) if litgpt.accelerator("auto") != "cpu" else "32-true"
+    ours = aside.enabled() and litgpt.accelerator("auto") == "cpu"
+    return "32-true" if ours else wrapped(*args, **kwargs)
 
 
 def _lazy_load(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
@@ -113,6 +115,8 @@ def _lazy_load(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> A
 
 def _build(wrapped: Callable[..., nn.Module], _: Any, args: Any, kwargs: Any) -> nn.Module:
     model = wrapped(*args, **kwargs)
+    if not aside.enabled():
+        return model
     found = {(p.device.type, str(p.dtype).removeprefix("torch.")) for p in model.parameters()}
     if found == {("cpu", "float32")}:
         model.__dict__["load_state_dict"] = Taking(model)
@@ -144,5 +148,6 @@ class Taking(Attached):
 
 
 def _main(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
-    aside.say(f"{wrapped.__module__} runs as it is, unpatched: {SPLIT}")
+    if aside.enabled():
+        aside.say(f"{wrapped.__module__} runs as it is, unpatched: {SPLIT}")
     return wrapped(*args, **kwargs)

@@ -165,9 +165,8 @@ def hook(load: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]) -> Call
 
 
 def _ask_environment(loading: Loading) -> None:
+    aside.check_enabled()
     settings = config.read()
-    if not settings.enabled:
-        raise NotOurs
     loading.kv_cache, loading.policy = settings.kv_cache, settings.policy
     loading.keep, loading.trainable = settings.keep, settings.trainable
 

@@ -63,7 +63,7 @@ def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             narrow(cache)
         except Exception as error:  # each layer is Transformers' own or ours, and works as it is
             _leave_caches_alone(model)
-            aside.say(f"the KV caches of {type(model).__name__} stay in float32: {aside.describe(error)}")
+            aside.say_once(f"the KV cache stays in float32: {aside.describe(error)}")
 
 
 def _fuse(module: Any) -> None:
