@@ -122,7 +122,6 @@ def test_the_plan_tells_what_was_done_and_what_would_be(folder: Path, make: Any,
     assert owned <= changes.keys()
     parameters = dict(model.named_parameters(remove_duplicate=False))
     assert {name for name in changes if name in parameters} == changes.keys() - dict(model.named_buffers()).keys()
-    assert plan.bytes_after <= plan.bytes_before
     assert any("patched already" in line for line in plan.remarks)
 
 
