@@ -63,6 +63,11 @@ def half_weights(model: nn.Module) -> dict[str, HalfWeight]:
     return {name: weight for name, weight in model.named_parameters() if isinstance(weight, HalfWeight)}
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Return where the numbers lie; asked of a HalfWeight itself, that would make it float32."""
+    return (tensor.stored if isinstance(tensor, HalfWeight) else tensor).data_ptr()
+
+
 def assert_patched(model: nn.Module) -> None:
     """Every weight is stored in float16 and nothing else: no test may pass on an untouched model."""
     found = half_weights(model)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import upcast
-from tests.conftest import Run, assert_patched, fallbacks, half_weights, relative_error
+from tests.conftest import Run, address, assert_patched, fallbacks, half_weights, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
 pytest.importorskip("litgpt")
@@ -61,7 +61,7 @@ def test_a_float16_checkpoint_is_mapped_and_not_copied(folder: Path) -> None:
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if "lit_model.pth" in line]
     ranges = [tuple(int(part, 16) for part in line[0].split("-")) for line in maps]
     for weight in half_weights(model).values():
-        assert any(start <= weight.data_ptr() < end for start, end in ranges)
+        assert any(start <= address(weight) < end for start, end in ranges)
 
 
 def test_a_float32_checkpoint_remembers_what_it_was(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_twins_share_one_storage(tmp_path: Path) -> None:
         state["lm_head.weight"] = state["transformer.wte.weight"].clone()
 
     model = upcast.load_litgpt(write_checkpoint(tmp_path / "c", small_config("SmolLM2-135M-Instruct"), spoil=tie))
-    assert model.lm_head.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+    assert address(model.lm_head.weight) == address(model.transformer.wte.weight)
 
 
 @pytest.mark.parametrize("name", ["pythia-160m", "SmolLM2-135M-Instruct", "Gemma-2-2b"])

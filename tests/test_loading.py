@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import upcast
-from tests.conftest import Run, assert_patched, half_weights, relative_error
+from tests.conftest import Run, address, assert_patched, half_weights, relative_error
 from tests.peak_memory import peaks
 from tests.test_transformers import IDS, MOE, TEXT, first_output, make
 
@@ -56,7 +56,7 @@ def mapped(model: torch.nn.Module, folder: Path) -> set[str]:
     """Names of the parameters whose numbers lie in a mapping of one of the folder's files."""
     lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
     ranges = [tuple(int(part, 16) for part in line[0].split("-")) for line in lines]
-    return {name for name, p in model.named_parameters() if any(a <= p.data_ptr() < b for a, b in ranges)}
+    return {name for name, p in model.named_parameters() if any(a <= address(p) < b for a, b in ranges)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -262,7 +262,7 @@ def written(folder: Path, source: Path, dtype: torch.dtype, form: str) -> tuple[
     if form == "bin":
         torch.save(model.state_dict(), folder / "pytorch_model.bin")
         (folder / "model.safetensors").unlink()
-    sizes = {p.data_ptr(): p.numel() for p in model.parameters()}.values()
+    sizes = {address(p): p.numel() for p in model.parameters()}.values()
     return sum(sizes), max(sizes)
 
 

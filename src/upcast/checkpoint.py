@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -56,16 +57,17 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def to_float16(state: dict[str, Tensor], memory: Memory | None = None) -> Known:
+def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Sequence[str] = ()) -> Known:
     """Round the weights in ``state`` to float16, in place, one tensor at a time.
 
-    float16 tensors, vectors and what float16 cannot hold stay as they are, mapped. Returns, for each converted
-    tensor, its original dtype and what rounding lost. The rounded numbers go to ``memory``, if there is one.
+    float16 tensors, vectors, what the patterns in ``keep`` name and what float16 cannot hold stay as they are, mapped.
+    Returns, for each converted tensor, its original dtype and what rounding lost. The rounded numbers go to
+    ``memory``, if there is one.
     """
     known: Known = {}
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
-        action, _ = decide(Slot(name, tensor, True, []), (), False)
+        action, _ = decide(Slot(name, tensor, True, []), keep, False)
         if action != CONVERT:
             continue
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay tied

@@ -24,6 +24,7 @@ class Variable:
     default: str
     meaning: str
     check: Callable[[str], object] | None = None  # raises on what is no value; then ``values`` are examples
+    free: bool = False  # any text is a value
 
 
 VARIABLES = (
@@ -32,6 +33,8 @@ VARIABLES = (
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),
     Variable("UPCAST_KV_CACHE", KV_CACHES, "float16", "the KV cache of LitGPT models; float32: twice the bytes, exact"),
+    Variable("UPCAST_KEEP", (), "", "patterns of what stays in float32, such as lm_head,*.gate", free=True),
+    Variable("UPCAST_TRAINABLE", (), "", "patterns of what learns and stays in float32, such as classifier", free=True),
     Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),
 )
 
@@ -46,6 +49,8 @@ class Config:
     isa: str
     kv_cache: str | None  # None: as the policy says
     verbose: int
+    keep: tuple[str, ...] = ()
+    trainable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,13 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         isa=values["UPCAST_ISA"],
         kv_cache=values["UPCAST_KV_CACHE"] if environ.get("UPCAST_KV_CACHE") else None,
         verbose=int(values["UPCAST_VERBOSE"]),
+        keep=_listed(values["UPCAST_KEEP"]),
+        trainable=_listed(values["UPCAST_TRAINABLE"]),
     )
+
+
+def _listed(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def rank_of(environ: Mapping[str, str] = os.environ) -> Rank:
@@ -112,6 +123,8 @@ def shown(variable: Variable, environ: Mapping[str, str] = os.environ) -> str:
 
 def _value(variable: Variable, environ: Mapping[str, str]) -> str:
     value = environ.get(variable.name, variable.default).strip()
+    if variable.free:
+        return value
     if variable.check is not None and value:
         return _checked(variable, value)
     value = value.lower()

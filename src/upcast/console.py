@@ -8,7 +8,7 @@ from typing import Any
 
 from upcast import config
 
-_silent: Any = threading.local()  # .depth: blocks of `silent` in this thread
+_silent: Any = threading.local()  # .depth: blocks of `silent` in this thread; .held: what `held` holds back in it
 
 
 @contextmanager
@@ -19,6 +19,19 @@ def silent() -> Iterator[None]:
         yield
     finally:
         _silent.depth -= 1
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """What this thread says within the block is heard when the block has ended well: of a failure nobody need know."""
+    before, _silent.held = getattr(_silent, "held", None), []
+    try:
+        yield
+        lines = _silent.held
+    finally:
+        _silent.held = before
+    for line, detail in lines:
+        say(line, detail)
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -42,7 +55,13 @@ def megabytes(count: float) -> str:
 
 def say(line: str, detail: object = None) -> None:
     """Print ``line`` to standard error, and ``detail`` when UPCAST_VERBOSE=2; nothing when it is 0."""
-    verbose = 0 if getattr(_silent, "depth", 0) > 0 else config.read().verbose
+    if getattr(_silent, "depth", 0):
+        return
+    held_back: list[tuple[str, object]] | None = getattr(_silent, "held", None)
+    if held_back is not None:
+        held_back.append((line, detail))
+        return
+    verbose = config.read().verbose
     if verbose >= 1:
         print(f"upcast: {line}", file=sys.stderr)
     if verbose >= 2 and detail is not None:

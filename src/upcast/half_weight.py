@@ -195,7 +195,7 @@ class HalfWeight(torch.Tensor):
         return copied
 
     def _duplicate(self, memo: dict[int, Any]) -> torch.Tensor:
-        if self.store.half is None:
+        if self.store.half is None or materialize.copied_by_an_adapter():
             return torch.nn.Parameter(self.widened(), self.wants_grad)
         copied = rebuild(copy.deepcopy(self.store, memo), self.region, self.wants_grad)
         copied.__dict__.update(copy.deepcopy(self.attributes(), memo))

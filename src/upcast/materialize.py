@@ -4,6 +4,7 @@ The object stays the same: an optimizer, a module or a list that holds it goes o
 follow when they are next used. It is said once per model and reason; `upcast.report` counts.
 """
 
+import sys
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -98,3 +99,14 @@ def uses_gradients(frame: FrameType) -> bool:
     """Whether the caller would compute with a gradient: torch's own code looks to clear it, or while it traces."""
     module = str(frame.f_globals.get("__name__", ""))
     return not module.startswith("torch.") or module.startswith("torch.nn.utils.")
+
+
+def copied_by_an_adapter() -> bool:
+    """Whether the copy that is being made is PEFT's, of a module to save: it learns, or takes numbers that have."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_globals.get("__name__") in _COPYING:
+        frame = frame.f_back
+    return frame is not None and frame.f_globals.get("__name__") == "peft.utils.other"
+
+
+_COPYING = ("copy", "upcast.half_weight", "upcast.materialize", "upcast.pickling")

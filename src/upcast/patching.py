@@ -1,10 +1,11 @@
 """patch, unpatch, patched: the only module that changes a model."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -15,21 +16,20 @@ from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
 from upcast.huge_pages import Memory
-from upcast.integrations import litgpt_fused, transformers_fused
+from upcast.integrations import aside, litgpt_fused, transformers_fused
+from upcast.modes import ordinary, outside_inference_mode
+from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of
 from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
 from upcast.store import Fallbacks
-from upcast.targets import prepare, slots, unwrap
+from upcast.targets import prepare, slots
 from upcast.tracking import Selection
-from upcast.tree import named_modules
 
 Model = TypeVar("Model")
 Undo = list[tuple[nn.Module, str, Tensor]]
 Choice = str | Path | Policy | object
-
-_RECORD = "_upcast"  # the attribute in which a patched module keeps its Record
 
 
 @dataclass
@@ -91,26 +91,37 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Undo `patch`: weights and vectors return to their original dtype, hooks and marks go. Returns ``model``.
 
-    Weights that were float16 keep their storage, without a copy. What rounding to float16 lost stays lost (and is
-    said); use `patched` to get the original numbers back.
+    Of a model that is composed of several, all parts that are patched. Weights that were float16 keep their storage,
+    without a copy. What rounding to float16 lost stays lost (and is said); use `patched` to get the original numbers
+    back.
 
     Raises:
         UpcastError: the model is not patched.
     """
-    root = unwrap(model)
-    record = record_of(root)
+    found = patched_parts_of(model)
     undo: Undo = []
     try:
-        for slot in slots(root):
-            restored = _restored(slot, record)
-            if restored is not None:
-                _replace(slot, restored, undo)
+        _restore(roots_of(model).values(), found, undo)
     except BaseException:
         _put_back(undo)
         raise
-    _clear(root)
-    console.say(_loss(record.plan))
+    for part in found:
+        _clear(part.module)
+        console.say(_loss(part.record.plan))
     return model
+
+
+@outside_inference_mode()
+def _restore(roots: Iterable[nn.Module], parts: Sequence[Part], undo: Undo) -> None:
+    """Put the tensors as they were before the patch in every place that holds them, also where parts share them."""
+    held = {id(slot.tensor): slot for root in roots for slot in slots(root)}
+    done: set[int] = set()
+    for slot, record in ((slot, part.record) for part in parts for slot in slots(part.module)):
+        if id(slot.tensor) not in done:
+            restored = _restored(slot, record)
+            if restored is not None:
+                done.add(id(slot.tensor))  # it lives as long as ``held`` does
+                _replace(held[id(slot.tensor)], restored, undo)
 
 
 @contextmanager
@@ -146,16 +157,16 @@ def borrowed(
 
 def is_patched(module: nn.Module) -> bool:
     """Whether this module itself was given to `patch` (not one around or inside it)."""
-    return isinstance(module.__dict__.get(_RECORD), Record)
+    return isinstance(module.__dict__.get(RECORD), Record)
 
 
 def record_of(root: nn.Module) -> Record:
     """Return what `patch` noted on ``root``; raise UpcastError when it is not patched."""
-    record = root.__dict__.get(_RECORD)
+    record = root.__dict__.get(RECORD)
     if isinstance(record, Record):
         return record
-    inner = next((name for name, module in named_modules(root) if _RECORD in module.__dict__), None)
-    remedy = f"Its module {inner!r} is: pass that one." if inner else "Call upcast.patch(model) first."
+    inner = next(iter(parts_of(root)), None)
+    remedy = f"Its module {inner.name!r} is: pass that one." if inner else "Call upcast.patch(model) first."
     raise UpcastError(f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}")
 
 
@@ -163,12 +174,16 @@ def report(model: object) -> str:
     """Return what `patch` did to ``model`` and what has happened since, as text to print.
 
     A table of its tensors, the kernels in use, and every operation that needed a whole float32 copy of a weight, with
-    the number of calls and the largest copy in bytes.
+    the number of calls and the largest copy in bytes. Of a model that is composed of several, one for each part that
+    is patched, by its name.
 
     Raises:
         UpcastError: the model is not patched.
     """
-    record = record_of(unwrap(model))
+    return "\n\n".join(f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model))
+
+
+def _report(record: Record) -> str:
     lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}"]
     for why, (count, size) in record.fallbacks.dissolved.items():
         lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, because {why}")
@@ -182,9 +197,11 @@ def adopt(
     policy: Choice = "safe",
     guard: bool = False,
     heal: bool = False,
+    keep: Sequence[str] = (),
+    trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
-    record, _ = _patch(*_prepared(root, policy, (), kv_cache), roundings)
+    record, _ = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings)
     _watch(root, record, guard, heal)
     console.say(_summary(record), record.plan)
     return record
@@ -236,7 +253,13 @@ class _Weights:
             return _widened(slot)
         if action == KEEP:
             return None
-        stored = self._made[twin.name].stored if twin is not None else slot.tensor.detach() if half is None else half
+        stored = (
+            self._made[twin.name].stored
+            if twin is not None
+            else ordinary(slot.tensor.detach())
+            if half is None
+            else half
+        )
         weight = parameter(stored, self.fallbacks, slot.wants_grad)
         if twin is not None:
             weight.store.share(self._made[twin.name].store)
@@ -244,6 +267,7 @@ class _Weights:
         return weight
 
 
+@outside_inference_mode()
 def _patch(
     root: nn.Module,
     found: Sequence[Slot],
@@ -265,12 +289,14 @@ def _patch(
             changes[slot.name] = change
         selection = _run_under(root, policy)
     except BaseException:
-        _clear(root)
-        _put_back(undo)
+        try:
+            _clear(root)
+        finally:
+            _put_back(undo)
         raise
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
     record = Record(plan, weights.fallbacks, policy, selection)
-    root.__dict__[_RECORD] = record
+    root.__dict__[RECORD] = record
     return record, undo
 
 
@@ -284,13 +310,22 @@ def _run_under(root: nn.Module, policy: Policy) -> Selection | None:
     """Install what makes the model run under ``policy``: the fast ways, which are for float32, or the interception."""
     hooks.install(root, shortcuts=policy.everywhere)
     if policy.everywhere:
-        litgpt_fused.install(root, policy.kv_cache)
-        transformers_fused.install(root, policy.kv_cache)
+        for library in (litgpt_fused, transformers_fused):
+            _install_fast_ways(library, root, policy.kv_cache)
         return None
     selection = Selection(policy)
     litgpt_fused.install_caches(root, policy.kv_cache)
     tracking.install(root, selection)
     return selection
+
+
+def _install_fast_ways(library: ModuleType, root: nn.Module, kv_cache: str) -> None:
+    """Give ``root`` the fused forwards for a library; where that fails it goes the ordinary way, which is as right."""
+    try:
+        library.install(root, kv_cache)
+    except Exception as error:
+        library.remove(root)
+        console.say(f"{type(root).__name__} runs without its fast ways ({library.__name__}): {aside.describe(error)}")
 
 
 def _widened(slot: Slot) -> Tensor:
@@ -318,7 +353,7 @@ def _clear(root: nn.Module) -> None:
     hooks.remove(root)
     litgpt_fused.remove(root)
     transformers_fused.remove(root)
-    root.__dict__.pop(_RECORD, None)
+    root.__dict__.pop(RECORD, None)
 
 
 def _restored(slot: Slot, record: Record) -> Tensor | None:

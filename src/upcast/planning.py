@@ -1,15 +1,16 @@
 """What patching would do to each tensor of a model: pure, printable, and what `upcast.patching` carries out."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from upcast import console, learning
+from upcast.parts import Part, parts_of, roots_of
 from upcast.rounding import Rounding, measure, survey
 from upcast.slot import Slot, matches
-from upcast.targets import prepare
+from upcast.targets import prepare, slots
 
 CONVERT = "convert"  # rounded to float16
 WRAP = "wrap"  # float16 already: used as it is, without a copy
@@ -219,6 +220,8 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
 def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> Plan:
     """Return what `upcast.patch` would do to each tensor of ``model``; changes nothing.
 
+    Of what is patched already, the model or parts of it, the plan tells what was done.
+
     Args:
         model: any module on the CPU, or what else `upcast.patch` accepts.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
@@ -227,12 +230,34 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     Raises:
         UpcastError: as `upcast.patch` would.
     """
+    done = parts_of(model)
+    if done:
+        return _of_parts(model, done, keep, trainable)
     root, found = prepare(model, keep, trainable)
     learning.check(root, found, trainable)
-    changes: dict[str, Change] = {}
-    for slot, action, reason, rounding, _ in settle(found, keep, measure):
-        changes[slot.name] = change_of(slot, action, reason, rounding)
-    return Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
+    return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + remarks(root))
+
+
+def _changes(found: Sequence[Slot], keep: Sequence[str]) -> tuple[Change, ...]:
+    return tuple(change_of(*settled[:4]) for settled in settle(found, keep, measure))
+
+
+def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str]) -> Plan:
+    """Return what was done to the parts that are patched, and what `patch` would do to each of the others alone."""
+    roots = roots_of(model)
+    changes = [_under(part.name, change) for part in parts for change in part.record.plan.changes]
+    inside = {id(slot.tensor) for part in parts for slot in slots(part.module)}
+    for name, root in roots.items():
+        rest = [slot for slot in slots(root) if id(slot.tensor) not in inside]
+        learning.mark(root, rest, trainable)
+        changes += [_under(name, change) for change in _changes(rest, keep)]
+    said = tuple(line for part in parts for line in part.record.plan.remarks)
+    listed = ", ".join(part.name or type(part.module).__name__ for part in parts)
+    return Plan(type(model).__name__, tuple(changes), (*said, f"patched already: {listed}"))
+
+
+def _under(prefix: str, change: Change) -> Change:
+    return replace(change, name=f"{prefix}.{change.name}") if prefix else change
 
 
 def remarks(root: nn.Module) -> tuple[str, ...]:

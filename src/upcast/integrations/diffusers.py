@@ -13,8 +13,8 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
-from upcast.integrations import loading
-from upcast.integrations.loading import NotOurs
+from upcast.integrations import aside, loading
+from upcast.integrations.aside import NotOurs
 
 
 def install() -> None:
@@ -31,8 +31,8 @@ def activate(module: ModuleType) -> None:
     model_class: Any = module.ModelMixin
     if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
         return
-    wrapt.wrap_function_wrapper(module, "ModelMixin.from_pretrained", loading.hook(_load))
-    wrapt.wrap_function_wrapper(model_loading_utils, "load_model_dict_into_meta", _into_meta)
+    aside.wrap(model_loading_utils, {"load_model_dict_into_meta": _into_meta})
+    aside.wrap(module, {"ModelMixin.from_pretrained": loading.hook(_load)})
 
 
 def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -51,7 +51,7 @@ def _into_meta(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) 
     parameters = {name for name, _ in model.named_parameters()}
     for name in list(state):
         if name in parameters:
-            state[name] = ours.arrive(name, state[name])
+            state[name] = ours.arrive(name, state[name], exact=ours.exact(name))
             _expect(model, name, state[name])
     return wrapped(*call.args, **call.kwargs)
 

@@ -1,28 +1,32 @@
 """LitGPT: build a model from its checkpoint folder without a float32 copy, and LLM.load under UPCAST=1."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import wrapt
 from torch import Tensor
 
-from upcast import checkpoint, config, console, huge_pages, patching
+from upcast import checkpoint, config, huge_pages, patching
 from upcast import policy as policies
 from upcast.errors import UpcastError
-from upcast.integrations import litgpt_fused
+from upcast.integrations import aside, litgpt_fused, loading
+from upcast.integrations.aside import NotOurs
+from upcast.modes import float32_by_default, outside_inference_mode
 
 
 def load_litgpt(
     checkpoint_dir: str | Path,
     *,
     policy: patching.Choice = "safe",
+    keep: Sequence[str] = (),
     kv_cache: str | None = None,
     guard: bool = False,
     heal: bool = False,
+    trainable: Sequence[str] = (),
     mesh: Any = None,
     wire: str = "float32",
 ) -> Any:
@@ -35,9 +39,11 @@ def load_litgpt(
     Args:
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
         policy: as for `upcast.patch`.
+        keep: as for `upcast.patch`; what it names arrives in float32, with all its digits.
         kv_cache: as for `upcast.patch`.
         guard: as for `upcast.patch`.
         heal: as for `upcast.patch`.
+        trainable: as for `upcast.patch`; what it names arrives in float32, with all its digits.
         mesh: a one-dimensional DeviceMesh on the CPU, such as `upcast.distributed.join` returns: the model is divided
             between its ranks, each of which takes only its part from the file. Every rank must call this, and then
             the model, alike; every rank gets the same logits. For inference only.
@@ -47,27 +53,43 @@ def load_litgpt(
         ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
 
     Raises:
-        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy or
-            kv_cache. With mesh also, then and later: a policy other than safe, guard or heal; the ranks differ in
-            checkpoint, options or version; the model cannot be divided between so many; a rank is lost.
+        UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy,
+            pattern or kv_cache. With mesh also, then and later: a policy other than safe, guard, heal, keep or
+            trainable; the ranks differ in checkpoint, options or version; the model cannot be divided between so many;
+            a rank is lost.
     """
     chosen = policies.resolve(policy)
-    if mesh is not None and (guard or heal or not chosen.everywhere):
-        raise UpcastError(
-            f"mesh= with policy {str(chosen)!r}, guard={guard}, heal={heal}; a model divided between ranks runs under "
-            "'safe' only, which needs neither. Leave them out."
-        )
+    if mesh is not None:
+        _check_divided(chosen, guard=guard, heal=heal, keep=keep, trainable=trainable)
     if kv_cache is not None:
         litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
-    model = _build(_read_config(folder))
-    weights = read_for(model, folder / "lit_model.pth", whole=mesh is None)
-    if mesh is None:
-        fill(model, weights, kv_cache, policy, guard, heal)
-        return model.eval()
-    from upcast.integrations import litgpt_parallel
+    with _plainly():
+        model = _build(_read_config(folder))
+        weights = read_for(model, folder / "lit_model.pth", whole=mesh is None)
+        if mesh is None:
+            fill(model, weights, kv_cache, policy, guard, heal, keep, trainable)
+            return model.eval()
+        from upcast.integrations import litgpt_parallel
 
-    return litgpt_parallel.load(model, folder, weights, mesh, kv_cache or chosen.kv_cache, wire).eval()
+        return litgpt_parallel.load(model, folder, weights, mesh, kv_cache or chosen.kv_cache, wire).eval()
+
+
+def _check_divided(policy: policies.Policy, **options: Any) -> None:
+    given = {name: value for name, value in options.items() if value}
+    if given or not policy.everywhere:
+        listed = "".join(f", {name}={value!r}" for name, value in given.items())
+        raise UpcastError(
+            f"mesh= with policy {str(policy)!r}{listed}; a model divided between ranks is for inference under 'safe', "
+            "which needs no other option. Leave them out."
+        )
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Make ordinary float32 tensors on the CPU, whatever modes are on around the call."""
+    with outside_inference_mode(), float32_by_default(), torch.device("cpu"):
+        yield
 
 
 def read_for(model: torch.nn.Module, path: Path, whole: bool = True) -> dict[str, Tensor]:
@@ -89,12 +111,18 @@ def fill(
     policy: patching.Choice = "safe",
     guard: bool = False,
     heal: bool = False,
+    keep: Sequence[str] = (),
+    trainable: Sequence[str] = (),
 ) -> None:
-    """Give a LitGPT model of any dtype, without weights or with others, the mapped ``weights``, and patch it."""
-    known = checkpoint.to_float16(weights, huge_pages.Memory())
-    model.load_state_dict(weights, assign=True)
-    model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    patching.adopt(model, known, kv_cache, policy, guard, heal)
+    """Give a LitGPT model of any dtype, without weights or with others, the mapped ``weights``, and patch it.
+
+    Where that fails the model is what it was before.
+    """
+    with _plainly(), aside.undone_if_it_fails(model):
+        known = checkpoint.to_float16(weights, huge_pages.Memory(), (*keep, *trainable))
+        model.load_state_dict(weights, assign=True)
+        model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
+        patching.adopt(model, known, kv_cache, policy, guard, heal, keep, trainable)
 
 
 def _read_config(folder: Path) -> Any:
@@ -144,34 +172,49 @@ def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) 
 
 def activate(module: ModuleType) -> None:
     """Make ``LLM.load`` and ``LLM.distribute`` of ``litgpt.api`` give patched models."""
-    wrapt.wrap_function_wrapper(module, "LLM.load", _load)
-    wrapt.wrap_function_wrapper(module, "LLM.distribute", _distribute)
+    aside.wrap(module, {"LLM.load": _load, "LLM.distribute": _distribute})
 
 
 def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-    call = arguments(wrapped, args, kwargs)
-    if call["distribute"] != "auto":  # distribute() comes later
+    def theirs() -> Any:
         return wrapped(*args, **kwargs)
-    if accelerator("auto") != "cpu":
-        console.say(f"the model goes to {accelerator('auto')}, not to the CPU: left alone")
-        return wrapped(*args, **kwargs)
-    if call["init"] != "pretrained":
-        llm = wrapped(*args, **kwargs)
-        settings = config.read()
-        return llm if llm is None else patching.patch(llm, policy=settings.policy, kv_cache=settings.kv_cache)
-    llm = wrapped(**{**call, "distribute": None})
-    _place(llm, None)
-    return llm
+
+    def ours() -> Any:
+        aside.check_enabled()
+        call = arguments(wrapped, args, kwargs)
+        if call["distribute"] != "auto":  # distribute() comes later
+            raise NotOurs
+        if accelerator("auto") != "cpu":
+            raise NotOurs(f"the model goes to {accelerator('auto')}, not to the CPU")
+        if call["init"] != "pretrained":
+            return _patched(theirs())
+        llm = wrapped(**{**call, "distribute": None})
+        _place(llm, None)
+        return llm
+
+    return aside.attempt("LLM.load", ours, theirs)
+
+
+def _patched(llm: Any) -> Any:
+    """Patch an LLM with random weights."""
+
+    def ours() -> Any:
+        settings, (keep, trainable) = config.read(), loading.patterns(llm)
+        return patching.patch(llm, policy=settings.policy, kv_cache=settings.kv_cache, keep=keep, trainable=trainable)
+
+    return llm if llm is None else aside.attempt("LLM.load", ours, lambda: llm)
 
 
 def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -> Any:
-    call = arguments(wrapped, args, kwargs)
-    reason = _not_ours(llm, call)
-    if reason:
-        console.say(f"LLM.distribute runs as it is, unpatched: {reason}")
-        return wrapped(*args, **kwargs)
-    _place(llm, call["fixed_kv_cache_size"])
-    return None
+    def ours() -> None:
+        aside.check_enabled()
+        call = arguments(wrapped, args, kwargs)
+        reason = _not_ours(llm, call)
+        if reason:
+            raise NotOurs(reason)
+        _place(llm, call["fixed_kv_cache_size"])
+
+    return aside.attempt("LLM.distribute", ours, lambda: wrapped(*args, **kwargs))
 
 
 def _not_ours(llm: Any, call: dict[str, Any]) -> str:
@@ -191,21 +234,31 @@ def _not_ours(llm: Any, call: dict[str, Any]) -> str:
 
 
 def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
-    """Give ``llm`` its patched model in a Fabric of float32 precision, as LLM.distribute would."""
+    """Give ``llm`` its patched model in a Fabric of float32 precision, as LLM.distribute would; all or nothing."""
     from lightning import Fabric
     from litgpt.utils import check_file_size_on_cpu_and_warn
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
     check_file_size_on_cpu_and_warn(llm.checkpoint_dir / "lit_model.pth", fabric.device)
-    settings = config.read()
-    model = load_litgpt(llm.checkpoint_dir, policy=settings.policy, kv_cache=settings.kv_cache)
-    llm.model, llm.fabric = fabric.setup_module(model), fabric
-    llm.preprocessor.device = fabric.device
-    llm.kv_cache_initialized = fixed_kv_cache_size is not None
+    model = load_by_environment(llm.checkpoint_dir)
+    placed = {"model": fabric.setup_module(model), "fabric": fabric}
+    placed["kv_cache_initialized"] = fixed_kv_cache_size is not None
     if fixed_kv_cache_size is not None:
         size = model.max_seq_length if fixed_kv_cache_size == "max_model_supported" else fixed_kv_cache_size
         model.set_kv_cache(batch_size=1, max_seq_length=size, device=fabric.device)
-        llm.fixed_kv_cache_size = fixed_kv_cache_size
+        placed["fixed_kv_cache_size"] = fixed_kv_cache_size
+    llm.preprocessor.device = fabric.device
+    for name, value in placed.items():
+        setattr(llm, name, value)
+
+
+def load_by_environment(folder: Path) -> Any:
+    """Return `load_litgpt` of ``folder`` as the environment asks for it."""
+    settings = config.read()
+    options: dict[str, Any] = {"policy": settings.policy, "kv_cache": settings.kv_cache}
+    if settings.keep or settings.trainable:
+        options["keep"], options["trainable"] = loading.patterns(_build(_read_config(folder)))
+    return load_litgpt(folder, **options)
 
 
 def accelerator(requested: str) -> str:

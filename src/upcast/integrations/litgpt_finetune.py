@@ -10,40 +10,47 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import wrapt
 from torch import Tensor, nn
 
 from upcast import checkpoint, config, huge_pages, patching
 from upcast.errors import UpcastError
-from upcast.integrations import litgpt, litgpt_scripts
+from upcast.integrations import aside, litgpt, litgpt_scripts, loading
+from upcast.integrations.aside import NotOurs
 from upcast.targets import unwrap
 
 
 def activate(module: ModuleType) -> None:
     """Make ``module`` load its checkpoint into float16 and compute in float32, unless asked for another precision."""
-    wrapt.wrap_function_wrapper(module, "get_default_supported_precision", litgpt_scripts.default_precision)
-    wrapt.wrap_function_wrapper(module, "instantiate_torch_optimizer", _optimizer)
-    wrapt.wrap_function_wrapper(module, "load_checkpoint", _load_checkpoint)
+    wrappers = {
+        "get_default_supported_precision": litgpt_scripts.default_precision,
+        "instantiate_torch_optimizer": _optimizer,
+        "load_checkpoint": _load_checkpoint,
+    }
     if hasattr(module, "load_checkpoint_update"):
-        wrapt.wrap_function_wrapper(module, "load_checkpoint_update", _load_checkpoint)
+        wrappers["load_checkpoint_update"] = _load_checkpoint
+    aside.wrap(module, wrappers)
 
 
 def _optimizer(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
     """Make the optimizer from what learns: LitGPT hands over the base as well, which it would keep in memory."""
+    if not aside.enabled():
+        return wrapped(*args, **kwargs)
     call = litgpt.arguments(wrapped, args, kwargs)
-    learning = [parameter for parameter in call["model_parameters"] if parameter.requires_grad]
-    return wrapped(call["optimizer"], learning, **call["kwargs"])
+    parameters = call["model_parameters"] = list(call["model_parameters"])  # a generator can be read once
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    return wrapped(call["optimizer"], learning or parameters, **call["kwargs"])
 
 
 def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
-    call = litgpt.arguments(wrapped, args, kwargs)
+    return litgpt_scripts.load_or_step_aside(wrapped, args, kwargs, _take_over)
+
+
+def _take_over(call: dict[str, Any]) -> None:
     model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
-    reason = litgpt_scripts.not_ours(call["fabric"]) or _not_float32(model)
-    weights = litgpt_scripts.read_unless(reason, path, lambda: _read(model, path, call.get("adapter_path")))
-    if weights is None:
-        return wrapped(*args, **kwargs)
-    _fill(model, weights)
-    return None
+    reason = _not_float32(model)
+    if reason:
+        raise NotOurs(reason)
+    _fill(model, _read(model, path, call.get("adapter_path")))
 
 
 def _not_float32(model: nn.Module) -> str:
@@ -79,10 +86,11 @@ def _name(name: str, expected: Mapping[str, Tensor]) -> str:
 
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:
+    settings, (keep, trainable) = config.read(), loading.patterns(model)
     learning = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with torch.no_grad():
         for name in learning.keys() & weights.keys():
             learning[name].copy_(weights.pop(name))
-    known = checkpoint.to_float16(weights, huge_pages.Memory())
+    known = checkpoint.to_float16(weights, huge_pages.Memory(), keep)
     model.load_state_dict(weights, strict=False, assign=True)
-    patching.adopt(model, known, config.read().kv_cache)
+    patching.adopt(model, known, settings.kv_cache, keep=keep, trainable=trainable)

@@ -1,5 +1,6 @@
 """Which of a LitGPT model's modules get a fused forward, and how they get it and lose it again."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -39,7 +40,7 @@ def check(kv_cache: str) -> None:
 def install(root: nn.Module, kv_cache: str) -> None:
     """Give the modules of every LitGPT model in ``root`` their fused forwards; other models are left alone."""
     litgpt = sys.modules.get("litgpt.model")
-    if litgpt is None:  # then no module of ``root`` can be LitGPT's
+    if litgpt is None or _missing(litgpt):  # then no module of ``root`` can be LitGPT's, or as we know it
         return
     for gpt in [module for module in modules(root) if isinstance(module, litgpt.GPT)]:
         for module in modules(gpt):
@@ -53,9 +54,10 @@ def install(root: nn.Module, kv_cache: str) -> None:
 def install_caches(root: nn.Module, kv_cache: str) -> None:
     """Have every LitGPT model in ``root`` make caches of that dtype, and run otherwise as LitGPT has it."""
     litgpt = sys.modules.get("litgpt.model")
-    attentions = (litgpt.CausalSelfAttention, litgpt.MultiheadLatentAttention) if litgpt else ()
+    if litgpt is None:
+        return
     for module in modules(root):
-        if isinstance(module, attentions):
+        if isinstance(module, (litgpt.CausalSelfAttention, _latent_attention(litgpt))):
             module.__dict__["build_kv_cache"] = CacheBuilder(module, KV_CACHES[kv_cache] or torch.float32, stays=False)
 
 
@@ -83,6 +85,10 @@ def remarks(root: nn.Module) -> list[str]:
     litgpt = sys.modules.get("litgpt.model")
     if litgpt is None:
         return []
+    missing = _missing(litgpt)
+    if missing:
+        found = any(isinstance(module, litgpt.GPT) for module in modules(root))
+        return [f"not fused: LitGPT's modules (this version of it has no {missing})"] if found else []
     reasons: dict[str, list[str]] = {}
     for prefix, gpt in named_modules(root):
         if isinstance(gpt, litgpt.GPT):
@@ -137,9 +143,31 @@ def _kind(module: nn.Module, litgpt: Any) -> type:
     return type(module)
 
 
+_CLASSES = ("RMSNorm", "LLaMAMLP", "GemmaMLP", "LLaMAMoE", "CausalSelfAttention", "MultiheadLatentAttention", "KVCache")
+# Of Config; LitGPT 0.5.13 has all of them, 0.4.11 has not.
+_SETTINGS = (
+    *("attention_logit_softcapping", "attention_scores_scalar", "final_logit_softcapping", "gelu_approximate"),
+    *("head_size", "n_embd", "n_expert_groups", "n_expert_per_token", "n_head", "n_query_groups", "n_shared_expert"),
+    *("norm_qk", "norm_qk_type", "parallel_residual", "rope_indices", "rope_interleave"),
+    *("routed_scaling_factor", "scale_embeddings", "shared_attention_norm", "sliding_window_size"),
+)
+
+
+def _missing(litgpt: Any) -> str:
+    """Return a name that the fused forwards ask LitGPT for, and that its version does not have; or an empty string."""
+    classes = [f"class {name}" for name in _CLASSES if not hasattr(litgpt, name)]
+    known = {field.name for field in dataclasses.fields(litgpt.Config)} | set(dir(litgpt.Config))
+    return next(iter([*classes, *(name for name in _SETTINGS if name not in known)]), "")
+
+
+def _latent_attention(litgpt: Any) -> Any:
+    """Return the class of latent attentions; no class in versions of LitGPT that have none."""
+    return getattr(litgpt, "MultiheadLatentAttention", ())
+
+
 def _reason(module: Any, litgpt: Any) -> str:
     """Return why ``module`` cannot be fused though its kind can, or an empty string."""
-    if isinstance(module, litgpt.MultiheadLatentAttention):
+    if isinstance(module, _latent_attention(litgpt)):
         return "latent attention"
     if isinstance(module, litgpt.CausalSelfAttention):
         if _kind(module, litgpt) is not litgpt.CausalSelfAttention:

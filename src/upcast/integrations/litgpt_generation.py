@@ -44,11 +44,11 @@ def leave(gpt: nn.Module) -> None:
 
 
 def _wrapped() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
-    """Yield (owner, name, wrapper) for what is loaded of LitGPT."""
+    """Yield (owner, name, wrapper) for what is loaded of LitGPT, and is there in its version."""
     base, api = sys.modules.get("litgpt.generate.base"), sys.modules.get("litgpt.api")
-    if base is not None:
-        yield base, "next_token", _last_only
-        yield base, "batched_next_token", _last_only
+    for name in ("next_token", "batched_next_token"):
+        if hasattr(base, name):
+            yield base, name, _last_only
     if api is not None:
         yield api.LLM, "generate", _keeping
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import wrapt
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, console
-from upcast.errors import UpcastError
+from upcast import checkpoint, config
 from upcast.forward import Attached
-from upcast.integrations import litgpt
+from upcast.integrations import aside, litgpt, loading
+from upcast.integrations.aside import NotOurs
 from upcast.targets import unwrap
 
 SPLIT = "it splits the model over devices"
@@ -24,45 +23,48 @@ SPLIT = "it splits the model over devices"
 
 def activate(module: ModuleType) -> None:
     """Make ``load_checkpoint``, as ``module`` knows it, give patched models."""
-    wrapt.wrap_function_wrapper(module, "load_checkpoint", _load_checkpoint)
+    aside.wrap(module, {"load_checkpoint": _load_checkpoint})
 
 
 def activate_adapter(module: ModuleType) -> None:
     """Make the GPT that ``module`` builds patch itself when it takes its weights, in float32 unless asked otherwise."""
-    wrapt.wrap_function_wrapper(module, "get_default_supported_precision", default_precision)
-    wrapt.wrap_function_wrapper(module, "lazy_load", _lazy_load)
-    wrapt.wrap_function_wrapper(module, "GPT", _build)
+    aside.wrap(module, {"get_default_supported_precision": default_precision, "lazy_load": _lazy_load, "GPT": _build})
 
 
 def activate_unpatched(module: ModuleType) -> None:
     """Have ``main`` of ``module`` say that it runs as it is."""
-    wrapt.wrap_function_wrapper(module, "main", _main)
+    aside.wrap(module, {"main": _main})
 
 
 # --- load_checkpoint --------------------------------------------------------------------------------------------------
 
 
 def _load_checkpoint(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
-    call = litgpt.arguments(wrapped, args, kwargs)
-    fabric, path = call["fabric"], Path(call["checkpoint_path"])
-    model = unwrap(call["model"])
-    weights = read_unless(not_ours(fabric), path, lambda: litgpt.read_for(model, path))
-    if weights is None:
-        return wrapped(*args, **kwargs)
-    _fill(model, weights)
-    _compute_in_float32(fabric)
-    return None
+    return load_or_step_aside(wrapped, args, kwargs, _take_over)
 
 
-def read_unless(reason: str, path: Path, read: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """Return the weights; None, with one line that says why, where LitGPT is to load ``path`` itself."""
-    if not reason:
-        try:
-            return read()
-        except UpcastError as error:  # then it is for LitGPT to load it, or to say what is wrong
-            reason = str(error)
-    console.say(f"{path} is loaded as it is, unpatched: {reason}")
-    return None
+def load_or_step_aside(
+    wrapped: Callable[..., Any], args: Any, kwargs: Any, ours: Callable[[dict[str, Any]], None]
+) -> Any:
+    """Call ``ours`` with the arguments of LitGPT's ``load_checkpoint``; have LitGPT load where it refuses or fails."""
+
+    def attempt() -> None:
+        aside.check_enabled()
+        call = litgpt.arguments(wrapped, args, kwargs)
+        reason = not_ours(call["fabric"])
+        if reason:
+            raise NotOurs(reason)
+        with aside.undone_if_it_fails(unwrap(call["model"])):
+            ours(call)
+
+    path = kwargs.get("checkpoint_path") or next((arg for arg in args if isinstance(arg, Path)), wrapped.__name__)
+    return aside.attempt(str(path), attempt, lambda: wrapped(*args, **kwargs), verb="is loaded")
+
+
+def _take_over(call: dict[str, Any]) -> None:
+    model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
+    _fill(model, litgpt.read_for(model, path))
+    _compute_in_float32(call["fabric"])
 
 
 def not_ours(fabric: Any) -> str:
@@ -82,8 +84,8 @@ def not_ours(fabric: Any) -> str:
 
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:
-    settings = config.read()
-    litgpt.fill(model, weights, settings.kv_cache, settings.policy)
+    settings, (keep, trainable) = config.read(), loading.patterns(model)
+    litgpt.fill(model, weights, settings.kv_cache, settings.policy, keep=keep, trainable=trainable)
     cache = model.transformer.h[0].attn.kv_cache
     if cache is not None:  # made before the model was patched, in another dtype
         model.set_kv_cache(batch_size=len(cache.k), max_seq_length=model.max_seq_length)
@@ -100,24 +102,27 @@ def _compute_in_float32(fabric: Any) -> None:
 
 
 def default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: Any) -> str:
-    return wrapped(*args, **kwargs) if litgpt.accelerator("auto") != "cpu" else "32-true"
+    ours = aside.enabled() and litgpt.accelerator("auto") == "cpu"
+    return "32-true" if ours else wrapped(*args, **kwargs)
 
 
 def _lazy_load(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
     try:
         return checkpoint.read(Path(*args, **kwargs))
-    except UpcastError:  # for LitGPT to load, or to say what is wrong
+    except Exception:  # for LitGPT to load, or to say what is wrong
         return wrapped(*args, **kwargs)
 
 
 def _build(wrapped: Callable[..., nn.Module], _: Any, args: Any, kwargs: Any) -> nn.Module:
     model = wrapped(*args, **kwargs)
+    if not aside.enabled():
+        return model
     found = {(p.device.type, str(p.dtype).removeprefix("torch.")) for p in model.parameters()}
     if found == {("cpu", "float32")}:
         model.__dict__["load_state_dict"] = Taking(model)
     else:
         asked = ", ".join(f"{dtype} on {device!r}" for device, dtype in sorted(found))
-        console.say(f"{type(model).__module__}.GPT runs as it is, unpatched: it was asked for in {asked}")
+        aside.say(f"{type(model).__module__}.GPT runs as it is, unpatched: it was asked for in {asked}")
     return model
 
 
@@ -128,14 +133,21 @@ class Taking(Attached):
         """Take over mapped weights, once."""
         model = self.module
         del model.__dict__["load_state_dict"]
-        if not all(type(value) in (Tensor, nn.Parameter) for value in state.values()):
-            return model.load_state_dict(state, *args, **kwargs)
-        return _fill(model, dict(state))
+
+        def ours() -> Any:
+            if not all(type(value) in (Tensor, nn.Parameter) for value in state.values()):
+                raise NotOurs
+            with aside.undone_if_it_fails(model):
+                return _fill(model, dict(state))
+
+        name = f"{type(model).__module__}.GPT"
+        return aside.attempt(name, ours, lambda: model.load_state_dict(state, *args, **kwargs))
 
 
 # --- what splits the model --------------------------------------------------------------------------------------------
 
 
 def _main(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
-    console.say(f"{wrapped.__module__} runs as it is, unpatched: {SPLIT}")
+    if aside.enabled():
+        aside.say(f"{wrapped.__module__} runs as it is, unpatched: {SPLIT}")
     return wrapped(*args, **kwargs)

@@ -5,30 +5,29 @@ float32's digits, and is handed float16 where a weight belongs: the mapped tenso
 else one rounded tensor at a time.
 """
 
+import functools
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, console, patching
+from upcast import checkpoint, config, patching
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.huge_pages import Memory
-from upcast.integrations import litgpt_fused
+from upcast.integrations import aside, litgpt_fused
+from upcast.integrations.aside import NotOurs
+from upcast.modes import float32_by_default, outside_inference_mode
 from upcast.planning import CONVERT, decide
 from upcast.rounding import Rounding, to_half
-from upcast.slot import Slot
+from upcast.slot import Slot, matches
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class NotOurs(Exception):
-    """A call that upcast leaves to the library, and why."""
 
 
 @dataclass
@@ -36,27 +35,43 @@ class Loading:
     """One call of ``from_pretrained``.
 
     Attributes:
-        kv_cache, policy: as for `upcast.patch`.
+        kv_cache, policy, keep, trainable: as for `upcast.patch`.
         strict: called by `upcast.from_pretrained`: what is not ours is an error, not a line.
+        divided: between ranks, of which none can step aside alone.
         lost: address of a rounded tensor -> its dtype before, and what rounding lost.
         memory: where rounded tensors go that the model will hold; None: each has memory of its own.
     """
 
     kv_cache: str | None = None
     policy: patching.Choice = "safe"
+    keep: Sequence[str] = ()
+    trainable: Sequence[str] = ()
     strict: bool = False
+    divided: bool = False
     lost: dict[int, tuple[torch.dtype, Rounding]] = field(default_factory=dict)
     memory: Memory | None = field(default_factory=Memory, repr=False)
     _turn: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
-    def arrive(self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True) -> Tensor:
+    def again(self) -> "Loading":
+        """Return the same request for the next model of several."""
+        return Loading(self.kv_cache, self.policy, self.keep, self.trainable, self.strict)
+
+    def exact(self, name: str) -> bool:
+        """Whether the model's tensor of this name is to keep all its digits."""
+        return any(matches(name, pattern) for pattern in (*self.keep, *self.trainable))
+
+    def arrive(
+        self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True, exact: bool = False
+    ) -> Tensor:
         """Return a checkpoint's tensor as the float32 model should hold it: float16 if it is a weight that fits.
 
         ``ours``: nobody else reads the tensor, and its mapped pages may go once it is copied. ``in_place``: the model
-        will hold this very tensor, and not something that is put together from several.
+        will hold this very tensor, and not something that is put together from several. ``exact``: in float32.
         """
         if not tensor.is_floating_point():
             return tensor
+        if exact:
+            return tensor.float()
         with self._turn:  # Transformers loads with several threads: that many tensors would be in memory at once
             return self._arrived(name, tensor, ours, in_place)
 
@@ -80,13 +95,37 @@ class Loading:
         return part
 
     def adopt(self, model: nn.Module) -> None:
-        """Patch the loaded model."""
+        """Patch the loaded model, unless that was done while it was loaded."""
+        if patching.is_patched(model):
+            return
         known = {
             name: self.lost[parameter.data_ptr()]
             for name, parameter in model.named_parameters()
             if parameter.data_ptr() in self.lost
         }
-        patching.adopt(model, known, self.kv_cache, self.policy)
+        if not self.strict:
+            self.keep, self.trainable = patterns(model)
+        patching.adopt(model, known, self.kv_cache, self.policy, keep=self.keep, trainable=self.trainable)
+
+
+def patterns(model: nn.Module) -> tuple[Sequence[str], Sequence[str]]:
+    """Return what the environment keeps in float32 and trains of ``model``; say which pattern names nothing of it.
+
+    A program may load several models, and a pattern be meant for one of them.
+    """
+    settings, names = config.read(), [name for name, _ in model.named_parameters()]
+    for variable, given in (("UPCAST_KEEP", settings.keep), ("UPCAST_TRAINABLE", settings.trainable)):
+        for pattern in given:
+            if not _names_one(pattern, names):
+                aside.say(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
+    keep, trainable = (
+        [pattern for pattern in given if _names_one(pattern, names)] for given in (settings.keep, settings.trainable)
+    )
+    return keep, trainable
+
+
+def _names_one(pattern: str, names: Sequence[str]) -> bool:
+    return any(matches(name, pattern) for name in names)
 
 
 _local = threading.local()  # .request: upcast.from_pretrained is at work; .loading: a loader is inside our hook
@@ -98,44 +137,65 @@ def current() -> Loading | None:
     return loading
 
 
+def not_ours() -> AbstractContextManager[None]:
+    """Within the block, what the library loads is its own."""
+    return _at_work(None)
+
+
 def hook(load: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]) -> Callable[..., Any]:
     """Return a wrapper of ``from_pretrained`` around ``load(wrapped, args, kwargs)``, which may raise NotOurs."""
 
     def from_pretrained(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-        request: Loading | None = getattr(_local, "request", None)
-        if current() is not None or (request is None and not config.read().enabled):
-            return wrapped(*args, **kwargs)
-        if request is None:
-            settings = config.read()
-            loading = Loading(settings.kv_cache, settings.policy)
-        else:
-            loading = Loading(request.kv_cache, request.policy, request.strict)
-        _local.loading = loading
-        try:
-            result = load(wrapped, args, kwargs)
-            _adopt(result, loading)
-            return result
-        except NotOurs as reason:
-            why = str(reason)
-        finally:
-            _local.loading = None
+        if current() is not None:  # the library, or the model, loads another one on the way
+            with not_ours():
+                return wrapped(*args, **kwargs)
         name = getattr(owner, "__name__", type(owner).__name__)
-        if loading.strict:
-            raise UpcastError(f"{name}.from_pretrained with {why}; upcast stores float16 on the CPU. Leave it out.")
-        console.say(f"{name} runs as it is, unpatched: {why}")
-        return wrapped(*args, **kwargs)
+        request: Loading | None = getattr(_local, "request", None)
+        if request is not None:
+            return _strictly(name, request.again(), functools.partial(load, wrapped, args, kwargs))
+        loading = Loading()
+
+        def ours() -> Any:
+            _ask_environment(loading)
+            return _loaded(loading, functools.partial(load, wrapped, args, kwargs))
+
+        return aside.attempt(name, ours, lambda: wrapped(*args, **kwargs), lambda: loading.divided)
 
     return from_pretrained
 
 
-def _adopt(result: Any, loading: Loading) -> None:
-    model = result[0] if isinstance(result, tuple) else result  # (model, info) with output_loading_info=True
+def _ask_environment(loading: Loading) -> None:
+    aside.check_enabled()
+    settings = config.read()
+    loading.kv_cache, loading.policy = settings.kv_cache, settings.policy
+    loading.keep, loading.trainable = settings.keep, settings.trainable
+
+
+def _strictly(name: str, loading: Loading, load: Callable[[], Any]) -> Any:
     try:
+        return _loaded(loading, load)
+    except NotOurs as reason:
+        why = str(reason)
+    raise UpcastError(f"{name}.from_pretrained with {why}; upcast stores float16 on the CPU. Leave it out.")
+
+
+def _loaded(loading: Loading, load: Callable[[], Any]) -> Any:
+    """Return what ``load`` gives, its model patched, and made of ordinary tensors whatever modes are on."""
+    with outside_inference_mode(), float32_by_default(), _at_work(loading):
+        result = load()
+        model = result[0] if isinstance(result, tuple) else result  # (model, info) with output_loading_info=True
         loading.adopt(model)
-    except UpcastError as error:
-        if loading.strict:
-            raise
-        console.say(f"{type(model).__name__} runs as it is, unpatched: {error}")
+    return result
+
+
+@contextmanager
+def _at_work(loading: Loading | None) -> Iterator[None]:
+    before = current()
+    _local.loading = loading
+    try:
+        yield
+    finally:
+        _local.loading = before
 
 
 def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -165,8 +225,8 @@ _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 @contextmanager
-def _requested(kv_cache: str | None, policy: patching.Choice) -> Iterator[None]:
-    _local.request = Loading(kv_cache, policy, strict=True)
+def _requested(request: Loading) -> Iterator[None]:
+    _local.request = request
     try:
         yield
     finally:
@@ -174,7 +234,13 @@ def _requested(kv_cache: str | None, policy: patching.Choice) -> Iterator[None]:
 
 
 def from_pretrained(
-    model_class: Any, *args: Any, kv_cache: str | None = None, policy: patching.Choice = "safe", **kwargs: Any
+    model_class: Any,
+    *args: Any,
+    kv_cache: str | None = None,
+    policy: patching.Choice = "safe",
+    keep: Sequence[str] = (),
+    trainable: Sequence[str] = (),
+    **kwargs: Any,
 ) -> Any:
     """Return ``model_class.from_pretrained(*args, **kwargs)``, patched, without a float32 copy on the way.
 
@@ -183,13 +249,15 @@ def from_pretrained(
     lives. ``dtype`` may be float16, bfloat16, float32 or "auto": the model says float32 and is stored in float16.
 
     Args:
-        model_class: a model or Auto class of Transformers, a model or pipeline class of Diffusers.
+        model_class: a model or Auto class of Transformers or PEFT, a model or pipeline class of Diffusers.
         args, kwargs: as for its ``from_pretrained``.
         kv_cache, policy: as for `upcast.patch`.
+        keep, trainable: as for `upcast.patch`; what they name arrives in float32, with all its digits. Of a pipeline
+            each pattern has to name something of every model.
 
     Raises:
         UpcastError: the class has no loader that upcast knows, the arguments ask for another device, for quantization
-            or for another dtype, or kv_cache or policy is unknown.
+            or for another dtype, kv_cache or policy is unknown, or a pattern names nothing.
     """
     policies.resolve(policy)
     if kv_cache is not None:
@@ -200,24 +268,24 @@ def from_pretrained(
             f"{getattr(model_class, '__name__', model_class)!r}; from_pretrained takes a class of Transformers or "
             "Diffusers. For other models, load them and call upcast.patch(model)."
         )
-    if library == "transformers":
+    if library in ("transformers", "peft"):
         from upcast.integrations import transformers as ours
     else:
         from upcast.integrations import diffusers as ours  # type: ignore[no-redef]
 
         _also_transformers()
     ours.install()
-    with _requested(kv_cache, policy):
+    with _requested(Loading(kv_cache, policy, keep, trainable, strict=True)):
         result = model_class.from_pretrained(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if isinstance(model, nn.Module) and not any(isinstance(p, HalfWeight) for p in model.parameters()):
-        patching.patch(model, policy=policy, kv_cache=kv_cache)
+        patching.patch(model, policy=policy, kv_cache=kv_cache, keep=keep, trainable=trainable)
     return result
 
 
 def _known(candidate: Any) -> bool:
     library = candidate.__module__.split(".")[0]
-    return library in ("transformers", "diffusers") and hasattr(candidate, "from_pretrained")
+    return library in ("transformers", "diffusers", "peft") and hasattr(candidate, "from_pretrained")
 
 
 def _also_transformers() -> None:

@@ -10,8 +10,9 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +22,9 @@ import wrapt
 from torch import Tensor
 
 from upcast import huge_pages
-from upcast.integrations import loading
-from upcast.integrations.loading import Loading, NotOurs
+from upcast.integrations import aside, loading, transformers_saving
+from upcast.integrations.aside import NotOurs
+from upcast.integrations.loading import Loading
 
 
 class Arriving:
@@ -69,9 +71,13 @@ def activate(module: ModuleType) -> None:
     model_class: Any = module.PreTrainedModel
     if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
         return
-    wrapt.wrap_function_wrapper(module, "PreTrainedModel.from_pretrained", loading.hook(_load))
+    wrappers = {"PreTrainedModel.from_pretrained": loading.hook(_load)}
     if _takes_arriving(model_class):
-        wrapt.wrap_function_wrapper(module, "PreTrainedModel._load_pretrained_model", _load_pretrained_model)
+        wrappers["PreTrainedModel._load_pretrained_model"] = _load_pretrained_model
+    if hasattr(model_class, "load_adapter"):
+        wrappers["PreTrainedModel.load_adapter"] = _load_adapter
+    aside.wrap(module, wrappers)
+    transformers_saving.install(module)
 
 
 def _takes_arriving(model_class: Any) -> bool:
@@ -101,6 +107,7 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
     _check(call.arguments["load_config"])
     mesh = call.arguments["load_config"].device_mesh
+    ours.divided = mesh is not None
     if mesh is None:
         for file in files or ():
             huge_pages.read_ahead(Path(file))
@@ -110,34 +117,65 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     _agree(model, tensors, ours, mesh)
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     parts = _parts(tensors, call.arguments["load_config"])
+    exact = _exact(model, tensors, call.arguments["load_config"], ours)
     call.arguments["state_dict"] = {
         name: Arriving(
             tensor,
             None
             if name.rpartition(".")[2] in buffers
-            else functools.partial(ours.arrive, name, ours=state is None, in_place=name not in parts),
+            else functools.partial(
+                ours.arrive, name, ours=state is None, in_place=name not in parts, exact=name in exact
+            ),
         )
         for name, tensor in tensors.items()
     }
-    with _one_by_one() if parts else nullcontext():
+    with _ONE_BY_ONE if parts else nullcontext():
         return wrapped(*call.args, **call.kwargs)
 
 
-@contextmanager
-def _one_by_one() -> Iterator[None]:
-    """Have Transformers read parts when it needs them: its threads would hold all of them beside what they make."""
-    before = os.environ.get(_NO_THREADS)
-    os.environ[_NO_THREADS] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[_NO_THREADS]
-        else:
-            os.environ[_NO_THREADS] = before
+def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> Any:
+    """Patch a model that is being loaded before an adapter goes on top: then the adapter is made for float32.
+
+    PEFT gives an adapter the dtype of its base, which is float16 until then, and the loader would round its numbers.
+    """
+    ours = loading.current()
+    if ours is None:
+        return wrapped(*args, **kwargs)
+    ours.adopt(model)
+    with loading.not_ours():
+        return wrapped(*args, **kwargs)
+
+
+class _OneByOne:
+    """Has Transformers read parts when it needs them: its threads would hold all of them beside what they make.
+
+    It asks a variable of the environment, which is put back when the last of several loads at once has ended.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._count = threading.Lock(), 0
+        self._before: str | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._count:
+                self._before = os.environ.get(_NO_THREADS)
+                os.environ[_NO_THREADS] = "1"
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if self._count:
+                return
+            if self._before is None:
+                os.environ.pop(_NO_THREADS, None)
+            else:
+                os.environ[_NO_THREADS] = self._before
 
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
+_ONE_BY_ONE = _OneByOne()
 
 
 def _check(settings: Any) -> None:
@@ -157,6 +195,26 @@ def _parts(names: Iterable[str], settings: Any) -> set[str]:
     renamings = [entry for entry in mapping if isinstance(entry, library.WeightRenaming)]
     merging = [entry for entry in mapping if isinstance(entry, library.WeightConverter) and _merges(entry)]
     return {name for name in names if merging and library.rename_source_key(name, renamings, merging)[1] is not None}
+
+
+def _exact(model: Any, names: Iterable[str], settings: Any, ours: Loading) -> set[str]:
+    """Return the checkpoint's names of the tensors that go, whole or in parts, into what keeps all its digits."""
+    if not ours.keep and not ours.trainable:
+        return set()
+    from transformers import core_model_loading as library
+
+    mapping = getattr(settings, "weight_mapping", None) or ()
+    renamings = [entry for entry in mapping if isinstance(entry, library.WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, library.WeightConverter)]
+    prefix, state = model.base_model_prefix, model.state_dict()
+
+    def is_exact(name: str) -> bool:
+        target, converter = library.rename_source_key(name, renamings, converters, prefix, state)
+        untouched, _ = library.rename_source_key(name, [], [], prefix, state)
+        # What becomes several tensors, or takes a way of which only the library knows, is rounded later if at all.
+        return converter is not None or any(map(ours.exact, (target, untouched)))
+
+    return set(filter(is_exact, names))
 
 
 def _merges(converter: Any) -> bool:

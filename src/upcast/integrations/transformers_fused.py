@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from upcast import autocast
+from upcast.integrations import aside, transformers_saving
 from upcast.integrations.transformers_cache import narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
@@ -26,6 +27,7 @@ def install(root: nn.Module, kv_cache: str) -> None:
     library = sys.modules.get("transformers.modeling_utils")
     if library is None:  # then no module of ``root`` can be of Transformers
         return
+    transformers_saving.install(library)
     for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
         for module in modules(model):
             if "forward" not in module.__dict__:
@@ -43,16 +45,24 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         if isinstance(module.__dict__.get("forward"), kinds):
             del module.__dict__["forward"]
-        for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        _leave_caches_alone(module)
+
+
+def _leave_caches_alone(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
     if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or autocast.enabled():
         return
-    narrow(cache)
+    try:
+        narrow(cache)
+    except Exception as error:  # each layer is Transformers' own or ours, and works as it is
+        _leave_caches_alone(model)
+        aside.say_once(f"the KV cache stays in float32: {aside.describe(error)}")
 
 
 def _fuse(module: Any) -> None:

@@ -1,0 +1,41 @@
+"""torch's modes that must not reach what upcast makes: weights outlive the block in which a model is loaded."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def outside_inference_mode() -> Iterator[None]:
+    """Make ordinary tensors, also where inference mode is on; gradients stay off there.
+
+    A weight made in inference mode keeps no version, and could take part in no gradient for the rest of its life.
+    """
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make float32 where no dtype is asked for: a patched model computes its buffers in it."""
+    before = torch.get_default_dtype()
+    if before == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def ordinary(tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``, or in place of an inference tensor an ordinary one in the same memory."""
+    if not tensor.is_inference():
+        return tensor
+    layout = (tensor.storage_offset(), tensor.shape, tensor.stride())
+    return torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage(), *layout)
