@@ -151,6 +151,9 @@ REPLACED: list[tuple[str, Any, str]] = [
     *(("Llama", llama, name) for name in ("apply_rotary_pos_emb", "rotate_half")),
     *(("Llama", getattr(llama, f"Llama{kind}"), "forward") for kind in ("RMSNorm", "MLP", "Attention", "DecoderLayer")),
     *(("Llama", *each) for each in [(activations.SiLUActivation, "forward"), (F, "silu"), (torch, "rsqrt")]),
+    *(("Llama", kind, "__call__") for kind in (llama.LlamaMLP, llama.LlamaDecoderLayer, activations.SiLUActivation)),
+    ("Llama", Tensor, "pow"),
+    *(("SmolLM2", *each) for each in [(lm.Block, "__call__"), (lm.LLaMAMLP, "__call__"), (Tensor, "float")]),
     *(("Llama", ALL_ATTENTION_FUNCTIONS, "sdpa"), ("Llama", GLOBAL, "sdpa")),
     *(("Qwen3", qwen3, name) for name in ("apply_rotary_pos_emb", "rotate_half")),
     *(("Qwen3", getattr(qwen3, f"Qwen3{kind}"), "forward") for kind in ("RMSNorm", "MLP", "Attention")),
@@ -337,6 +340,32 @@ def _function_as_activation(model: Any) -> None:
     model.model.layers[1].mlp.act_fn = torch.tanh
 
 
+def _around_a_module(path: str) -> Callable[[Any], None]:
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return _changed(self.inner(*args, **kwargs))
+
+    def change(model: Any) -> None:
+        parent, _, name = path.rpartition(".")
+        owner = _blocks(model)[1].get_submodule(parent)
+        setattr(owner, name, Wrapper(getattr(owner, name)))
+
+    return change
+
+
+class NoPositions(nn.Module):
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ones(1, 1, 8), torch.zeros(1, 1, 8)
+
+
+def _no_positions(model: Any) -> None:
+    model.model.rotary_emb = NoPositions()
+
+
 class MyActivation(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x.tanh() * 3
@@ -385,6 +414,9 @@ CHANGED: list[tuple[str, str, Callable[[Any], None]]] = [
     ("Llama", "scaling", _attribute("self_attn", scaling=5.0)),
     ("Llama", "implementation", _other_implementation),
     ("Llama", "embedding", _embedding_hook),
+    ("Llama", "rotary embedding", _no_positions),
+    *(("Llama", f"wrapper of {path}", _around_a_module(path)) for path in ("self_attn", "mlp", "self_attn.q_proj")),
+    *(("SmolLM2", f"wrapper of {path}", _around_a_module(path)) for path in ("mlp", "norm_2", "attn.qkv")),
     ("Qwen3", "class of the query's norm", _class("self_attn.q_norm")),
     ("Qwen3", "hook on the key's norm", _hook("self_attn.k_norm")),
     ("GPT-2", "class of mlp", _class("mlp")),

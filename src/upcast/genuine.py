@@ -91,6 +91,8 @@ class Originals:
     def __init__(self, roots: Callable[..., Iterable[Root]], kinds: tuple[type, ...]) -> None:
         self._made_by: tuple[Any, ...] = (roots, *kinds)
         self._told = False
+        self._foreign: _Entry | None = None
+        self._own: tuple[list[Any], list[Namespace], list[str]] = [_NEVER], [{}], [""]
         self._collect()
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,31 +100,26 @@ class Originals:
 
     def intact(self) -> bool:
         """Whether all of it is the library's own."""
-        entries, lists, foreign = self._found
-        if foreign is not None:
-            return foreign.owner.get(foreign.name) is not foreign.value and self._again()
-        return _unchanged(*lists) or self._replaced(entries)
+        kept, owners, names = self._own
+        return _unchanged(kept, _NO_DICTS, owners, names) or self._look_again()
+
+    def _look_again(self) -> bool:
+        """Whether what differs is the library's own as well; what is known not to be is not looked at twice."""
+        foreign = self._foreign
+        if foreign is not None and foreign.owner.get(foreign.name) is foreign.value:
+            return False
+        self._collect()
+        return self._foreign is None
 
     def _collect(self) -> None:
         roots, *kinds = self._made_by
         entries = _Search(roots(*kinds)).entries.values()
-        foreign = next((each for each in entries if not each.own), None)
-        lists = [each.value for each in entries], [each.owner for each in entries], [each.name for each in entries]
-        self._found = entries, lists, foreign  # at once: threads share this
-        if foreign is not None:
-            self._tell(foreign)
-
-    def _again(self) -> bool:
-        self._collect()
-        return self._found[2] is None and self.intact()
-
-    def _replaced(self, entries: Iterable[_Entry]) -> bool:
-        """Say what was replaced; False."""
-        for each in entries:
-            if each.owner.get(each.name) is not each.value:
-                self._tell(each)
-                break
-        return False
+        self._foreign = next((each for each in entries if not each.own), None)
+        if self._foreign is None:
+            owners, names = [each.owner for each in entries], [each.name for each in entries]
+            self._own = [each.value for each in entries], owners, names  # at once: threads share this
+        else:
+            self._tell(self._foreign)
 
     def _tell(self, entry: _Entry) -> None:
         if not self._told:
@@ -147,10 +144,12 @@ def calls(*kinds: type) -> list[Root]:
     return [*forwards(*kinds), *inside, *((kind, "__call__") for kind in kinds)]
 
 
-def _unchanged(kept: list[Any], owners: list[Namespace], names: list[str]) -> bool:
-    if native.available():
-        return native.unchanged(kept, [], owners, names)
+def _portably(kept: list[Any], _: list[Namespace], owners: list[Namespace], names: list[str]) -> bool:
     return all(owner.get(name) is value for value, owner, name in zip(kept, owners, names, strict=True))
+
+
+_unchanged = native.unchanged if native.available() else _portably
+_NEVER, _NO_DICTS = object(), list[Namespace]()
 
 
 # --- what functions find by name --------------------------------------------------------------------------------------
@@ -175,7 +174,7 @@ class _Search:
                 return
 
     def _note(self, owner: type | ModuleType | Table, name: str) -> bool:
-        """Note one entry; False if it is known."""
+        """Note one entry. Return whether it is new, and the library's own."""
         found = namespace(owner)
         if (id(found), name) in self.entries:
             return False
@@ -183,7 +182,7 @@ class _Search:
         own = _of_tensor(value) if owner is torch.Tensor else is_own(value, name, _library(_home(owner)))
         place = owner.__name__ if isinstance(owner, type) else _home(owner)
         self.entries[id(found), name] = _Entry(found, name, value, value is None or own, place)
-        return True
+        return own
 
     def _function(self, function: FunctionType, owner: Any = None) -> None:
         """Note what ``function``, a method of the class ``owner``, finds."""

@@ -52,15 +52,15 @@ class LinearForward(Forward):
             type(weight) is HalfWeight
             and weight.row_major
             and type(input) is Tensor
+            and not _traced()
+            and not _function_modes()  # which would see even what is asked here
             and input.dtype is _float32
             and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
             and not _gradients()
-            and not _traced()
+            and not _autocast()
             and type(module) is _Linear
             and _its["forward"] is _forward
             and F.linear is _linear
-            and not _function_modes()
-            and not _autocast()
             and not args
             and not kwargs
         ):

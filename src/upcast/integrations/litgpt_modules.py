@@ -7,7 +7,6 @@ and where someone replaced what the kernels stand for.
 Inner modules are called as modules, so that hooks on them see what they would see without fusion.
 """
 
-import functools
 import inspect
 import math
 from typing import Any
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from upcast import autocast, console, kernels, selective
 from upcast.forward import Forward
 from upcast.genuine import Root, bound, calls, forwards, observed, originals
+from upcast.integrations.litgpt_positions import Place, first_of_run, is_causal, positions
 from upcast.integrations.litgpt_prefix import CacheReset, forget
 
-_SCORES = "scaled_dot_product_attention"
+SCORES = "scaled_dot_product_attention"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -249,26 +249,6 @@ def _overflowed(wide: Tensor, half: Tensor) -> bool:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-class Place:
-    """Where the new positions stand: ``start`` for the mask, ``write`` in the cache (None: there is no cache)."""
-
-    __slots__ = ("cache", "start", "write")
-
-    def __init__(self, start: int, write: int = 0, cache: Any = None) -> None:
-        self.start, self.write, self.cache = start, write, cache
-
-
-def first_of_run(input_pos: Tensor, time: int) -> int | None:
-    """Return the first of ``time`` consecutive positions, or None if ``input_pos`` is anything else."""
-    if input_pos.dim() != 1 or input_pos.dtype != torch.int64:
-        return None
-    positions = input_pos.tolist()
-    if len(positions) != time or not positions or positions[0] < 0:
-        return None
-    start = int(positions[0])
-    return start if time == 1 or positions == list(range(start, start + time)) else None
-
-
 class FusedAttention(Fused):
     """CausalSelfAttention for consecutive positions, with LitGPT's KVCache in float16 or float32, or without."""
 
@@ -278,7 +258,7 @@ class FusedAttention(Fused):
 
     def genuine(self) -> bool:
         """Whether it, its cache's code and its method for the scores are LitGPT's own."""
-        return super().genuine() and _SCORES not in self.module.__dict__
+        return super().genuine() and SCORES not in self.module.__dict__
 
     def fused(
         self,
@@ -390,28 +370,6 @@ class FusedAttention(Fused):
         return bool(append(cache.k[:batch], k, at) and append(cache.v[:batch], v, at))
 
 
-def positions(size: int, ring: bool, capped: bool, start: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
-    """Return (start for the mask, where to write) in a cache of ``size``; None if that is for LitGPT to say.
-
-    Args:
-        size: positions that the cache holds.
-        ring: whether it is the ring buffer of a sliding window.
-        capped: whether scores are softcapped.
-        start: the first of ``time`` new positions.
-        maxp1: LitGPT's ``input_pos_maxp1``.
-    """
-    end = start + time
-    if maxp1 is not None and maxp1 < end:
-        return None
-    # Under a softcap LitGPT adds its boolean mask to the scores: that masks only where there is nothing to mask.
-    if capped and not (time == 1 and (ring or maxp1 == end)):
-        return None
-    if end <= size:
-        return start, start
-    # A wrapped ring holds the last positions in any order, all of them seen by one new query.
-    return (size - 1, start % size) if ring and time == 1 else None
-
-
 def plain_cache(cache: Any, config: Any) -> bool:
     """Whether ``cache`` is LitGPT's own, of a dtype and shape that the kernels take."""
     from litgpt.model import KVCache
@@ -422,20 +380,3 @@ def plain_cache(cache: Any, config: Any) -> bool:
     heads = (config.n_query_groups, config.head_size)
     fits = all((t.shape[1], t.shape[3]) == heads and t.is_cpu for t in (k, v)) and k.shape[:3] == v.shape[:3]
     return fits and k.dtype == v.dtype and k.dtype in (torch.float16, torch.float32)
-
-
-def is_causal(mask: Tensor, start: int, time: int) -> bool:
-    """Whether ``mask`` (1, 1, T, S) says what LitGPT's mask cache says: every query sees itself and what is before."""
-    if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:3] != (1, 1, time):
-        return False
-    size = mask.shape[3]
-    if time == 1 and start < size:  # a few operations fewer, once per token
-        return torch.equal(mask[0, 0, 0], _band(size)[size - 1 - start : 2 * size - 1 - start])
-    seen = torch.arange(size).unsqueeze(0) <= torch.arange(start, start + time).unsqueeze(1)
-    return torch.equal(mask[0, 0], seen)
-
-
-@functools.lru_cache(maxsize=4)
-def _band(size: int) -> Tensor:
-    """Return ``size`` times True, then False: every row of a causal mask of that size is a part of it."""
-    return torch.arange(2 * size, device="cpu") < size

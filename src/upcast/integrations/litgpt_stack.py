@@ -17,34 +17,21 @@ from upcast import autocast, kernels
 from upcast.forward import Forward
 from upcast.genuine import Root, calls, originals
 from upcast.half_weight import HalfWeight
-from upcast.integrations.litgpt_divided import DividedBlock
 from upcast.integrations.litgpt_mask import CausalMask
 from upcast.integrations.litgpt_modules import (
+    SCORES,
     Fused,
-    FusedAttention,
-    FusedGatedMLP,
-    FusedLayerNorm,
-    FusedRMSNorm,
-    first_of_run,
-    fuses,
     hooked,
-    is_causal,
-    plain_cache,
-    positions,
     unwatched_call,
 )
+from upcast.integrations.litgpt_positions import first_of_run, is_causal
 from upcast.integrations.litgpt_prefix import Held, MadeWith
+from upcast.integrations.litgpt_step import Angles, Step, step_of
 from upcast.integrations.members import Members
 from upcast.kernels import native
-from upcast.shortcut import LinearForward, operands
 
-_NO_NORM = (None, None, 0, 0.0, 0.0)
-_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
-_SCORES = "scaled_dot_product_attention"
 _NUMBERS = ("eps", "add_unit_offset", "normalized_shape", "mscale", "apply_sliding_window_attention", "config")
 _AT_ONCE = 16  # positions of all rows that go through all blocks in one call
-
-Angles = tuple[Tensor, Tensor]  # cos and sin, each (T, n)
 
 _wanted = threading.local()  # .last: the GPT of which this thread needs the last position only
 
@@ -65,84 +52,11 @@ def wants_last(gpt: nn.Module) -> bool:
     return getattr(_wanted, "last", None) is gpt
 
 
-class Step:
-    """One block for the native kernel: where its cache is, and the arguments that stay the same from call to call."""
-
-    def __init__(self, attn: Any, cache: Any, rope: int | None, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
-        self.attn, self.rope, self.sizes, self.rest = attn, rope, sizes, rest
-        self.ring = bool(attn.apply_sliding_window_attention)
-        self.capped = attn.config.attention_logit_softcapping is not None
-        self.cache = cache
-        self.batch: int = 0 if cache is None else cache.k.shape[0]
-        self.size: int = 0 if cache is None else cache.k.shape[2]
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What decides where its cache takes a position, and with which angles."""
-        return (self.batch, self.size, self.ring, self.capped, self.rope)
-
-    def place(self, start: int, batch: int, time: int, maxp1: int | None) -> tuple[int, int] | None:
-        """Return (start for the mask, where to write), or None where the cache does not take these positions."""
-        if batch > self.batch:
-            return None
-        return positions(self.size, self.ring, self.capped, start, time, maxp1)
-
-    def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
-        """Return the block's output for x (B, T, C), widening its cache if a value asks for it.
-
-        With ``last``, of so many last positions at least.
-        """
-        return self._call(native.WHOLE, x, angles, place, last)
-
-    def _call(
-        self, part: int, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None
-    ) -> Any:
-        if place is None:
-            return native.block(x, *angles, None, None, (part, *self.sizes, 0, 0, *self.rest), last)
-        arguments = (part, *self.sizes, *place, *self.rest)
-        y = native.block(x, *angles, *self._cache(x), arguments, last)
-        if y is None:
-            self.widen()
-            y = native.block(x, *angles, *self._cache(x), arguments, last)
-        return y
-
-    def widen(self) -> None:
-        """Keep this block's keys and values in float32 from now on."""
-        self.attn.build_kv_cache.widen(self.cache)
-
-    def arguments(self, place: int) -> tuple[Any, ...]:
-        """Return this block as `native.blocks` takes it, over its whole cache."""
-        buffers = self.cache._buffers
-        return (place, buffers["k"], buffers["v"], native.WHOLE, *self.sizes, *self.rest)
-
-    def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        buffers = self.cache._buffers
-        k, v = buffers["k"], buffers["v"]
-        return (k, v) if x.shape[0] == self.batch else (k[: x.shape[0]], v[: x.shape[0]])
-
-
-class DividedStep(Step):
-    """A block of which this rank has a part: a call for each half, or for both where one sum serves both."""
-
-    def __init__(self, divided: DividedBlock, *args: Any) -> None:
-        super().__init__(*args)
-        self.divided = divided
-
-    def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
-        """Return the block's output for x (B, T, C), as all ranks have it; of all positions."""
-        divided = self.divided
-        if divided.together:
-            return divided.group.sum(self._call(native.BOTH, x, angles, place)).add_(x)
-        attended = divided.after_attention(self._call(native.ATTENTION, x, angles, place), x)
-        read = x if divided.module.config.parallel_residual else attended
-        return divided.after_mlp(self._call(native.MLP, read, angles, None), attended)
-
-
 class Stack:
     """The steps of a GPT as it is now, and what tells that it has changed since."""
 
     def __init__(self, gpt: Any) -> None:
-        found = [_step(block, index) for index, block in enumerate(gpt.transformer.h)]
+        found = [step_of(block, index) for index, block in enumerate(gpt.transformer.h)]
         self.steps = [step for step in found if step is not None]
         self.complete = len(self.steps) == len(found)
         kinds = {step.kind: step for step in self.steps}
@@ -152,7 +66,7 @@ class Stack:
         self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
         self._arguments: tuple[tuple[Any, ...], ...] | None = None
         modules = [*gpt.transformer.h.modules()]
-        self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=_SCORES)
+        self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=SCORES)
         self.watched = self._members.watched
         self._originals = originals(_roots, *dict.fromkeys(map(type, modules)))
         self._configs = [*{id(each): each for each in map(_config, (gpt, *modules)) if each is not None}.values()]
@@ -328,46 +242,6 @@ class FusedGPT(Fused):
         return logits if limit is None else torch.tanh(logits / limit) * limit
 
 
-def _step(block: Any, index: int) -> Step | None:
-    """Return the native call for ``block``, or None if it needs what the kernel does not know."""
-    attn, config = block.attn, block.attn.config  # of a divided block, with the heads that are here
-    forward, divided = attn.__dict__.get("forward"), _divided(block)
-    if not (_is_block(block) or divided) or not fuses(attn, FusedAttention) or config.rope_interleave:
-        return None
-    if _SCORES in attn.__dict__:
-        return None
-    if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
-        return None
-    mlp = _mlp(block.mlp)
-    matrices = [_matrix(each) for each in (attn.qkv, None, None, attn.proj, *mlp[1:])] if mlp else [None]
-    norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
-    # of a divided block these follow the ranks' sum
-    norms += [_norm(None if divided else each) for each in (block.post_attention_norm, block.post_mlp_norm)]
-    norms += [_norm(each) for each in (attn.norm_q, attn.norm_k)]
-    if mlp is None or None in matrices or None in norms:
-        return None
-    window = config.sliding_window_size if attn.apply_sliding_window_attention else 0
-    sizes = (config.n_head, config.n_query_groups, config.head_size, config.norm_qk_type == "default")
-    kinds = (config.parallel_residual, config.shared_attention_norm, native.ACTIVATIONS[mlp[0]])
-    scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
-    rest = tuple(item for group in (*matrices, *norms) if group for item in group)
-    rope = None if config.rope_indices is None else config.rope_indices[index]
-    step = (attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
-    return DividedStep(divided, *step) if divided else Step(*step)
-
-
-def _divided(block: Any) -> DividedBlock | None:
-    forward = block.__dict__.get("forward")
-    return forward if isinstance(forward, DividedBlock) else None
-
-
-def _is_block(block: nn.Module) -> bool:
-    """Whether ``block`` runs the forward of LitGPT's Block, as subclasses with other layers do."""
-    from litgpt.model import Block
-
-    return isinstance(block, Block) and type(block).forward is Block.forward and "forward" not in block.__dict__
-
-
 def _each_by_itself(module: nn.Module) -> bool:
     """Whether ``module``, a norm or the head, is known to take each position by itself."""
     known = type(module).__module__.partition(".")[0] in ("litgpt", "torch")
@@ -382,39 +256,3 @@ def _config(module: nn.Module) -> Any:
 def _roots(*kinds: type) -> list[Root]:
     """Return what blocks of modules of these kinds run, with the embedding before them, as the stack leaves it out."""
     return calls(nn.Embedding, *(kind for kind in kinds if not issubclass(kind, (nn.ModuleList, nn.ModuleDict))))
-
-
-def _plain(module: nn.Module) -> bool:
-    """Whether ``module`` runs its class's forward, or a short way to the same."""
-    return isinstance(module.__dict__.get("forward"), (LinearForward, type(None)))
-
-
-def _matrix(linear: Any) -> tuple[Any, Any] | None:
-    """Return (float16 weight, bias) of a plain patched Linear; (None, None) where there is none."""
-    if linear is None:
-        return (None, None)
-    if type(linear) is not nn.Linear or not _plain(linear):
-        return None
-    return operands(linear)
-
-
-def _norm(norm: Any) -> tuple[Any, ...] | None:
-    """Return (weight, bias, kind, eps, offset) of a norm as the kernel takes it."""
-    if norm is None or (type(norm) is nn.Identity and _plain(norm)):
-        return _NO_NORM
-    if fuses(norm, FusedRMSNorm):
-        return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
-    if fuses(norm, FusedLayerNorm):
-        return (norm.weight, norm.bias, 2, norm.eps, 0.0)
-    return None
-
-
-def _mlp(mlp: Any) -> tuple[Any, ...] | None:
-    """Return (activation, gate, up or None, down) of an MLP that the kernel knows."""
-    from litgpt.model import GptNeoxMLP
-
-    if fuses(mlp, FusedGatedMLP):
-        return (mlp.__dict__["forward"].activation, mlp.fc_1, mlp.fc_2, mlp.proj)
-    if type(mlp) is GptNeoxMLP and _plain(mlp):
-        return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)
-    return None

@@ -20,6 +20,7 @@ from upcast.integrations.transformers_modules import (
     FusedRMSNorm,
     activation,
     attention_roots,
+    turns,
     wide,
 )
 from upcast.kernels import native
@@ -79,7 +80,7 @@ class FusedDecoderLayer(Fused):
     def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
         plan = self._current_plan()
-        if plan is None:
+        if plan is None or not turns(angles, x, self.module.self_attn.head_dim):
             return None
         layer = growing(cache, self.module.self_attn.layer_idx) if _own(cache) else None
         room = None if layer is None else layer.reserve()
@@ -100,8 +101,9 @@ class FusedDecoderLayer(Fused):
             code = originals(_roots, *dict.fromkeys(map(type, inside)))
             self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), code, _plan(self.module)
         members, code, plan = known
-        sdpa = self.module.self_attn.config._attn_implementation == "sdpa"
-        return plan if sdpa and not members.watched() and code.intact() else None
+        if plan is None or self.module.self_attn.config._attn_implementation != "sdpa":
+            return None
+        return plan if not members.watched() and code.intact() else None
 
 
 def _roots(*kinds: type) -> list[Root]:

@@ -72,6 +72,8 @@ class FusedAttention(Fused):
             or not wide(position_embeddings)
         ):
             return self._own(hidden_states, given, kwargs)
+        if not turns(position_embeddings, hidden_states, attn.head_dim):
+            return self._own(hidden_states, given, kwargs)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
         q, k, v = (layer(hidden_states) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
         if not all(map(self.fits, (q, k, v))):
@@ -114,6 +116,15 @@ class FusedAttention(Fused):
             return kernels.causal_attention(q, k, v, attn.scaling)
         options = {"is_causal": bool(masked), "scale": attn.scaling, "enable_gqa": attn.num_key_value_groups > 1}
         return F.scaled_dot_product_attention(q, k, v, mask, **options)
+
+
+def turns(angles: Any, x: Tensor, width: int) -> bool:
+    """Whether ``angles``, cos and sin, are one row of ``width`` for each position of x (B, T, C)."""
+    if type(angles) is not tuple or len(angles) != 2:
+        return False
+    cos, sin = angles
+    shape = cos.shape
+    return len(shape) == 3 and shape == sin.shape and shape[1:] == (x.shape[1], width) and shape[0] in (1, x.shape[0])
 
 
 @functools.cache
