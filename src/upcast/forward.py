@@ -25,34 +25,40 @@ class Attached:
     @property
     def module(self) -> Any:
         """The module that this belongs to."""
-        module = self._module()
-        return self._found() if module is None else module
+        module = self._alive()
+        if module is None:
+            raise UpcastError(
+                f"a {type(self).__name__} whose module is gone; what a patched module has in place of a method does "
+                "not keep the module in memory. Keep the module, and call it."
+            )
+        return module
 
     def __getstate__(self) -> dict[str, Any]:
         """Return the attributes with the modules themselves: a copy of a module puts itself in their place."""
         known = {name: getattr(self, name)() for name in self.weak}
-        return {**self.__dict__, **known, "_module": self.module}
+        return {**self.__dict__, **known, "_module": self._alive()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        known = {name: weakref.ref(state[name]) for name in self.weak if state[name] is not None}
+        known = {name: _nothing if state[name] is None else weakref.ref(state[name]) for name in self.weak}
         self.__dict__.update(state | known)
-        if _holds(state["_module"], self):  # complete before us: we were copied alone, and nobody else has the module
-            self.__dict__["_kept"] = state["_module"]
+        module = state["_module"]
+        if module is not None and _holds(module, self):  # complete before us: we were copied alone, and only we have it
+            self.__dict__["_kept"] = module
 
-    def _found(self) -> nn.Module:
-        """Return the module that holds this, though it was made for another, which is gone.
+    def _alive(self) -> nn.Module | None:
+        """Return the module, or one that holds this though it was made for another, which is gone; or None.
 
         A shallow copy of a module shares what its original holds, and may outlive it.
         """
+        known = self._module()
+        if known is not None:
+            return known
         for holder in gc.get_referrers(self):
             for module in gc.get_referrers(holder) if isinstance(holder, dict) else [holder]:
                 if isinstance(module, nn.Module) and _holds(module, self):
                     self._module = weakref.ref(module)
                     return module
-        raise UpcastError(
-            f"a {type(self).__name__} whose module is gone; what a patched module has in place of a method does not "
-            "keep the module in memory. Keep the module, and call it."
-        )
+        return None
 
 
 class Forward(Attached):
@@ -62,6 +68,10 @@ class Forward(Attached):
     def __code__(self) -> CodeType:
         """Where torch.export says that the module's code begins."""
         return type(self).__call__.__code__
+
+
+def _nothing() -> None:
+    """What a reference to a module that is gone returns."""
 
 
 def _holds(module: nn.Module, attached: Attached) -> bool:

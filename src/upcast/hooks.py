@@ -1,12 +1,13 @@
 """What a patched module does differently: when it is saved, loaded or converted, and the short way to its kernels."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upcast import config, pickling, shortcut, training
+from upcast import config, materialize, pickling, shortcut, training
 from upcast.errors import UpcastError
 from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
@@ -15,30 +16,32 @@ from upcast.tree import modules
 
 def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions."""
-    for module in modules(root):
-        if any(_half_weights(module)):
-            module.register_state_dict_post_hook(_plain_state)
-            module.register_load_state_dict_pre_hook(_accept_state)
     pickling.install(modules(root))
+    for module in modules(root):
+        if any(_half_weights(module._parameters)):
+            module.register_state_dict_post_hook(_plain_state)
+            module._register_load_state_dict_pre_hook(AcceptState(module))
     if shortcuts:
         shortcut.install(root)
     training.install(root)
-    root.__dict__["_apply"] = GuardedApply(root)
+    for module in modules(root):
+        module.__dict__["_apply"] = GuardedApply(module, module is root)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
     for module in modules(root):
         _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
-        _discard(module._load_state_dict_pre_hooks, lambda hook: getattr(hook, "hook", hook) is _accept_state)
+        _discard(module._load_state_dict_pre_hooks, lambda hook: isinstance(getattr(hook, "hook", hook), AcceptState))
     pickling.remove(modules(root))
     training.remove(root)
     shortcut.remove(root)
-    root.__dict__.pop("_apply", None)
+    for module in modules(root):
+        module.__dict__.pop("_apply", None)
 
 
-def _half_weights(module: nn.Module) -> Iterator[tuple[str, HalfWeight]]:
-    for name, value in module._parameters.items():
+def _half_weights(parameters: dict[str, Any]) -> Iterator[tuple[str, HalfWeight]]:
+    for name, value in parameters.items():
         if isinstance(value, HalfWeight):
             yield name, value
 
@@ -50,47 +53,78 @@ def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     """Put plain float16 tensors into a state dict; with keep_vars=True the parameters themselves stay."""
-    for name, weight in _half_weights(module):
+    for name, weight in _half_weights(module._parameters):
         value = state.get(prefix + name)
         if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
             weight.store.unshare()  # the caller may write into it
             state[prefix + name] = value.memory()
 
 
-def _accept_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object) -> None:
+class AcceptState(Attached):
     """With assign=True, take over incoming tensors as float16 weights; float16 ones without a copy.
 
     What float16 cannot hold is assigned as it is, in float32. Without assign=True, HalfWeight.copy_ does the rest.
     """
-    if not metadata.get("assign_to_params_buffers", False):
-        return
-    for name, weight in _half_weights(module):
-        value: Any = state.get(prefix + name)
-        plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
-        if plain and not out_of_range(value):
-            state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.parameters = module._parameters  # a shallow copy that outlives the module has them too
+
+    def __call__(self, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *_: object) -> None:
+        """Change ``state`` before it is loaded."""
+        if not metadata.get("assign_to_params_buffers", False):
+            return
+        module = self._module()
+        for name, weight in _half_weights(self.parameters if module is None else module._parameters):
+            value: Any = state.get(prefix + name)
+            plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
+            if plain and not out_of_range(value):
+                state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
 
 
 class GuardedApply(Attached):
-    """``_apply`` of a patched model."""
+    """``_apply`` of a module in a patched model: what ``.half()``, ``.to(...)``, ``.share_memory()`` are made of.
+
+    A whole patched model refuses to be converted, before anything changes. A part of it, or a module around it, is
+    what the program says that it shall be: its weights become ordinary parameters first.
+    """
+
+    def __init__(self, module: nn.Module, whole: bool) -> None:
+        super().__init__(module)
+        self.whole = whole
 
     def __call__(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Refuse ``.half()``, ``.to("cuda")`` and the like before anything has been converted."""
-        root, probe = self.module, function(torch.empty(0, dtype=torch.float32, device="cpu"))
+        """Apply ``function`` to the tensors of the module."""
+        module = self.module
+        inside = modules(module) if recurse else [module]
+        if not any(True for each in inside for _ in _half_weights(each._parameters)):
+            return type(module)._apply(module, function, recurse)
+        probe = function(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type == "cpu" and probe.dtype == torch.float32:
-            return _apply_to_others(root, function, recurse)
-        wanted = probe.dtype if probe.dtype != torch.float32 else probe.device
-        by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
-        raise UpcastError(
-            f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed "
-            "with in float32, on the CPU. Call upcast.unpatch(model) first."
-            f"{by_environment if config.read().enabled else ''}"
-        )
+            return _apply_to_others(module, function, recurse)
+        wanted = str(probe.dtype if probe.dtype != torch.float32 else probe.device)
+        if self.whole and sys._getframe(1).f_code is not nn.Module._apply.__code__:
+            raise _conversion(module, wanted)
+        for _, weight in list(_half_weights(module._parameters)):  # each module inside does its own
+            materialize.materialize(weight, f"the program converts them to {wanted}")
+        return type(module)._apply(module, function, recurse)
+
+
+def _conversion(root: nn.Module, wanted: str) -> UpcastError:
+    by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
+    return UpcastError(
+        f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed with "
+        f"in float32, on the CPU. Call upcast.unpatch(model) first.{by_environment if config.read().enabled else ''}"
+    )
 
 
 def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: bool) -> Any:
     """Run ``root._apply`` with what `function` gives for HalfWeights written into them: torch would replace them."""
-    aside = [(module, *item) for module in (modules(root) if recurse else [root]) for item in _half_weights(module)]
+    aside = [
+        (module, *item)
+        for module in (modules(root) if recurse else [root])
+        for item in _half_weights(module._parameters)
+    ]
     try:
         for module, name, weight in aside:
             module._parameters[name] = None
