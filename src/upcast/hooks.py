@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import config, pickling, shortcut, training
+from upcast import config, pickling, scripted, shortcut, training
 from upcast.errors import UpcastError
 from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
@@ -23,6 +23,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     if shortcuts:
         shortcut.install(root)
     training.install(root)
+    root.__dict__["__prepare_scriptable__"] = scripted.refuse_script
     root.__dict__["_apply"] = GuardedApply(root)
 
 
@@ -34,6 +35,7 @@ def remove(root: nn.Module) -> None:
     pickling.remove(modules(root))
     training.remove(root)
     shortcut.remove(root)
+    root.__dict__.pop("__prepare_scriptable__", None)
     root.__dict__.pop("_apply", None)
 
 
@@ -50,9 +52,10 @@ def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     """Put plain float16 tensors into a state dict; with keep_vars=True the parameters themselves stay."""
+    to_onnx = scripted.exports_onnx()
     for name, weight in _half_weights(module):
         value = state.get(prefix + name)
-        if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
+        if isinstance(value, HalfWeight) and (to_onnx or not isinstance(value, nn.Parameter)):
             weight.store.unshare()  # the caller may write into it
             state[prefix + name] = value.memory()
 

@@ -35,7 +35,7 @@ from upcast.integrations.litgpt_modules import (
 )
 from upcast.integrations.litgpt_prefix import Held, MadeWith
 from upcast.integrations.members import Members
-from upcast.kernels import native
+from upcast.kernels import native, transforms
 from upcast.shortcut import LinearForward, operands
 
 _NO_NORM = (None, None, 0, 0.0, 0.0)
@@ -275,7 +275,7 @@ class FusedGPT(Fused):
     def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
         """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
         gpt = self.module
-        if kernels.active() is not native or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if kernels.active() is not native or transforms.active():
             return None
         if autocast.enabled() or (torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters())):
             return None
