@@ -1,4 +1,4 @@
-"""Transformations of a patched model: torch.func, forward mode, tracers, modes. Each row against the unpatched model."""
+"""Transformations of a patched model: torch.func, forward mode, tracers, modes; beside the unpatched model."""
 
 import contextlib
 import copy
@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import functional
+from torch.autograd import forward_ad, functional
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, stack_module_state, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,7 +24,12 @@ from upcast.kernels import transforms
 
 pytestmark = pytest.mark.filterwarnings(  # of torch's own
     *("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning"),
-    *("ignore:Attempted to insert a get_attr", "ignore:There is a performance drop because", "ignore:torch.quantize_per", "ignore:The tensor attributes self._flat_weights"),
+    *(
+        "ignore:Attempted to insert a get_attr",
+        "ignore:There is a performance drop because",
+        "ignore:torch.quantize_per",
+        "ignore:The tensor attributes self._flat_weights",
+    ),
 )
 TOLERANCE = 1e-5
 Function = Callable[..., Any]
@@ -283,7 +287,7 @@ def saved(traced: Any) -> Any:
 
 def jit_function(model: nn.Module, x: Tensor) -> Any:
     model = copy.deepcopy(model).requires_grad_(False)
-    traced = torch.jit.trace(lambda x: model(x), x)
+    traced = torch.jit.trace(lambda x: model(x), x)  # noqa: PLW0108 - a function, not the module
     if half_weights(model):
         assert "Half(" in str(traced.graph)  # the constants are stored in float16
     return saved(traced)(x)
@@ -360,9 +364,16 @@ TRACERS: dict[str, Function] = {
     "export, lowered": exported(lower=True),
     "export, any batch": exported_dynamic,
 }
-NO_TRACE = {
+NO_TRACE = {  # torch's own limits, and weak references that a copied LSTM holds
     ("lstm", name)
-    for name in ("make_fx of vmap", "strict export", "compile", "compiled training", "compile of grad", "jit.trace of a module")
+    for name in (
+        "make_fx of vmap",
+        "strict export",
+        "compile",
+        "compiled training",
+        "compile of grad",
+        "jit.trace of a module",
+    )
 } | {("lstm", "jit.trace of a wrapper"), ("attention", "compile of grad")}
 TRACED = [
     pytest.param(model, name, id=f"{model}-{name}")
@@ -436,7 +447,7 @@ def test_symbolic_trace_and_what_runs_its_graphs() -> None:
             assert relative_error(got, plain(x)) < TOLERANCE
 
 
-# --- TorchScript --------------------------------------------------------------------------------------------------------
+# --- TorchScript ------------------------------------------------------------------------------------------------------
 
 
 def scripted_linear() -> Any:
@@ -481,7 +492,7 @@ def test_script_is_refused_before_anything_is_compiled(around: Function) -> None
     assert relative_error(torch.jit.script(model)(x), plain(x)) < TOLERANCE
 
 
-# --- modes, counters, profiler ------------------------------------------------------------------------------------------
+# --- modes, counters, profiler ----------------------------------------------------------------------------------------
 
 
 def flops(model: nn.Module, x: Tensor, *, backward: bool) -> int:
@@ -538,7 +549,7 @@ def test_nothing_is_followed_in_ordinary_calls() -> None:
         assert kernels.direct() is kernels.active()
 
 
-# --- real architectures -------------------------------------------------------------------------------------------------
+# --- real architectures -----------------------------------------------------------------------------------------------
 
 
 class FromEmbeddings(nn.Module):
@@ -582,8 +593,12 @@ OF_REAL = ["vmap", "vmap of grad", "jacobian, vectorized", "is_grads_batched", "
 OF_REAL += ["jit.trace of a module", "jit.trace of a function", "make_fx", "make_fx of vmap", "functionalize"]
 
 
-@pytest.mark.parametrize("name", OF_REAL)
-@pytest.mark.parametrize("kind", REAL)
+NO_REAL = {(kind, name) for kind in ("Llama", "GPT-2") for name in ("make_fx", "make_fx of vmap")}  # masks ask numbers
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(kind, name) for kind in REAL for name in OF_REAL if (kind, name) not in NO_REAL]
+)
 def test_real_architectures(kind: str, name: str) -> None:
     plain = FromEmbeddings(rounded(REAL[kind]()))
     model = upcast.patch(copy.deepcopy(plain))
@@ -594,7 +609,7 @@ def test_real_architectures(kind: str, name: str) -> None:
     assert half_weights(model)
 
 
-# --- ONNX ---------------------------------------------------------------------------------------------------------------
+# --- ONNX -------------------------------------------------------------------------------------------------------------
 
 
 class Everything(nn.Module):

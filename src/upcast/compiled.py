@@ -53,7 +53,7 @@ def _(info: object, dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bia
     return torch.ops.upcast.linear(x.movedim(dims[0], 0), weight, bias), 0
 
 
-@register_flop_formula(torch.ops.upcast.linear)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.upcast.linear)
 def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[0]
 
@@ -108,6 +108,6 @@ def _experts_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) ->
 grouped_linear.register_autograd(_experts_backward, setup_context=_keep_experts)
 
 
-@register_flop_formula(torch.ops.upcast.grouped_linear)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.upcast.grouped_linear)
 def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[2]

@@ -72,8 +72,9 @@ class Forward(Attached):
         """What torch.jit.script asks for before it compiles; see `upcast.scripted`."""
         raise _NoSourceError(
             "torch.jit.script of a part of a patched model; it compiles the code of layers for ordinary tensors, and "
-            "weights stored in float16 are none. Call upcast.unpatch(model) first, or use torch.export or torch.compile."
+            "weights stored in float16 are none. Call upcast.unpatch(model) first, or use torch.export."
         )
+
 
 def _holds(module: nn.Module, attached: Attached) -> bool:
     return any(value is attached for value in module.__dict__.values())

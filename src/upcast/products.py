@@ -49,9 +49,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         and weight.row_major
         and type(input) is Tensor
         and input.dtype is torch.float32
+        and (implementation := kernels.direct()) is not None
         and not input.is_neg()
         and not autocast.enabled()
-        and (implementation := kernels.direct()) is not None
     ):  # the hot path
         try:
             return implementation.linear(input, weight.store.half, bias)
@@ -115,7 +115,9 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
     other = b if weight is a else a
     if weight.dim() == 1 or not factor(other) or not _fit(function, a, b):
         return call_widened(function, (a, b), {})
-    if weight.dim() > 2 and (weight.numel() <= TILE or transforms.jit_traces()):  # no more than a tile: a cache's rows in use, say
+    if weight.dim() > 2 and (
+        weight.numel() <= TILE or transforms.jit_traces()
+    ):  # no more than a tile: a cache's rows in use, say
         return torch.matmul(*(weight.widened() if each is weight else each for each in (a, b)))
     if weight.dim() > 2:
         return _batched(a, b)

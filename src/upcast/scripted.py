@@ -29,7 +29,7 @@ def refuse_script() -> NoReturn:
 
 
 def look(weight: "HalfWeight") -> None:
-    """Make ``weight`` float32 if torch.jit.trace takes an interest: it hashes all parameters before it runs a module."""
+    """Make ``weight`` float32 if torch.jit.trace looks at it: it hashes all parameters before it runs a module."""
     if _trace._trace_module_map is not None and torch._C._get_tracing_state() is None:
         materialize.materialize(weight, TRACE)
 

@@ -53,6 +53,7 @@ class LinearForward(Forward):
             and weight.row_major
             and type(input) is Tensor
             and input.dtype is _float32
+            and (implementation := _direct()) is not None
             and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
             and type(module) is _Linear
             and _its["forward"] is _forward
@@ -61,7 +62,6 @@ class LinearForward(Forward):
             and not _autocast()
             and not args
             and not kwargs
-            and (implementation := _direct()) is not None
         ):
             half = weight.store.half
             if half is not None:

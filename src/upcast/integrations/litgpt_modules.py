@@ -68,7 +68,7 @@ class Fused(Forward):
         return bound(module, self.method)(*args, **kwargs)
 
     def free(self, x: Tensor) -> bool:
-        """Whether the kernels may run for ``x``: float32 on the CPU, nothing follows, no autocast, no gradient wanted."""
+        """Whether the kernels may run for ``x``: float32 on the CPU, nothing follows, no gradient wanted."""
         if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters())):

@@ -19,7 +19,9 @@ _IMPLEMENTATIONS = {"native": native, "portable": portable}
 LONG = 512  # rows of x
 _LOOKED_AT = (torch.float16, torch.float32)  # by the native kernels
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
-_grad_enabled = torch.is_grad_enabled
+_grad_enabled, _dynamo, _functorch = torch.is_grad_enabled, transforms.dynamo, transforms.functorch
+_modes, _jit_state = transforms.modes, transforms.jit_state
+_forward_ad, _profiler, _fx = transforms.forward_ad, transforms.profiler, transforms.fx
 
 
 def use(choice: str) -> ModuleType:
@@ -49,7 +51,18 @@ def active() -> ModuleType:
 
 def direct() -> ModuleType | None:
     """Return the implementation in use, or None where autograd, a transformation or the profiler may want to see."""
-    return None if _grad_enabled() or transforms.watched() else _active or _as_the_environment_asks()
+    if (  # `transforms.watched`, without its call: this is asked for every product
+        _grad_enabled()
+        or _dynamo()
+        or _functorch()
+        or _modes()
+        or _jit_state() is not None
+        or _forward_ad._current_level >= 0
+        or _profiler._is_profiler_enabled
+        or _fx._is_fx_tracing_flag
+    ):
+        return None
+    return _active or _as_the_environment_asks()
 
 
 def _as_the_environment_asks() -> ModuleType:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 DIRECT, OPERATORS, NESTED, TORCH = "direct", "operators", "nested", "torch"
 
-_forward_ad: Any = torch.autograd.forward_ad
-_profiler: Any = torch.autograd.profiler
-_fx: Any = torch.fx._symbolic_trace
-_dynamo = torch.compiler.is_dynamo_compiling  # torch.compile takes it for True, and asks no further
+forward_ad: Any = torch.autograd.forward_ad
+profiler: Any = torch.autograd.profiler
+fx: Any = torch.fx._symbolic_trace
+dynamo = torch.compiler.is_dynamo_compiling  # torch.compile takes it for True, and asks no further
 _exports = torch.compiler.is_compiling
-_jit_state = torch._C._get_tracing_state
-_functorch = torch._C._are_functorch_transforms_active
-_modes = torch._C._len_torch_dispatch_stack
+jit_state = torch._C._get_tracing_state
+functorch = torch._C._are_functorch_transforms_active
+modes = torch._C._len_torch_dispatch_stack
 _levels: Any = torch._C._functorch.get_interpreter_stack
 _RULES = (torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Grad)  # those `gradients` has
 
@@ -31,24 +31,24 @@ def active() -> bool:
     """Whether a transformation, a tracer or a mode follows what is done to tensors."""
     return bool(
         _exports()
-        or _functorch()
-        or _modes()
-        or _jit_state() is not None
-        or _fx._is_fx_tracing_flag
-        or _forward_ad._current_level >= 0
+        or functorch()
+        or modes()
+        or jit_state() is not None
+        or fx._is_fx_tracing_flag
+        or forward_ad._current_level >= 0
     )
 
 
 def watched() -> bool:
     """Whether `active`, or the profiler notes what is called: the kernels may not run unseen."""
     return bool(
-        _dynamo()
-        or _functorch()
-        or _modes()
-        or _jit_state() is not None
-        or _fx._is_fx_tracing_flag  # make_fx before dispatch: its mode is in no stack
-        or _forward_ad._current_level >= 0
-        or _profiler._is_profiler_enabled
+        dynamo()
+        or functorch()
+        or modes()
+        or jit_state() is not None
+        or fx._is_fx_tracing_flag  # make_fx before dispatch: its mode is in no stack
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
     )
 
 
@@ -61,17 +61,17 @@ def way() -> str:
     if not watched():
         return DIRECT
     if _exports():  # torch.func cannot differentiate operators that are written in Python
-        return TORCH if _functorch() else OPERATORS
-    if _jit_state() is not None or _forward_ad._current_level >= 0:
+        return TORCH if functorch() else OPERATORS
+    if jit_state() is not None or forward_ad._current_level >= 0:
         return TORCH
-    if _functorch():
+    if functorch():
         return NESTED if all(level.key() in _RULES for level in _levels()) else TORCH
     return OPERATORS
 
 
 def jit_traces() -> bool:
     """Whether torch.jit.trace records operations: loops over what only this input has would be kept as they are."""
-    return _jit_state() is not None
+    return jit_state() is not None
 
 
 def is_old_batch(tensor: Tensor) -> bool:
