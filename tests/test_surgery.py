@@ -1,4 +1,4 @@
-"""Surgery after the patch: what people do to the parts of a model works as on the unpatched one, whose weights are rounded.
+"""Surgery after the patch: what people do to parts of a model works as on the unpatched one with rounded weights.
 
 Each row does something to a model, patched and not, and both must compute the same afterwards.
 """

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from upcast import autocast, kernels
 from upcast.half_weight import HalfWeight, call_widened
+from upcast.kernels import transforms
 from upcast.ops import handles
 
 
@@ -37,7 +38,7 @@ def _attention(
 
 def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) -> bool:
     """Whether the kernel takes these: (B, H, T, D), one batch, whole groups of heads, and nobody needs a gradient."""
-    if type(query) is not Tensor or query.dtype != torch.float32 or dropout or torch.compiler.is_compiling():
+    if type(query) is not Tensor or query.dtype != torch.float32 or dropout or transforms.active():
         return False
     if query.is_nested or autocast.enabled():  # autocast rounds all three, and the result
         return False

@@ -15,6 +15,7 @@ from torch import Tensor
 from upcast import kernels
 from upcast.genuine import Root, originals
 from upcast.half_weight import HalfWeight, call_widened
+from upcast.kernels import transforms
 from upcast.ops import handles, handles_each, named
 from upcast.products import _in_tiles, _times, factor
 
@@ -60,9 +61,8 @@ def _embedding_bag(
 ) -> Any:
     rest = (norm_type, False, mode, False, per_sample_weights, include_last_offset)
     whole = input.dtype in (torch.int64, torch.int32) and input.layout is torch.strided and not input.is_nested
-    if (
-        max_norm is not None or not isinstance(weight, HalfWeight) or not whole
-    ):  # max_norm renormalises the weight in place
+    # max_norm renormalises the weight in place; transformations know no unique()
+    if max_norm is not None or not isinstance(weight, HalfWeight) or not whole or transforms.active():
         return call_widened(F.embedding_bag, (input, weight, offsets, max_norm, *rest, padding_idx), {})
     used, places = torch.unique(input, return_inverse=True)
     padding = None

@@ -19,11 +19,21 @@ from upcast.ops import handles
 
 @torch.library.custom_op("upcast::stored", mutates_args=())
 def stored(weight: Tensor) -> Tensor:
-    """Return the float16 tensor inside ``weight``, a HalfWeight of any shape; every HalfWeight answers this itself."""
-    raise UpcastError(
-        f"upcast::stored of a {type(weight).__name__}; it opens HalfWeights only. Give the exported program the "
-        "weights that it was exported with."
-    )
+    """Return the float16 tensor inside ``weight``, a HalfWeight of any shape; every HalfWeight answers this itself.
+
+    A program that was saved and loaded has ordinary float32 parameters with numbers of float16: those are rounded once.
+    """
+    known: tuple[int, Tensor] | None = getattr(weight, "_upcast_stored", None)
+    version = -1 if weight.is_inference() else weight._version
+    if known is None or known[0] != version:
+        half = weight.half()
+        if not torch.equal(half.float(), weight):
+            raise UpcastError(
+                f"upcast::stored of a {type(weight).__name__} with numbers that float16 does not have; it opens "
+                "weights that are stored in float16. Give the exported program the weights that it was exported with."
+            )
+        known = weight._upcast_stored = version, half  # type: ignore[attr-defined]
+    return known[1]
 
 
 @handles(torch.ops.upcast.stored.default)

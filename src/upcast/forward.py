@@ -14,6 +14,10 @@ from torch import nn
 from upcast.errors import UpcastError
 
 
+class _NoSourceError(UpcastError, AttributeError):
+    """For who only looks whether there is source code, there is none."""
+
+
 class Attached:
     """An object that ``module`` holds, and that knows it; it copies and pickles with the module."""
 
@@ -68,6 +72,14 @@ class Forward(Attached):
     def __code__(self) -> CodeType:
         """Where torch.export says that the module's code begins."""
         return type(self).__call__.__code__
+
+    @property
+    def __globals__(self) -> Any:
+        """What torch.jit.script asks for before it compiles; see `upcast.scripted`."""
+        raise _NoSourceError(
+            "torch.jit.script of a part of a patched model; it compiles the code of layers for ordinary tensors, and "
+            "weights stored in float16 are none. Call upcast.unpatch(model) first, or use torch.export."
+        )
 
 
 def _nothing() -> None:

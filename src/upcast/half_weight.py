@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from upcast import materialize
+from upcast import materialize, scripted
 from upcast.errors import UpcastError
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.store import Fallbacks, Region, Store, region_of
@@ -187,6 +187,10 @@ class HalfWeight(torch.Tensor):
                 self.store.unshare()
                 self.stored.copy_(source)
         return self
+
+    def __hash__(self) -> int:
+        scripted.look(self)
+        return id(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -369,7 +373,8 @@ class _Copies:
 
     def memory_needed_by(self, result: Any) -> list[HalfWeight]:
         """Return the weights of which ``result`` holds a view, or a record of gradients."""
-        owners = {wide.untyped_storage()._cdata: weight for weight, wide, _ in self._pairs.values() if wide.numel()}
+        owners = {_storage_of(wide): weight for weight, wide, _ in self._pairs.values() if wide.numel()}
+        owners.pop(0, None)  # under torch.func there is none
         known = {id(wide) for _, wide, _ in self._pairs.values()}
         found = [weight for weight, wide, _ in self._pairs.values() if wide.requires_grad]
         for leaf in pytree.tree_leaves(result) if owners else ():

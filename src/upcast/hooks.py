@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import config, materialize, pickling, shortcut, training
+from upcast import config, materialize, pickling, scripted, shortcut, training
 from upcast.errors import UpcastError
 from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
@@ -24,6 +24,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     if shortcuts:
         shortcut.install(root)
     training.install(root)
+    root.__dict__["__prepare_scriptable__"] = scripted.refuse_script
     for module in modules(root):
         module.__dict__["_apply"] = GuardedApply(module, module is root)
 
@@ -36,6 +37,7 @@ def remove(root: nn.Module) -> None:
     pickling.remove(modules(root))
     training.remove(root)
     shortcut.remove(root)
+    root.__dict__.pop("__prepare_scriptable__", None)
     for module in modules(root):
         module.__dict__.pop("_apply", None)
 
@@ -53,9 +55,10 @@ def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
     """Put plain float16 tensors into a state dict; with keep_vars=True the parameters themselves stay."""
+    to_onnx = scripted.exports_onnx()
     for name, weight in _half_weights(module._parameters):
         value = state.get(prefix + name)
-        if isinstance(value, HalfWeight) and not isinstance(value, nn.Parameter):
+        if isinstance(value, HalfWeight) and (to_onnx or not isinstance(value, nn.Parameter)):
             weight.store.unshare()  # the caller may write into it
             state[prefix + name] = value.memory()
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upcast import autocast, kernels
 from upcast.half_weight import HANDLERS, HalfWeight, call_in_memory, call_widened
+from upcast.kernels import transforms
 
 Handler = Callable[..., Any]
 
@@ -119,7 +120,7 @@ def _getitem(tensor: Tensor, index: Any) -> Any:
 
 def _shares(result: Tensor, stored: Tensor) -> bool:
     """Whether an index that is no plain one, such as a number of NumPy's, has selected a view all the same."""
-    return not torch.compiler.is_compiling() and result.numel() > 0 and _same_memory(result, stored)
+    return not transforms.active() and result.numel() > 0 and _same_memory(result, stored)
 
 
 @handles_each(*named("cat concat concatenate stack hstack vstack"))

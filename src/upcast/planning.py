@@ -109,6 +109,8 @@ def _row(change: Change) -> tuple[str, ...]:
 def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, str]:
     """Return (action, reason) for a slot, from its kind and shape alone (not from its numbers)."""
     tensor = slot.tensor
+    if any(isinstance(module, torch.jit.ScriptModule) for module, _ in slot.places):
+        return KEEP, "compiled by TorchScript"
     if not slot.is_parameter:
         return _decide_buffer(tensor, widen_float64)
     unsupported = _unsupported(tensor)

@@ -16,6 +16,7 @@ from torch import Tensor
 from upcast import autocast, kernels
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight, call_widened
+from upcast.kernels import transforms
 from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
 
@@ -48,13 +49,12 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         and weight.row_major
         and type(input) is Tensor
         and input.dtype is torch.float32
+        and (implementation := kernels.direct()) is not None
         and not input.is_neg()
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
         and not autocast.enabled()
     ):  # the hot path
         try:
-            return kernels.active().linear(input, weight.store.half, bias)
+            return implementation.linear(input, weight.store.half, bias)
         except (UpcastError, TypeError, RuntimeError):
             pass  # sparse, nested, of another size: of these torch makes its own result, or its own error
     if isinstance(input, HalfWeight) and isinstance(weight, HalfWeight) and input.numel() <= weight.numel():
@@ -115,7 +115,9 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
     other = b if weight is a else a
     if weight.dim() == 1 or not factor(other) or not _fit(function, a, b):
         return call_widened(function, (a, b), {})
-    if weight.dim() > 2 and weight.numel() <= TILE:  # no more than a tile: a cache's rows in use, say
+    if weight.dim() > 2 and (
+        weight.numel() <= TILE or transforms.jit_traces()
+    ):  # no more than a tile: a cache's rows in use, say
         return torch.matmul(*(weight.widened() if each is weight else each for each in (a, b)))
     if weight.dim() > 2:
         return _batched(a, b)
@@ -123,7 +125,7 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
         return _times(a, weight.stored.t())
     if other.dim() == 1:
         return _times(other, weight.stored)
-    return _times(other.mT, weight.stored).mT
+    return _times(other.transpose(-2, -1), weight.stored).transpose(-2, -1)  # ONNX from TorchScript knows no mT
 
 
 _DIMENSIONS = {
@@ -204,7 +206,7 @@ def _grouped_mm(
 ) -> Any:
     """Rows offs[e-1]..offs[e] of x (T, K) times weight[e] of (E, K, N), for the experts that have rows."""
     ours = isinstance(weight, HalfWeight) and weight.dim() == 3 and x.dim() == 2 and _takes(x, weight.shape[1])
-    if not ours or offs is None:
+    if not ours or offs is None or transforms.jit_traces():
         args = (x, weight, offs, bias, out_dtype)
         return call_widened(F.grouped_mm, args, {})
     assert isinstance(weight, HalfWeight)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upcast import autocast
 from upcast.half_weight import call_widened
+from upcast.kernels import transforms
 from upcast.ops import handles, handles_each
 from upcast.products import factor
 
@@ -56,7 +57,7 @@ def _recurrent(function: Any, first: Tensor, second: Any, third: Any, *args: Any
     """Dispatch the two forms: (input, hx, weights, ...) and (data, batch_sizes, hx, weights, ...)."""
     packed = isinstance(second, Tensor) and not second.is_floating_point()
     # Autocast gives each kind of cell dtypes of its own.
-    if not factor(first) or not first.numel() or autocast.active():
+    if not factor(first) or not first.numel() or autocast.active() or transforms.jit_traces():
         return call_widened(function, (first, second, third, *args), {})
     state = third if packed else second
     weights, (biases, layers, dropout, training, both, *batch_first) = (args[0], args[1:]) if packed else (third, args)
@@ -103,7 +104,7 @@ class _Stack:
         w_ih, w_hh, *rest = weights
         b_ih, b_hh = rest[:2] if self.biases else (None, None)
         projection = rest[-1] if len(rest) % 2 else None
-        sizes = [len(step) for step in steps]
+        sizes = [step.shape[0] for step in steps]  # len() would fix a size that torch.export leaves open
         from_input = F.linear(torch.cat(steps), w_ih, b_ih).split(sizes)
         outputs: list[Any] = [None] * len(steps)
         state = start

@@ -21,8 +21,8 @@ from upcast.half_weight import HalfWeight
 from upcast.tree import modules
 
 # Looked up once: a call costs little more than its lookups.
-_active, _float32 = kernels.active, torch.float32
-_gradients, _traced, _autocast = torch.is_grad_enabled, torch.compiler.is_compiling, autocast.enabled
+_direct, _float32 = kernels.direct, torch.float32
+_traced, _autocast = torch.compiler.is_compiling, autocast.enabled
 _Linear = nn.Linear
 _its = genuine.namespace(nn.Linear)
 _forward = _its["forward"] if genuine.is_own(_its["forward"], "forward", "torch") else None
@@ -55,8 +55,8 @@ class LinearForward(Forward):
             and not _traced()
             and not _function_modes()  # which would see even what is asked here
             and input.dtype is _float32
+            and (implementation := _direct()) is not None
             and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
-            and not _gradients()
             and not _autocast()
             and type(module) is _Linear
             and _its["forward"] is _forward
@@ -67,7 +67,7 @@ class LinearForward(Forward):
             half = weight.store.half
             if half is not None:
                 try:
-                    return _active().linear(input, half, parameters["bias"])
+                    return implementation.linear(input, half, parameters["bias"])
                 except (UpcastError, TypeError, RuntimeError):
                     pass  # the ordinary way has a result for it, or torch's own error
         args = args if input is _MISSING else (input, *args)

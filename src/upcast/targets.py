@@ -38,6 +38,11 @@ def prepare(
     root = unwrap(model)
     found = slots(root)
     name = type(root).__name__
+    if isinstance(root, torch.jit.ScriptModule):
+        raise UpcastError(
+            f"a {name}; TorchScript has compiled its code for the tensors that it has. Patch the module that it was "
+            "made of, for what does not need TorchScript."
+        )
     for slot in found:
         _check_tensor(slot, name)
     _check_patterns("keep", keep, found, name)

@@ -22,6 +22,7 @@ from upcast import console
 from upcast.backward import Backward
 from upcast.errors import UpcastError
 from upcast.forward import Forward
+from upcast.kernels import transforms
 from upcast.policy import Policy, show
 from upcast.tree import modules
 
@@ -69,7 +70,7 @@ class Watch(Forward):
         return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or getattr(_local, "paused", 0) > 0:
+        if transforms.active() or getattr(_local, "paused", 0) > 0:
             return self._run(args, kwargs)
         roots = _local.__dict__.setdefault("roots", [])
         if any(root is self.root for root in roots):

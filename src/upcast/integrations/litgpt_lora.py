@@ -11,6 +11,7 @@ from torch import Tensor
 
 from upcast import autocast
 from upcast.integrations.litgpt_modules import Fused
+from upcast.kernels import transforms
 
 
 class FusedLoRAQKV(Fused):
@@ -19,7 +20,7 @@ class FusedLoRAQKV(Fused):
     def fused(self, x: Tensor) -> Any:
         lora = self.module
         plain = type(x) is Tensor and x.dtype is torch.float32 and x.is_cpu and not autocast.enabled()
-        if not plain or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if not plain or transforms.active():
             return self.unfused(x)
         self.calls += 1
         pretrained = lora.linear(x)

@@ -19,6 +19,7 @@ from upcast.forward import Forward
 from upcast.genuine import Root, bound, calls, forwards, observed, originals
 from upcast.integrations.litgpt_positions import Place, first_of_run, is_causal, positions
 from upcast.integrations.litgpt_prefix import CacheReset, forget
+from upcast.kernels import transforms
 
 SCORES = "scaled_dot_product_attention"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -67,21 +68,21 @@ class Fused(Forward):
         return bound(module, self.method)(*args, **kwargs)
 
     def free(self, x: Tensor) -> bool:
-        """Whether the kernels may run for ``x``: float32 on the CPU, no tracing, no autocast, no gradient wanted."""
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+        """Whether the kernels may run for ``x``: float32 on the CPU, nothing follows, no gradient wanted."""
+        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters())):
             return False
-        return torch._C._get_tracing_state() is None and not autocast.enabled()
+        return not transforms.active() and not autocast.enabled()
 
     def fits(self, x: Tensor) -> bool:
         """As `free`, but a gradient may be wanted through the module; none of the module's own parameters learns."""
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu or torch.compiler.is_compiling():
+        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
             return False
         own = self.module._parameters.values()
         if torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in own):
             return False
-        return torch._C._get_tracing_state() is None and not autocast.enabled()
+        return not transforms.active() and not autocast.enabled()
 
 
 def hooked(module: nn.Module) -> bool:

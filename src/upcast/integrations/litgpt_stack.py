@@ -28,7 +28,7 @@ from upcast.integrations.litgpt_positions import first_of_run, is_causal
 from upcast.integrations.litgpt_prefix import Held, MadeWith
 from upcast.integrations.litgpt_step import Angles, Step, step_of
 from upcast.integrations.members import Members
-from upcast.kernels import native
+from upcast.kernels import native, transforms
 
 _NUMBERS = ("eps", "add_unit_offset", "normalized_shape", "mscale", "apply_sliding_window_attention", "config")
 _AT_ONCE = 16  # positions of all rows that go through all blocks in one call
@@ -189,7 +189,7 @@ class FusedGPT(Fused):
     def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
         """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
         gpt = self.module
-        if kernels.active() is not native or torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        if kernels.active() is not native or transforms.active():
             return None
         if autocast.enabled() or (torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters())):
             return None

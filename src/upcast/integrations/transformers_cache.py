@@ -21,6 +21,7 @@ from torch import Tensor
 from upcast import autocast, console, kernels
 from upcast.genuine import Root, is_own, originals
 from upcast.half_weight import HalfWeight
+from upcast.kernels import transforms
 from upcast.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
@@ -192,7 +193,7 @@ class _Twin:
 
 
 def _storable(states: Tensor) -> bool:
-    if torch.compiler.is_compiling() or autocast.enabled():  # under which a cache is of what dtype it may be
+    if transforms.active() or autocast.enabled():  # under which a cache is of what dtype it may be
         return False
     plain = type(states) is Tensor and states.dtype == torch.float32 and states.dim() == 4 and states.is_cpu
     return plain and not (torch.is_grad_enabled() and states.requires_grad)

@@ -19,6 +19,7 @@ from upcast.integrations import aside, transformers_saving
 from upcast.integrations.transformers_cache import narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
+from upcast.kernels import transforms
 from upcast.tree import modules
 
 
@@ -56,7 +57,7 @@ def _leave_caches_alone(module: nn.Module) -> None:
 
 def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     cache = kwargs.get("past_key_values")
-    if cache is None or torch.compiler.is_compiling() or torch.is_grad_enabled() or autocast.enabled():
+    if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
         return
     try:
         narrow(cache)

@@ -23,7 +23,7 @@ from upcast.integrations.transformers_modules import (
     turns,
     wide,
 )
-from upcast.kernels import native
+from upcast.kernels import native, transforms
 from upcast.shortcut import LinearForward, operands
 
 _NO_NORM = (None, None, 0, 0.0, 0.0)
@@ -69,7 +69,7 @@ class FusedDecoderLayer(Fused):
 
     def _token(self, x: Tensor) -> bool:
         """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
-        if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.is_grad_enabled():
+        if transforms.active() or torch.is_grad_enabled():
             return False
         if autocast.enabled():
             return False

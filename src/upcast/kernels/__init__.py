@@ -1,8 +1,8 @@
 """Kernels: float16 weights times float32 activations, and which implementation runs.
 
 `native` is the compiled library; `portable` is plain PyTorch, runs everywhere, and says what native must give. Both
-have the same functions. Here is what chooses between them; `gradients` differentiates through them. While torch.compile
-traces, the custom operators of `upcast.compiled` stand in.
+have the same functions. Here is what chooses between them; `gradients` differentiates through them. Where torch follows
+what is done (`transforms`), the custom operators of `upcast.compiled` or torch's own operations stand in.
 """
 
 from types import ModuleType
@@ -12,13 +12,16 @@ from torch import Tensor
 
 from upcast import config
 from upcast.errors import UpcastError
-from upcast.kernels import gradients, native, portable, reference
+from upcast.kernels import gradients, native, portable, reference, transforms
 from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
 LONG = 512  # rows of x
 _LOOKED_AT = (torch.float16, torch.float32)  # by the native kernels
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
+_grad_enabled, _dynamo, _functorch = torch.is_grad_enabled, transforms.dynamo, transforms.functorch
+_modes, _jit_state = transforms.modes, transforms.jit_state
+_forward_ad, _profiler, _fx = transforms.forward_ad, transforms.profiler, transforms.fx
 
 
 def use(choice: str) -> ModuleType:
@@ -46,6 +49,22 @@ def active() -> ModuleType:
     return _active or _as_the_environment_asks()
 
 
+def direct() -> ModuleType | None:
+    """Return the implementation in use, or None where autograd, a transformation or the profiler may want to see."""
+    if (  # `transforms.watched`, without its call: this is asked for every product
+        _grad_enabled()
+        or _dynamo()
+        or _functorch()
+        or _modes()
+        or _jit_state() is not None
+        or _forward_ad._current_level >= 0
+        or _profiler._is_profiler_enabled
+        or _fx._is_fx_tracing_flag
+    ):
+        return None
+    return _active or _as_the_environment_asks()
+
+
 def _as_the_environment_asks() -> ModuleType:
     settings = config.read()
     if settings.isa != "auto":
@@ -70,19 +89,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Differentiable with respect to x and bias; only the float16 weight is kept for the backward pass.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.upcast.linear(x, weight, bias)  # type: ignore[no-any-return]
+    way = transforms.way()
+    if way != transforms.DIRECT:
+        return _followed(way, x, weight, bias)
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
-        y: Tensor = gradients.Linear.apply(x, weight, _product, linear)  # type: ignore[no-untyped-call]
+        y: Tensor = gradients.Linear.apply(x, weight, linear)  # type: ignore[no-untyped-call]
         return y if bias is None else y + bias
-    return _linear(x, weight, bias)
+    return unfollowed_linear(x, weight, bias)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    return _linear(x, weight, None)
+def _followed(way: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `linear` by what torch can follow; only torch's own operations need the weight in float32."""
+    if way == transforms.OPERATORS:
+        return torch.ops.upcast.linear(x, weight, bias)  # type: ignore[no-any-return]
+    if way == transforms.TORCH:
+        return torch.nn.functional.linear(x, weight.float(), bias)
+    y: Tensor = gradients.NestedLinear.apply(x, weight, linear)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def unfollowed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return `linear` without a look at who follows: below autograd and every transformation."""
     rows, columns = weight.stride()
     implementation = active()
     if columns == 1:
@@ -102,8 +129,16 @@ def _suits_torch(x: Tensor, weight: Tensor) -> bool:
 
 def embedding(indices: Tensor, weight: Tensor) -> Tensor:
     """Return rows of ``weight`` (float16, (V, D)) at ``indices`` (integers, any shape) in float32."""
-    if torch.compiler.is_compiling():
+    way = transforms.way()
+    if way == transforms.OPERATORS:
         return torch.ops.upcast.embedding(indices, weight)  # type: ignore[no-any-return]
+    if way != transforms.DIRECT:
+        return portable.embedding(indices, weight)
+    return unfollowed_embedding(indices, weight)
+
+
+def unfollowed_embedding(indices: Tensor, weight: Tensor) -> Tensor:
+    """Return `embedding` without a look at who follows."""
     implementation = portable if weight.stride(-1) != 1 else active()
     return implementation.embedding(indices, weight)  # type: ignore[no-any-return]
 
@@ -114,11 +149,17 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     x is float32 (T, K), its rows sorted by expert; weight float16 (E, K, N), of any strides; counts integers (E,),
     with sum T. Differentiable with respect to x.
     """
-    if torch.compiler.is_compiling():
+    way = transforms.way()
+    if way == transforms.OPERATORS:
         return torch.ops.upcast.grouped_linear(x, weight, counts)  # type: ignore[no-any-return]
-    if torch.is_grad_enabled() and x.requires_grad:
+    if way != transforms.DIRECT or (torch.is_grad_enabled() and x.requires_grad):
         rows = x.split(counts.tolist())
         return torch.cat([linear(part, weight[expert].t()) for expert, part in enumerate(rows)])
+    return unfollowed_grouped_linear(x, weight, counts)
+
+
+def unfollowed_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Return `grouped_linear` without a look at who follows."""
     if weight.stride(-1) == 1:
         result = active().grouped_linear(x, weight, counts, transposed=True)
     elif weight.stride(-2) == 1:

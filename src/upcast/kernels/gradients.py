@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast.kernels import reference
+from upcast.kernels import reference, transforms
 
 _aten = torch.ops.aten
 
@@ -32,18 +32,40 @@ Product = Callable[[Tensor, Tensor], Tensor]
 
 
 class Linear(torch.autograd.Function):
-    """y = x W^T with a frozen float16 W: dX = dY W."""
+    """y = x W^T with a frozen float16 W: dX = dY W. ``product(x, W)`` is `upcast.kernels.linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product, transposed: Product) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.transposed = transposed
+        ctx.product = product
         return product(x, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return ctx.transposed(grads[0], weight.t()), None, None, None
+        if transforms.is_old_batch(grads[0]):
+            return grads[0] @ weight.float(), None, None
+        return ctx.product(grads[0], weight.t()), None, None
+
+
+class NestedLinear(torch.autograd.Function):
+    """`Linear` as torch.func wants it; a way of its own, because each call looks up the names of its arguments."""
+
+    backward = Linear.backward
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, product: Product) -> Tensor:
+        return product(x, weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, weight, ctx.product = inputs
+        ctx.save_for_backward(weight)
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, weight: Tensor, product: Product) -> tuple[Tensor, int]:
+        """Take the samples for one more dimension of x; weights are one for all of them."""
+        return product(x.movedim(dims[0], 0), weight), 0
 
 
 class RMSNorm(torch.autograd.Function):
@@ -100,6 +122,8 @@ class Rope(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         cos, sin = ctx.saved_tensors
         back = -sin.roll(sin.shape[-1] // 2, -1)  # the transposed turn, for halves that turn by different angles too
+        if transforms.active() or transforms.is_old_batch(grads[0]):
+            return None, reference.rope(grads[0], cos, back), None, None
         grad = grads[0] if grads[0].stride(-1) == 1 else grads[0].contiguous()
         return None, Rope.apply(ctx.implementation, grad, cos, back), None, None  # type: ignore[no-untyped-call]
 
@@ -115,14 +139,24 @@ class CausalAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         q, k, v, out, sums = ctx.saved_tensors
+        if torch.is_grad_enabled():  # to be differentiated once more, which torch's own kernel cannot
+            return *_attention_slopes(ctx.needs_input_grad, (q, k, v), grads[0], ctx.scale), None
         group = q.shape[1] // k.shape[1]
         to_q, to_k, to_v = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grads[0], q, _repeated(k, group), _repeated(v, group), out, sums, 0.0, True, scale=ctx.scale
         )
         return to_q, _summed(to_k, group), _summed(to_v, group), None
+
+
+def _attention_slopes(wanted: Any, inputs: tuple[Tensor, ...], grad: Tensor, scale: float) -> list[Tensor | None]:
+    """Return the gradients of attention from the steps of its definition, so that they have gradients themselves."""
+    inputs = tuple(x.view_as(x) for x in inputs)  # one of them may come from another
+    out = reference.attention(*inputs, start=0, scale=scale)
+    chosen = [x for x, wants in zip(inputs, wanted, strict=False) if wants]
+    found = iter(torch.autograd.grad(out, chosen, grad, create_graph=True))
+    return [next(found) if wants else None for _, wants in zip(inputs, wanted, strict=False)]
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -139,4 +173,4 @@ def _repeated(x: Tensor, group: int) -> Tensor:
 
 
 def _summed(grad: Tensor, group: int) -> Tensor:
-    return grad if group == 1 else grad.unflatten(1, (-1, group)).sum(2)
+    return grad if group == 1 else grad.reshape(grad.shape[0], -1, group, *grad.shape[2:]).sum(2)

@@ -40,7 +40,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     """Rotary embedding of the first n = cos.shape[-1] elements of x (B, H, T, D); cos, sin: ([B,] T, n)."""
     if cos.dim() == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    turned, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    width = cos.shape[-1]
+    turned, rest = x.narrow(-1, 0, width), x.narrow(-1, width, x.shape[-1] - width)
     if interleaved:
         swapped = torch.stack((-turned[..., 1::2], turned[..., ::2]), dim=-1).flatten(-2)
     else:

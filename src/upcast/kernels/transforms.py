@@ -1,0 +1,79 @@
+"""Whether torch follows operations one by one: then they must be torch's own, or operators that torch knows.
+
+The kernels read and write memory, and nobody sees what they do. A tracer would record nothing, a batch of torch.func
+would show one of its samples or none, a tangent would be lost. What may be followed asks here first; each question
+costs some tens of nanoseconds, the cheapest ones that torch has.
+"""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad
+import torch.autograd.profiler
+import torch.fx._symbolic_trace
+from torch import Tensor
+
+DIRECT, OPERATORS, NESTED, TORCH = "direct", "operators", "nested", "torch"
+
+forward_ad: Any = torch.autograd.forward_ad
+profiler: Any = torch.autograd.profiler
+fx: Any = torch.fx._symbolic_trace
+dynamo = torch.compiler.is_dynamo_compiling  # torch.compile takes it for True, and asks no further
+_exports = torch.compiler.is_compiling
+jit_state = torch._C._get_tracing_state
+functorch = torch._C._are_functorch_transforms_active
+modes = torch._C._len_torch_dispatch_stack
+_levels: Any = torch._C._functorch.get_interpreter_stack
+_RULES = (torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Grad)  # those `gradients` has
+
+
+def active() -> bool:
+    """Whether a transformation, a tracer or a mode follows what is done to tensors."""
+    return bool(
+        _exports()
+        or functorch()
+        or modes()
+        or jit_state() is not None
+        or fx._is_fx_tracing_flag
+        or forward_ad._current_level >= 0
+    )
+
+
+def watched() -> bool:
+    """Whether `active`, or the profiler notes what is called: the kernels may not run unseen."""
+    return bool(
+        dynamo()
+        or functorch()
+        or modes()
+        or jit_state() is not None
+        or fx._is_fx_tracing_flag  # make_fx before dispatch: its mode is in no stack
+        or forward_ad._current_level >= 0
+        or profiler._is_profiler_enabled
+    )
+
+
+def way() -> str:
+    """Return how a kernel's work is done now.
+
+    DIRECT: by the kernel. OPERATORS: by one of `upcast.compiled`. NESTED: by a rule of `upcast.kernels.gradients` for
+    torch.func. TORCH: by torch's own operations, for TorchScript, for tangents, and where there is no rule.
+    """
+    if not watched():
+        return DIRECT
+    if _exports():  # torch.func cannot differentiate operators that are written in Python
+        return TORCH if functorch() else OPERATORS
+    if jit_state() is not None or forward_ad._current_level >= 0:
+        return TORCH
+    if functorch():
+        return NESTED if all(level.key() in _RULES for level in _levels()) else TORCH
+    return OPERATORS
+
+
+def jit_traces() -> bool:
+    """Whether torch.jit.trace records operations: loops over what only this input has would be kept as they are."""
+    return jit_state() is not None
+
+
+def is_old_batch(tensor: Tensor) -> bool:
+    """Whether autograd gives gradients of several results at once (``is_grads_batched``), which no mode tells."""
+    return torch._C._functorch.is_legacy_batchedtensor(tensor)
