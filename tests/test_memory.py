@@ -324,3 +324,33 @@ def test_models_pickle_in_float16_with_their_ties() -> None:
         assert torch.equal(other(X), model(X))
     part = pickle.loads(pickle.dumps(model[1]))
     assert isinstance(part.weight, HalfWeight)
+
+
+STEPS: list[tuple[str, Callable[[Tensor, Tensor], object]]] = [
+    ("mul_ and add_", lambda average, new: average.mul_(0.999).add_(new, alpha=0.001)),
+    ("lerp_", lambda average, new: average.lerp_(new, 0.001)),
+    ("copy_", lambda average, new: average.copy_(0.999 * average + 0.001 * new)),
+    (".data =", lambda average, new: setattr(average, "data", 0.999 * average.data + 0.001 * new)),
+    ("foreach", lambda average, new: torch._foreach_lerp_([average], [new], 0.001)),
+    ("one number", lambda average, new: average[3, 3].add_(1e-6)),
+]
+
+
+@pytest.mark.parametrize("step", [pytest.param(step, id=name) for name, step in STEPS])
+def test_small_steps_are_not_lost(step: Callable[[Tensor, Tensor], object]) -> None:
+    """An average of weights, or steps by hand: rounding each to float16 would leave the numbers as they were."""
+    got, want = upcast.patch(net())[0].weight, rounded(net())[0].weight
+    new = torch.randn(40, 5) / 10
+    with torch.no_grad():
+        for _ in range(20):
+            step(got, new)
+            step(want, new)
+    assert type(got) is nn.Parameter
+    assert relative_error(got, want) < 1e-3  # the first few were rounded
+
+
+def test_loading_the_same_checkpoint_again_stays_in_float16() -> None:
+    plain = net()
+    model = upcast.patch(copy.deepcopy(plain))
+    model.load_state_dict(plain.state_dict())  # every number would change by less than float16 can tell
+    assert_patched(model)

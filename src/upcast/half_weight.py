@@ -12,6 +12,7 @@ HalfWeights that stand for it become ordinary tensors: see `upcast.materialize`.
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from upcast import materialize, scripted
+from upcast import materialize
 from upcast.errors import UpcastError
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.store import Fallbacks, Region, Store, region_of
@@ -170,27 +171,33 @@ class HalfWeight(torch.Tensor):
             return materialize.alias(self).clone()
         return self.stored.float()
 
-    def overwrite(self, source: torch.Tensor) -> "HalfWeight":
+    def overwrite(self, source: torch.Tensor, *, update: bool = False) -> "HalfWeight":
         """Replace the numbers by ``source`` (any float dtype, of a shape that broadcasts), rounded to nearest.
 
-        Where a number is beyond 65504 or not finite, the weight becomes float32 first, and says so.
+        Where a number is beyond 65504 or not finite, the weight becomes float32 first, and says so. So it does where
+        this is an ``update`` of the numbers that are there, and rounding would undo it, or blur one update after another.
         """
         source = source.detach().expand(self.shape)
         if type(source) is HalfWeight:
-            source = source.stored
-        elif out_of_range(source):
+            source = source.memory()
+        if out_of_range(source):
             materialize.dissolve(self, materialize.OUT_OF_RANGE)
+        elif update and self.store.half is not None and self._is_lost(source):
+            materialize.dissolve(self, materialize.SMALL_STEPS)
         with torch.no_grad():
-            if self.store.half is None:
-                materialize.alias(self).copy_(source)
-            else:
+            if self.store.half is not None:
                 self.store.unshare()
-                self.stored.copy_(source)
+            self.memory().copy_(source)
         return self
 
-    def __hash__(self) -> int:
-        scripted.look(self)
-        return id(self)
+    def _is_lost(self, source: torch.Tensor) -> bool:
+        """Whether rounding gives most of the changed numbers back, or is for the fourth time a part of the step."""
+        stored, rounded = self.stored, source.to(torch.float16)
+        changed = source != stored
+        undone = changed & (rounded == stored)
+        blur, step = (rounded - source).norm(), (source - stored).norm()
+        self.store.blurred += int(blur > _BLUR * step)
+        return self.store.blurred > _BLURRED or 2 * int(undone.count_nonzero()) > int(changed.count_nonzero())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -236,6 +243,7 @@ def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
 
 # What of torch reads the wrapper's memory, which there is none of, raises an error in place of reading at address zero.
 _refuse_raw_memory = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda _: None)
+_BLUR, _BLURRED = 0.05, 3  # the part of a step that rounding may be, and how often it may be more
 OURS = frozenset(
     ("store", "region", "row_major", "wants_grad", "packed", "source", "_is_param")
 )  # what a HalfWeight's own __dict__ holds
@@ -368,7 +376,8 @@ class _Copies:
         shared = isinstance(weight, torch.nn.Parameter) or held > _references[0]
         if wide is not result or not wide.requires_grad or shared:
             return False
-        weight.overwrite(wide)
+        weight.overwrite(wide, update=True)
+        weight.store.written = weakref.ref(wide)
         return True
 
     def memory_needed_by(self, result: Any) -> list[HalfWeight]:
@@ -410,4 +419,4 @@ def _write_back(weight: HalfWeight, wide: torch.Tensor) -> None:
         materialize.materialize(weight, materialize.MEMORY)
         weight.data = wide
     else:
-        weight.overwrite(wide)
+        weight.overwrite(wide, update=True)

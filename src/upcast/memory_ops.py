@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from upcast import materialize
 from upcast.errors import UpcastError
-from upcast.half_weight import HalfWeight, call_in_memory, call_widened, out_of_range
+from upcast.half_weight import HalfWeight, call_in_memory
 from upcast.ops import accessor, handles, handles_each, named
 
 _SIZES = ("accelerate.utils.modeling", "compute_module_sizes")  # a report of memory that goes by dtype
@@ -71,17 +71,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
         return target.copy_(source.stored, non_blocking)
     if torch.is_grad_enabled() and source.requires_grad:  # the target becomes a part of the graph
         return call_in_memory(Tensor.copy_, (target, source, non_blocking), {})
-    return target.overwrite(source)
-
-
-@handles_each(Tensor.mul_, Tensor.div_, Tensor.add_, Tensor.sub_)
-def _in_place(function: Any, target: Tensor, other: Any, **kwargs: Any) -> Any:
-    if not isinstance(target, HalfWeight) or isinstance(other, Tensor) or kwargs:
-        return call_widened(function, (target, other), kwargs)
-    result = function(target.stored.clone(), other)  # torch computes in float32 and rounds once
-    if out_of_range(result):
-        return call_widened(function, (target, other), kwargs)  # which refuses, and says so
-    return target.overwrite(result)
+    loads = sys._getframe(2).f_globals.get("__name__") == "torch.nn.modules.module"
+    return target.overwrite(source, update=not loads)
 
 
 @handles(accessor("data").__set__)
@@ -90,8 +81,11 @@ def _set_data(target: Tensor, source: Tensor) -> None:
     if isinstance(target, HalfWeight):
         if isinstance(source, HalfWeight) and (source.store, source.region) == (target.store, target.region):
             return
+        written = target.store.written
+        if written is not None and written() is source:
+            return
         if type(source) is Tensor and source.dtype == torch.float32 and source.shape == target.shape and _alone(source):
-            target.overwrite(source)
+            target.overwrite(source, update=True)
             return
     call_in_memory(accessor("data").__set__, (target, source), {})
 
@@ -176,7 +170,7 @@ def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
 @handles(accessor("grad").__get__)
 def _grad(weight: HalfWeight) -> None:
     """No gradient goes into float16; nobody shall take that for a gradient that is not there."""
-    if weight.store.missed_gradient and materialize.uses_gradients(sys._getframe(2)):
+    if weight.fallbacks.missed_gradient and materialize.uses_gradients(sys._getframe(2)):
         raise UpcastError(
             "the gradient of a weight stored in float16 was not computed: nothing had said that the weight learns. "
             "Give the parameters to an optimizer, or call model.train(), before the forward pass; or name what learns "

@@ -26,10 +26,10 @@ _TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # from these, products 
 def _note_gradient(weight: HalfWeight, result: Tensor) -> None:
     """Have the weight know when a backward pass goes by that would have left it a gradient."""
     if weight.wants_grad and result.requires_grad and not torch.compiler.is_compiling():
-        store = weight.store
+        account = weight.fallbacks
 
         def passed_by(gradients: Any) -> None:
-            store.missed_gradient = True
+            account.missed_gradient = True
 
         assert result.grad_fn is not None
         result.grad_fn.register_prehook(passed_by)

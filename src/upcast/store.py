@@ -1,6 +1,7 @@
 """Where the numbers of a HalfWeight live: float16 memory that a weight shares with its views."""
 
 import threading
+import weakref
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ class Fallbacks:
         self.calls: dict[str, int] = {}
         self.largest: dict[str, int] = {}
         self.dissolved: dict[str, tuple[int, int]] = {}  # reason -> how many weights, and their bytes in float32
+        self.missed_gradient = False  # a backward pass went by weights that report that they require grad
         self._lock = threading.Lock()
 
     def count(self, operation: str, elements: int) -> None:
@@ -71,6 +73,8 @@ class Store:
         wide: then the float32 numbers.
         sharing: how many stores use the very same ``half`` (weights that are equal), or None.
         fallbacks: the patched model's account.
+        blurred: how many updates were so small that rounding was a part of them.
+        written: what was computed for ``weight.data += ...`` and is written already; it is yet to be assigned.
     """
 
     dissolved = False  # whether any store of the process has: then HalfWeights are looked at twice
@@ -80,7 +84,11 @@ class Store:
         self.wide: Tensor | None = None
         self.sharing: list[int] | None = None
         self.fallbacks = fallbacks
-        self.missed_gradient = False  # a backward pass went by it, though the weight reports that it requires grad
+        self.blurred = 0
+        self.written: weakref.ref[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "written": None}
 
     def share(self, other: "Store") -> None:
         """Use the memory of ``other``, whose numbers are the same, until either is written."""
