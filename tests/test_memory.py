@@ -354,3 +354,13 @@ def test_loading_the_same_checkpoint_again_stays_in_float16() -> None:
     model = upcast.patch(copy.deepcopy(plain))
     model.load_state_dict(plain.state_dict())  # every number would change by less than float16 can tell
     assert_patched(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_whose_weight_became_float32_takes_the_inputs_that_it_took(dtype: torch.dtype) -> None:
+    model = upcast.patch(net())
+    want = model(X.to(dtype))
+    model[1].weight.data.numpy()
+    got = model(X.to(dtype))
+    assert type(model[1].weight) is nn.Parameter
+    assert relative_error(got, want) < 1e-6

@@ -100,8 +100,6 @@ def test_whole_models_can_be_copied(model: Net, way: str) -> None:
         other.up.weight.zero_()
     assert torch.equal(model(IDS), want)
     assert other.state_dict()["down.weight"].dtype == torch.float16
-    with pytest.raises(upcast.UpcastError, match=r"unpatch\(model\)"):
-        other.half()
     upcast.unpatch(other)
     assert torch.equal(model(IDS), want)
 
@@ -164,12 +162,19 @@ CONVERSIONS = {
 
 
 @pytest.mark.parametrize("name", CONVERSIONS)
-def test_conversions_that_are_refused_change_nothing(model: Net, name: str) -> None:
-    want = model(IDS)
-    with pytest.raises(upcast.UpcastError, match=r"converting a patched Net .* Call upcast\.unpatch\(model\) first"):
-        CONVERSIONS[name](model)
-    assert_patched(model)
-    assert torch.equal(model(IDS), want)
+def test_a_model_is_converted_as_the_program_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = rounded(Net())
+    model = upcast.patch(copy.deepcopy(plain))
+    capsys.readouterr()
+    for each in (plain, model):
+        assert CONVERSIONS[name](each) is each
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "Net is converted to" in said
+    for (key, got), (wanted_key, want) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
+        assert (key, type(got), got.dtype, got.device) == (wanted_key, type(want), want.dtype, want.device)
+        assert want.is_meta or torch.equal(got, want)
+    assert type(model.up.weight) is nn.Parameter
+    assert not {"_upcast", "_apply", "train"} & model.__dict__.keys()
 
 
 def test_share_memory(model: Net) -> None:

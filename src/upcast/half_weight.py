@@ -175,7 +175,7 @@ class HalfWeight(torch.Tensor):
         """Replace the numbers by ``source`` (any float dtype, of a shape that broadcasts), rounded to nearest.
 
         Where a number is beyond 65504 or not finite, the weight becomes float32 first, and says so. So it does where
-        this is an ``update`` of the numbers that are there, and rounding would undo it, or blur one update after another.
+        this is an ``update`` of the numbers that are there, and rounding would undo it, or blur one after another.
         """
         source = source.detach().expand(self.shape)
         if type(source) is HalfWeight:

@@ -1,14 +1,12 @@
 """What a patched module does differently: when it is saved, loaded or converted, and the short way to its kernels."""
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upcast import config, materialize, pickling, scripted, shortcut, training
-from upcast.errors import UpcastError
+from upcast import console, materialize, pickling, scripted, shortcut, training
 from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 from upcast.tree import modules
@@ -88,8 +86,8 @@ class AcceptState(Attached):
 class GuardedApply(Attached):
     """``_apply`` of a module in a patched model: what ``.half()``, ``.to(...)``, ``.share_memory()`` are made of.
 
-    A whole patched model refuses to be converted, before anything changes. A part of it, or a module around it, is
-    what the program says that it shall be: its weights become ordinary parameters first.
+    A conversion to another dtype or device is done as the program says: a whole model is unpatched first, and of a part
+    of one the weights become ordinary parameters.
     """
 
     def __init__(self, module: nn.Module, whole: bool) -> None:
@@ -106,18 +104,21 @@ class GuardedApply(Attached):
         if probe.device.type == "cpu" and probe.dtype == torch.float32:
             return _apply_to_others(module, function, recurse)
         wanted = str(probe.dtype if probe.dtype != torch.float32 else probe.device)
-        if self.whole and sys._getframe(1).f_code is not nn.Module._apply.__code__:
-            raise _conversion(module, wanted)
+        if self.whole:
+            _unpatch(module, wanted)
         for _, weight in list(_half_weights(module._parameters)):  # each module inside does its own
             materialize.materialize(weight, f"the program converts them to {wanted}")
         return type(module)._apply(module, function, recurse)
 
 
-def _conversion(root: nn.Module, wanted: str) -> UpcastError:
-    by_environment = " UPCAST=1 patched it when it was loaded; with UPCAST=0 it is left alone."
-    return UpcastError(
-        f"converting a patched {type(root).__name__} to {wanted}; its weights are stored in float16 and computed with "
-        f"in float32, on the CPU. Call upcast.unpatch(model) first.{by_environment if config.read().enabled else ''}"
+def _unpatch(root: nn.Module, wanted: str) -> None:
+    from upcast import patching  # which needs this module
+
+    with console.silent():
+        patching.unpatch(root)
+    console.say(
+        f"{type(root).__name__} is converted to {wanted}, as the program says: it is not patched any more, and "
+        "computes in that dtype"
     )
 
 

@@ -70,10 +70,18 @@ class LinearForward(Forward):
                     return implementation.linear(input, half, parameters["bias"])
                 except (UpcastError, TypeError, RuntimeError):
                     pass  # the ordinary way has a result for it, or torch's own error
-        args = args if input is _MISSING else (input, *args)
+        args = args if input is _MISSING else (_like(input, weight), *args)
         if _traced() or (type(module) is _Linear and _its["forward"] is _forward):
             return type(module).forward(module, *args, **kwargs)
         return bound(module)(*args, **kwargs)
+
+
+def _like(input: Any, weight: Any) -> Any:
+    """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
+    if type(weight) is not nn.Parameter or weight.dtype != _float32 or _autocast():
+        return input
+    halved = type(input) is Tensor and input.dtype in (torch.float16, torch.bfloat16)
+    return input.float() if halved else input
 
 
 def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
