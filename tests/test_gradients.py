@@ -83,16 +83,16 @@ EACH = pytest.mark.parametrize(
 
 
 def test_every_autograd_function_has_its_check() -> None:
-    """Linear's is in test_learning.py, where its product is one of doubles."""
+    """Linear's is in test_learning.py, where its product is one of doubles; NestedLinear's is in test_transforms.py."""
     functions = {name for name, each in vars(gradients_module).items() if isinstance(each, type)}
     functions = {name for name in functions if issubclass(getattr(gradients_module, name), torch.autograd.Function)}
-    found = {"Linear"}
+    found = {"Linear", "NestedLinear"}
     for _, function, _, inputs in FUNCTIONS:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(kernels, "_active", portable)
             found.add(type(function(*(each.clone().requires_grad_() for each in inputs)).grad_fn).__name__)
     assert functions == {name.removesuffix("Backward") for name in found}
-    assert len(functions) == 5
+    assert len(functions) == 6
 
 
 def _as(tensor: Tensor, other: Tensor) -> Tensor:

@@ -52,10 +52,9 @@ class LinearForward(Forward):
             type(weight) is HalfWeight
             and weight.row_major
             and type(input) is Tensor
-            and not _traced()
+            and (implementation := _direct()) is not None  # asks first whether torch.compile traces this
             and not _function_modes()  # which would see even what is asked here
             and input.dtype is _float32
-            and (implementation := _direct()) is not None
             and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
             and not _autocast()
             and type(module) is _Linear
