@@ -99,18 +99,21 @@ class GuardedApply(Attached):
     def __call__(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply ``function`` to the tensors of the module."""
         module = self.module
-        inside = modules(module) if recurse else [module]
-        if not any(True for each in inside for _ in _half_weights(each._parameters)):
-            return type(module)._apply(module, function, recurse)
         probe = function(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type == "cpu" and probe.dtype == torch.float32:
             return _apply_to_others(module, function, recurse)
         wanted = str(probe.dtype if probe.dtype != torch.float32 else probe.device)
-        if self.whole and sys._getframe(1).f_code is not nn.Module._apply.__code__:
+        if self.whole and sys._getframe(1).f_code is not nn.Module._apply.__code__ and _patched(module):
             raise _conversion(module, wanted)
         for _, weight in list(_half_weights(module._parameters)):  # each module inside does its own
             materialize.materialize(weight, f"the program converts them to {wanted}")
+        if getattr(module.__dict__.get("forward"), "fast", False):
+            del module.__dict__["forward"]  # it is for float32
         return type(module)._apply(module, function, recurse)
+
+
+def _patched(root: nn.Module) -> bool:
+    return any(True for module in modules(root) for _ in _half_weights(module._parameters))
 
 
 def _conversion(root: nn.Module, wanted: str) -> UpcastError:
