@@ -82,7 +82,8 @@ class AcceptState(Attached):
             value: Any = state.get(prefix + name)
             plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
             if plain and not out_of_range(value):
-                state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
+                state[prefix + name] = new = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
+                new.store.before = weight.store.before
 
 
 class GuardedApply(Attached):

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, learning, tracking, watch
+from upcast import console, fingerprint, hooks, kernels, learning, pieces, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
@@ -91,13 +91,15 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Undo `patch`: weights and vectors return to their original dtype, hooks and marks go. Returns ``model``.
 
-    Of a model that is composed of several, all parts that are patched. Weights that were float16 keep their storage,
-    without a copy. What rounding to float16 lost stays lost (and is said); use `patched` to get the original numbers
-    back.
+    Of a model that is composed of several, all parts that are patched; of a piece of a patched model, that piece.
+    Weights that were float16 keep their storage, without a copy. What rounding to float16 lost stays lost (and is
+    said); use `patched` to get the original numbers back.
 
     Raises:
         UpcastError: the model is not patched.
     """
+    if _unpatched_piece(model):
+        return model
     found = patched_parts_of(model)
     undo: Undo = []
     try:
@@ -109,6 +111,17 @@ def unpatch(model: Model) -> Model:
         _clear(part.module)
         console.say(_loss(part.record.plan))
     return model
+
+
+def _unpatched_piece(model: object) -> bool:
+    """Unpatch ``model`` if it is a piece of a patched one; return whether it is."""
+    found = [] if parts_of(model) else [(root, pieces.weights_of(root)) for root in roots_of(model).values()]
+    for root, weights in found:
+        if weights:
+            pieces.restore(weights)
+            _clear(root)
+            console.say(f"{type(root).__name__}, a piece of a patched model, unpatched; the rest stays as it is")
+    return any(weights for _, weights in found)
 
 
 @outside_inference_mode()
@@ -180,6 +193,10 @@ def report(model: object) -> str:
     Raises:
         UpcastError: the model is not patched.
     """
+    if not parts_of(model):
+        found = [(root, pieces.weights_of(root)) for root in roots_of(model).values()]
+        if any(weights for _, weights in found):
+            return "\n\n".join(pieces.report(root, weights) for root, weights in found if weights)
     return "\n\n".join(f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model))
 
 
@@ -287,6 +304,8 @@ def _patch(
                 dtype, lost = known[slot.name]
                 change = replace(change, dtype=dtype, rounding=lost, bytes_before=slot.tensor.numel() * dtype.itemsize)
             changes[slot.name] = change
+            if isinstance(new, HalfWeight):
+                new.store.before = change.dtype
         selection = _run_under(root, policy)
     except BaseException:
         try:
