@@ -98,7 +98,7 @@ def unpatch(model: Model) -> Model:
     Raises:
         UpcastError: the model is not patched.
     """
-    if _unpatched_piece(model):
+    if pieces.unpatch(model, _clear):
         return model
     found = patched_parts_of(model)
     undo: Undo = []
@@ -111,17 +111,6 @@ def unpatch(model: Model) -> Model:
         _clear(part.module)
         console.say(_loss(part.record.plan))
     return model
-
-
-def _unpatched_piece(model: object) -> bool:
-    """Unpatch ``model`` if it is a piece of a patched one; return whether it is."""
-    found = [] if parts_of(model) else [(root, pieces.weights_of(root)) for root in roots_of(model).values()]
-    for root, weights in found:
-        if weights:
-            pieces.restore(weights)
-            _clear(root)
-            console.say(f"{type(root).__name__}, a piece of a patched model, unpatched; the rest stays as it is")
-    return any(weights for _, weights in found)
 
 
 @outside_inference_mode()
@@ -178,6 +167,7 @@ def record_of(root: nn.Module) -> Record:
     record = root.__dict__.get(RECORD)
     if isinstance(record, Record):
         return record
+    pieces.refuse(root)
     inner = next(iter(parts_of(root)), None)
     remedy = f"Its module {inner.name!r} is: pass that one." if inner else "Call upcast.patch(model) first."
     raise UpcastError(f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}")
@@ -193,11 +183,9 @@ def report(model: object) -> str:
     Raises:
         UpcastError: the model is not patched.
     """
-    if not parts_of(model):
-        found = [(root, pieces.weights_of(root)) for root in roots_of(model).values()]
-        if any(weights for _, weights in found):
-            return "\n\n".join(pieces.report(root, weights) for root, weights in found if weights)
-    return "\n\n".join(f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model))
+    return pieces.report(model) or "\n\n".join(
+        f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model)
+    )
 
 
 def _report(record: Record) -> str:
@@ -270,14 +258,11 @@ class _Weights:
             return _widened(slot)
         if action == KEEP:
             return None
-        stored = (
-            self._made[twin.name].stored
-            if twin is not None
-            else ordinary(slot.tensor.detach())
-            if half is None
-            else half
-        )
-        weight = parameter(stored, self.fallbacks, slot.wants_grad)
+        if twin is not None:
+            half = self._made[twin.name].stored
+        elif half is None:
+            half = ordinary(slot.tensor.detach())
+        weight = parameter(half, self.fallbacks, slot.wants_grad)
         if twin is not None:
             weight.store.share(self._made[twin.name].store)
         self._made[slot.name] = weight

@@ -3,11 +3,15 @@
 It has no record of its own, but its weights know what they were.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from upcast import console, kernels, materialize
+from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
+from upcast.parts import parts_of, roots_of
 from upcast.slot import Slot
 from upcast.targets import slots
 
@@ -23,7 +27,42 @@ def _in_float16(slot: Slot) -> bool:
     return isinstance(slot.tensor, HalfWeight) and slot.tensor.store.half is not None
 
 
-def restore(weights: dict[str, HalfWeight]) -> None:
+def pieces_of(model: object) -> dict[nn.Module, dict[str, HalfWeight]]:
+    """Return the pieces that ``model`` is, with their weights; nothing if it is patched itself, or not at all."""
+    found = {} if parts_of(model) else {root: weights_of(root) for root in roots_of(model).values()}
+    return {root: weights for root, weights in found.items() if weights}
+
+
+def refuse(root: nn.Module) -> None:
+    """Raise UpcastError if ``root`` is a piece."""
+    for weights in pieces_of(root).values():
+        raise UpcastError(
+            f"this {type(root).__name__} is a piece of a patched {_whole(weights)}, which has the record of the patch. "
+            "Pass the whole model, or unpatch the piece."
+        )
+
+
+def unpatch(model: object, clear: Callable[[nn.Module], None]) -> bool:
+    """Unpatch ``model`` if it is a piece, with ``clear`` for what its modules carry; return whether it is one."""
+    found = pieces_of(model)
+    for root, weights in found.items():
+        whole = _whole(weights)
+        _restore(weights)
+        clear(root)
+        console.say(f"{type(root).__name__}, a piece of a patched {whole}, unpatched; the rest stays as it is")
+    return bool(found)
+
+
+def report(model: object) -> str:
+    """Return what `upcast.report` says of a piece, or nothing if ``model`` is none."""
+    return "\n\n".join(_report(root, weights) for root, weights in pieces_of(model).items())
+
+
+def _whole(weights: dict[str, HalfWeight]) -> str:
+    return next(iter(weights.values())).fallbacks.model
+
+
+def _restore(weights: dict[str, HalfWeight]) -> None:
     """Make weights what they were before the patch. The objects stay the same: whoever shares one has it as well."""
     for weight in weights.values():
         dtype = weight.store.before
@@ -32,8 +71,7 @@ def restore(weights: dict[str, HalfWeight]) -> None:
             weight.data = weight.data.to(dtype)
 
 
-def report(root: nn.Module, weights: dict[str, HalfWeight]) -> str:
-    """Return what `upcast.report` says of a piece."""
+def _report(root: nn.Module, weights: dict[str, HalfWeight]) -> str:
     first = next(iter(weights.values()))
     others = [slot for slot in slots(root) if slot.is_parameter and slot.name not in weights]
     rows = [(name, _shape(weight), "float16") for name, weight in weights.items()]
