@@ -191,8 +191,9 @@ def test_what_has_no_patched_part_is_an_error(given: nn.Module) -> None:
 
 def test_a_part_of_a_part_is_not_the_model(folder: Path) -> None:
     model = load("AutoModelForCausalLM", folder / "llama")
-    with pytest.raises(upcast.UpcastError, match="not patched"):
-        upcast.report(model.model.layers)
+    assert "a piece of a patched LlamaForCausalLM" in upcast.report(model.model.layers)
+    with pytest.raises(upcast.UpcastError, match="a piece of a patched LlamaForCausalLM"):
+        upcast.diagnose(model.model.layers[0].mlp, torch.randn(2, 32))
 
 
 # --- Diffusers: a pipeline is no module -------------------------------------------------------------------------------

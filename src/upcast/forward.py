@@ -68,6 +68,8 @@ class Attached:
 class Forward(Attached):
     """An object called in place of a module's own ``forward``, or of another method."""
 
+    fast: ClassVar[bool] = False  # whether it is a short way for float32 models, and not what makes a policy or a watch
+
     @property
     def __code__(self) -> CodeType:
         """Where torch.export says that the module's code begins."""

@@ -80,7 +80,8 @@ class AcceptState(Attached):
             value: Any = state.get(prefix + name)
             plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
             if plain and not out_of_range(value):
-                state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
+                state[prefix + name] = new = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
+                new.store.before = weight.store.before
 
 
 class GuardedApply(Attached):
@@ -97,9 +98,6 @@ class GuardedApply(Attached):
     def __call__(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply ``function`` to the tensors of the module."""
         module = self.module
-        inside = modules(module) if recurse else [module]
-        if not any(True for each in inside for _ in _half_weights(each._parameters)):
-            return type(module)._apply(module, function, recurse)
         probe = function(torch.empty(0, dtype=torch.float32, device="cpu"))
         if probe.device.type == "cpu" and probe.dtype == torch.float32:
             return _apply_to_others(module, function, recurse)
@@ -108,6 +106,8 @@ class GuardedApply(Attached):
             _unpatch(module, wanted)
         for _, weight in list(_half_weights(module._parameters)):  # each module inside does its own
             materialize.materialize(weight, f"the program converts them to {wanted}")
+        if getattr(module.__dict__.get("forward"), "fast", False):
+            del module.__dict__["forward"]  # it is for float32
         return type(module)._apply(module, function, recurse)
 
 

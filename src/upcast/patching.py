@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, learning, tracking, watch
+from upcast import console, fingerprint, hooks, kernels, learning, pieces, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
@@ -91,13 +91,15 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Undo `patch`: weights and vectors return to their original dtype, hooks and marks go. Returns ``model``.
 
-    Of a model that is composed of several, all parts that are patched. Weights that were float16 keep their storage,
-    without a copy. What rounding to float16 lost stays lost (and is said); use `patched` to get the original numbers
-    back.
+    Of a model that is composed of several, all parts that are patched; of a piece of a patched model, that piece.
+    Weights that were float16 keep their storage, without a copy. What rounding to float16 lost stays lost (and is
+    said); use `patched` to get the original numbers back.
 
     Raises:
         UpcastError: the model is not patched.
     """
+    if pieces.unpatch(model, _clear):
+        return model
     found = patched_parts_of(model)
     undo: Undo = []
     try:
@@ -165,6 +167,7 @@ def record_of(root: nn.Module) -> Record:
     record = root.__dict__.get(RECORD)
     if isinstance(record, Record):
         return record
+    pieces.refuse(root)
     inner = next(iter(parts_of(root)), None)
     remedy = f"Its module {inner.name!r} is: pass that one." if inner else "Call upcast.patch(model) first."
     raise UpcastError(f"this {type(root).__name__} is not patched by upcast; only a patched model can be. {remedy}")
@@ -180,7 +183,9 @@ def report(model: object) -> str:
     Raises:
         UpcastError: the model is not patched.
     """
-    return "\n\n".join(f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model))
+    return pieces.report(model) or "\n\n".join(
+        f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model)
+    )
 
 
 def _report(record: Record) -> str:
@@ -253,14 +258,11 @@ class _Weights:
             return _widened(slot)
         if action == KEEP:
             return None
-        stored = (
-            self._made[twin.name].stored
-            if twin is not None
-            else ordinary(slot.tensor.detach())
-            if half is None
-            else half
-        )
-        weight = parameter(stored, self.fallbacks, slot.wants_grad)
+        if twin is not None:
+            half = self._made[twin.name].stored
+        elif half is None:
+            half = ordinary(slot.tensor.detach())
+        weight = parameter(half, self.fallbacks, slot.wants_grad)
         if twin is not None:
             weight.store.share(self._made[twin.name].store)
         self._made[slot.name] = weight
@@ -287,6 +289,8 @@ def _patch(
                 dtype, lost = known[slot.name]
                 change = replace(change, dtype=dtype, rounding=lost, bytes_before=slot.tensor.numel() * dtype.itemsize)
             changes[slot.name] = change
+            if isinstance(new, HalfWeight):
+                new.store.before = change.dtype
         selection = _run_under(root, policy)
     except BaseException:
         try:

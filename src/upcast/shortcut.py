@@ -34,6 +34,8 @@ _function_modes = torch._C._len_torch_function_stack
 class LinearForward(Forward):
     """The forward of one patched ``nn.Linear``."""
 
+    fast = True
+
     @property
     def __signature__(self) -> inspect.Signature:
         return inspect.signature(bound(self.module))

@@ -83,6 +83,7 @@ class Store:
         self.half: Tensor | None = half
         self.wide: Tensor | None = None
         self.sharing: list[int] | None = None
+        self.before = torch.float32  # its dtype before the patch
         self.fallbacks = fallbacks
         self.blurred = 0
         self.written: weakref.ref[Tensor] | None = None

@@ -87,7 +87,7 @@ def _check_tensor(slot: Slot, model: str) -> None:
     if isinstance(tensor, HalfWeight):
         raise UpcastError(
             f"{model} is patched already ({slot.name} is stored in float16); a model is patched once. "
-            "Call upcast.unpatch(model) first to patch it differently."
+            "Call upcast.unpatch(model) first to patch it differently; or unpatch the piece, of a larger model."
         )
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
         raise UpcastError(f"{slot.name} of {model} has no shape yet; run one forward pass first.")

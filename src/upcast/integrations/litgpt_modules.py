@@ -32,6 +32,7 @@ class Fused(Forward):
     """
 
     method = "forward"
+    fast = True
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -91,6 +92,11 @@ def hooked(module: nn.Module) -> bool:
     return any(state[name] for name in _HOOKS)
 
 
+def float32(vector: Any) -> bool:
+    """Whether a norm's vector is as the kernels take it: nobody took it away, converted it or moved it."""
+    return isinstance(vector, Tensor) and vector.dtype is torch.float32 and vector.is_cpu
+
+
 def fuses(module: nn.Module, kind: type[Fused]) -> bool:
     """Whether ``module`` has a fused forward of that kind, and is what it was made for."""
     forward = module.__dict__.get("forward")
@@ -110,7 +116,7 @@ class FusedRMSNorm(Fused):
 
     def fused(self, x: Tensor) -> Any:
         norm = self.module
-        if not self.fits(x):
+        if not self.fits(x) or not float32(norm.weight):
             return self.unfused(x)
         self.calls += 1
         return kernels.rms_norm(x, norm.weight, norm.eps, norm.add_unit_offset)
@@ -121,7 +127,7 @@ class FusedLayerNorm(Fused):
 
     def fused(self, input: Tensor) -> Any:
         norm = self.module
-        if not self.free(input):
+        if not self.free(input) or not all(each is None or float32(each) for each in (norm.weight, norm.bias)):
             return self.unfused(input)
         self.calls += 1
         return kernels.active().layer_norm(input, norm.weight, norm.bias, norm.eps)

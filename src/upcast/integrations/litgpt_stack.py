@@ -4,6 +4,7 @@ The fused forward of the whole model runs when every block is one that the nativ
 module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-level forwards of `litgpt_modules`.
 """
 
+import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import autocast, kernels
+from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import Root, calls, originals
 from upcast.half_weight import HalfWeight
@@ -133,7 +135,9 @@ class FusedGPT(Fused):
         x = None
         if start is not None and stack is not None:
             cached = input_pos is not None
-            x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
+            # What the kernels refuse, a vector that was converted in place, say: torch has a result, or its error.
+            with contextlib.suppress(UpcastError, TypeError):
+                x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
         if x is None:
             if input_pos is not None:
                 self.held = Held()

@@ -11,6 +11,7 @@ from upcast.integrations.litgpt_modules import (
     FusedGatedMLP,
     FusedLayerNorm,
     FusedRMSNorm,
+    float32,
     fuses,
     plain_cache,
 )
@@ -155,9 +156,9 @@ def _norm(norm: Any) -> tuple[Any, ...] | None:
     """Return (weight, bias, kind, eps, offset) of a norm as the kernel takes it."""
     if norm is None or (type(norm) is nn.Identity and _plain(norm)):
         return _NO_NORM
-    if fuses(norm, FusedRMSNorm):
+    if fuses(norm, FusedRMSNorm) and float32(norm.weight):
         return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
-    if fuses(norm, FusedLayerNorm):
+    if fuses(norm, FusedLayerNorm) and all(each is None or float32(each) for each in (norm.weight, norm.bias)):
         return (norm.weight, norm.bias, 2, norm.eps, 0.0)
     return None
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from upcast import autocast, kernels
+from upcast.errors import UpcastError
 from upcast.genuine import Originals, Root, calls, originals
-from upcast.integrations.litgpt_modules import Fused, fuses
+from upcast.integrations.litgpt_modules import Fused, float32, fuses
 from upcast.integrations.members import Members
 from upcast.integrations.transformers_cache import growing
 from upcast.integrations.transformers_modules import (
@@ -88,7 +89,10 @@ class FusedDecoderLayer(Fused):
             return None
         keys, values, rows = room
         sizes, rest = plan
-        y = native.block(x, *angles, keys, values, (native.WHOLE, *sizes, rows, rows, *rest))
+        try:
+            y = native.block(x, *angles, keys, values, (native.WHOLE, *sizes, rows, rows, *rest))
+        except (UpcastError, TypeError):  # a vector that was converted in place, say: torch has a result, or its error
+            return None
         if y is not None:
             layer.advance(rows + 1)
         return y
@@ -151,6 +155,6 @@ def _norm(norm: Any) -> tuple[Any, ...] | None:
     """Return (weight, bias, kind, eps, offset) of a fused RMSNorm, or of none."""
     if norm is None:
         return _NO_NORM
-    if not fuses(norm, FusedRMSNorm):
+    if not fuses(norm, FusedRMSNorm) or not float32(norm.weight):
         return None
     return (norm.weight, None, 1, norm.variance_epsilon, 0.0)

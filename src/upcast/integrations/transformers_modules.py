@@ -13,7 +13,7 @@ from upcast.attention import over_cache, rows_in_use
 from upcast.genuine import Root, Table, calls, forwards
 from upcast.half_weight import HalfWeight
 from upcast.integrations import litgpt_modules
-from upcast.integrations.litgpt_modules import Fused, unwatched_call
+from upcast.integrations.litgpt_modules import Fused, float32, unwatched_call
 
 
 def wide(angles: Any) -> bool:
@@ -26,7 +26,7 @@ class FusedRMSNorm(Fused):
 
     def fused(self, hidden_states: Tensor) -> Any:
         norm = self.module
-        if not self.fits(hidden_states):
+        if not self.fits(hidden_states) or not float32(norm.weight):
             return self.unfused(hidden_states)
         self.calls += 1
         return kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)

@@ -1,0 +1,92 @@
+"""A piece of a patched model that is used by itself: a layer, a block, a container of some of them.
+
+It has no record of its own, but its weights know what they were.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from upcast import console, kernels, materialize
+from upcast.errors import UpcastError
+from upcast.half_weight import HalfWeight
+from upcast.parts import parts_of, roots_of
+from upcast.slot import Slot
+from upcast.targets import slots
+
+_UNPATCHED = "a piece of the model was unpatched"
+
+
+def weights_of(root: nn.Module) -> dict[str, HalfWeight]:
+    """Return the weights of ``root`` that are stored in float16, by their names in it."""
+    return {slot.name: slot.tensor for slot in slots(root) if _in_float16(slot)}  # type: ignore[misc]
+
+
+def _in_float16(slot: Slot) -> bool:
+    return isinstance(slot.tensor, HalfWeight) and slot.tensor.store.half is not None
+
+
+def pieces_of(model: object) -> dict[nn.Module, dict[str, HalfWeight]]:
+    """Return the pieces that ``model`` is, with their weights; nothing if it is patched itself, or not at all."""
+    found = {} if parts_of(model) else {root: weights_of(root) for root in roots_of(model).values()}
+    return {root: weights for root, weights in found.items() if weights}
+
+
+def refuse(root: nn.Module) -> None:
+    """Raise UpcastError if ``root`` is a piece."""
+    for weights in pieces_of(root).values():
+        raise UpcastError(
+            f"this {type(root).__name__} is a piece of a patched {_whole(weights)}, which has the record of the patch. "
+            "Pass the whole model, or unpatch the piece."
+        )
+
+
+def unpatch(model: object, clear: Callable[[nn.Module], None]) -> bool:
+    """Unpatch ``model`` if it is a piece, with ``clear`` for what its modules carry; return whether it is one."""
+    found = pieces_of(model)
+    for root, weights in found.items():
+        whole = _whole(weights)
+        _restore(weights)
+        clear(root)
+        console.say(f"{type(root).__name__}, a piece of a patched {whole}, unpatched; the rest stays as it is")
+    return bool(found)
+
+
+def report(model: object) -> str:
+    """Return what `upcast.report` says of a piece, or nothing if ``model`` is none."""
+    return "\n\n".join(_report(root, weights) for root, weights in pieces_of(model).items())
+
+
+def _whole(weights: dict[str, HalfWeight]) -> str:
+    return next(iter(weights.values())).fallbacks.model
+
+
+def _restore(weights: dict[str, HalfWeight]) -> None:
+    """Make weights what they were before the patch. The objects stay the same: whoever shares one has it as well."""
+    for weight in weights.values():
+        dtype = weight.store.before
+        materialize.materialize(weight, _UNPATCHED)
+        if dtype != torch.float32:
+            weight.data = weight.data.to(dtype)
+
+
+def _report(root: nn.Module, weights: dict[str, HalfWeight]) -> str:
+    first = next(iter(weights.values()))
+    others = [slot for slot in slots(root) if slot.is_parameter and slot.name not in weights]
+    rows = [(name, _shape(weight), "float16") for name, weight in weights.items()]
+    rows += [(slot.name, _shape(slot.tensor), str(slot.tensor.dtype).removeprefix("torch.")) for slot in others]
+    size = console.megabytes(sum(weight.stored.nbytes for weight in weights.values()))
+    return "\n".join(
+        [
+            console.table(("tensor", "shape", "stored in"), rows),
+            f"{type(root).__name__}: a piece of a patched {first.fallbacks.model}, which has the whole report; "
+            f"{len(weights)} weights in float16, {size}",
+            f"kernels: {kernels.describe()}",
+            f"widened whole, in all of {first.fallbacks.model}: {first.fallbacks}",
+        ]
+    )
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape))
