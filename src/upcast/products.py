@@ -21,6 +21,7 @@ from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
 
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # from these, products are float32
+_REFUSALS = (UpcastError, TypeError, RuntimeError, IndexError)  # of kernels, for what they do not take
 
 
 def _note_gradient(weight: HalfWeight, result: Tensor) -> None:
@@ -55,7 +56,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     ):  # the hot path
         try:
             return implementation.linear(input, weight.store.half, bias)
-        except (UpcastError, TypeError, RuntimeError):
+        except _REFUSALS:
             pass  # sparse, nested, of another size: of these torch makes its own result, or its own error
     if isinstance(input, HalfWeight) and isinstance(weight, HalfWeight) and input.numel() <= weight.numel():
         input = input.widened()  # a learned query, say: no larger than a layer's weight
@@ -100,7 +101,7 @@ def _shortest(x: Any, weight: Any, bias: Tensor | None, any_shape: bool) -> Any:
         return None
     try:
         return kernels.unfollowed_linear(x, half.t(), bias)
-    except (UpcastError, TypeError, RuntimeError):
+    except _REFUSALS:
         return None
 
 
