@@ -42,10 +42,11 @@ def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) 
         return False
     if query.is_nested or autocast.enabled():  # autocast rounds all three, and the result
         return False
-    if (torch.is_grad_enabled() and query.requires_grad) or {query.dim(), key.dim(), value.dim()} != {4}:
+    keys, values = key.stored, value.stored
+    if (torch.is_grad_enabled() and query.requires_grad) or {query.dim(), keys.dim(), values.dim()} != {4}:
         return False
-    same = key.shape[:3] == value.shape[:3] and key.shape[0] == query.shape[0] and key.shape[3] == query.shape[3]
-    return same and key.shape[2] > 0 and query.shape[1] % key.shape[1] == 0 and key.stored.stride(3) == 1
+    same = keys.shape[:3] == values.shape[:3] and keys.shape[0] == query.shape[0] and keys.shape[3] == query.shape[3]
+    return same and keys.shape[2] > 0 and query.shape[1] % keys.shape[1] == 0 and keys.stride(3) == 1
 
 
 def rows_in_use(mask: Tensor | None, query: Tensor, key: Tensor) -> int | None:

@@ -158,12 +158,15 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    plain = weight.dim() == 2 and indices.dtype in _INDICES and indices.layout is torch.strided
+    plain = indices.dtype in _INDICES and indices.layout is torch.strided
     if max_norm is not None or not plain or indices.is_nested:  # max_norm renormalises the weight in place
         args = (indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return call_widened(torch.nn.functional.embedding, args, {})
     assert isinstance(weight, HalfWeight)
-    return kernels.embedding(indices, weight.stored)
+    half = weight.stored
+    if half.dim() != 2:
+        return call_widened(torch.nn.functional.embedding, (indices, weight, padding_idx), {})
+    return kernels.embedding(indices, half)
 
 
 # --- conversions and questions --------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
 
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # from these, products are float32
+_REFUSALS = (UpcastError, TypeError, RuntimeError, IndexError)  # of kernels, for what they do not take
 
 
 def _note_gradient(weight: HalfWeight, result: Tensor) -> None:
@@ -55,7 +56,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     ):  # the hot path
         try:
             return implementation.linear(input, weight.store.half, bias)
-        except (UpcastError, TypeError, RuntimeError):
+        except _REFUSALS:
             pass  # sparse, nested, of another size: of these torch makes its own result, or its own error
     if isinstance(input, HalfWeight) and isinstance(weight, HalfWeight) and input.numel() <= weight.numel():
         input = input.widened()  # a learned query, say: no larger than a layer's weight
@@ -90,9 +91,26 @@ def dense(x: Tensor) -> bool:
     return plain and x.is_cpu and not x.is_neg()
 
 
+def _shortest(x: Any, weight: Any, bias: Tensor | None, any_shape: bool) -> Any:
+    """Return x @ weight + bias in plain inference, for a matrix x (or ``any_shape``); None for anything else."""
+    plain = type(weight) is HalfWeight and type(x) is Tensor and x.dtype is torch.float32 and not x.is_neg()
+    if not plain or kernels.direct() is None or autocast.enabled():
+        return None
+    half = weight.stored
+    if half.dim() != 2 or not (any_shape or x.dim() == 2):
+        return None
+    try:
+        return kernels.unfollowed_linear(x, half.t(), bias)
+    except _REFUSALS:
+        return None
+
+
 @handles_each(*named("matmul mm bmm mv __matmul__"))
 def _matmul(function: Any, *given: Tensor, out: Tensor | None = None, **by_name: Tensor) -> Any:
     a, b = (*given, *by_name.values())
+    found = _shortest(a, b, None, function in _BROADCASTING) if out is None and function not in _BATCHES else None
+    if found is not None:
+        return found
     if out is not None or (function in _VECTORS and autocast.active()):  # which leaves mv in float32
         return call_widened(function, (a, b), {} if out is None else {"out": out})
     if isinstance(a, HalfWeight) and isinstance(b, HalfWeight):
@@ -100,7 +118,9 @@ def _matmul(function: Any, *given: Tensor, out: Tensor | None = None, **by_name:
     return _product(function, a, b)
 
 
-_VECTORS = named("mv addmv")
+_VECTORS = frozenset(named("mv addmv"))
+_BATCHES = frozenset(named("bmm"))
+_BROADCASTING = frozenset(named("matmul __matmul__"))
 
 
 @handles(Tensor.__rmatmul__)
@@ -113,7 +133,7 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
     weight = a if isinstance(a, HalfWeight) else b
     assert isinstance(weight, HalfWeight)
     other = b if weight is a else a
-    if weight.dim() == 1 or not factor(other) or not _fit(function, a, b):
+    if not factor(other) or not _fit(function, a, b) or weight.stored.dim() == 1:
         return call_widened(function, (a, b), {})
     if weight.dim() > 2 and (
         weight.numel() <= TILE or transforms.jit_traces()
@@ -143,9 +163,6 @@ def _fit(function: Any, a: Tensor, b: Tensor) -> bool:
     return wanted == (a.dim(), b.dim()) and (wanted != (3, 3) or a.shape[0] == b.shape[0] or function in _BROADCASTING)
 
 
-_BROADCASTING = named("matmul __matmul__")
-
-
 def _batched(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b for a weight of more than two dimensions (experts): one matrix at a time."""
     a2, b2 = (a.unsqueeze(0) if a.dim() == 1 else a), (b.unsqueeze(1) if b.dim() == 1 else b)
@@ -169,6 +186,10 @@ def _add_product(
 ) -> Any:
     """Return beta * addend + alpha * (a @ b); torch calls a and b mat1 and mat2, batch1 and batch2, or mat and vec."""
     a, b = (*factors, *by_name.values())
+    if beta == alpha == 1 and out is None and function in _ADDMM:
+        found = _shortest(a, b, addend, any_shape=False)
+        if found is not None:
+            return found
     ours = dense(addend) and (factor(b) if isinstance(a, HalfWeight) else isinstance(b, HalfWeight) and factor(a))
     if out is not None or not ours or not _adds(function, addend, a, b) or (function in _VECTORS and autocast.active()):
         settings = {"beta": beta, "alpha": alpha, **({} if out is None else {"out": out})}
@@ -180,6 +201,7 @@ def _add_product(
     return autocast.rounded(result)
 
 
+_ADDMM = frozenset(named("addmm"))
 _FACTORS = {
     getattr(home, name): getattr(home, product)
     for home in (torch, Tensor)
@@ -205,15 +227,15 @@ def _grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     """Rows offs[e-1]..offs[e] of x (T, K) times weight[e] of (E, K, N), for the experts that have rows."""
-    ours = isinstance(weight, HalfWeight) and weight.dim() == 3 and x.dim() == 2 and _takes(x, weight.shape[1])
-    if not ours or offs is None or transforms.jit_traces():
+    half = weight.stored if isinstance(weight, HalfWeight) else None
+    known = half is not None and half.dim() == 3 and x.dim() == 2 and _takes(x, half.shape[1])
+    if half is None or not known or offs is None or transforms.jit_traces():
         args = (x, weight, offs, bias, out_dtype)
         return call_widened(F.grouped_mm, args, {})
-    assert isinstance(weight, HalfWeight)
     x = x.float()
     ends = offs.to(torch.int64)
     used = int(ends[-1])
-    out = kernels.grouped_linear(x[:used], weight.stored, torch.diff(ends, prepend=ends.new_zeros(1)))
+    out = kernels.grouped_linear(x[:used], half, torch.diff(ends, prepend=ends.new_zeros(1)))
     if used < x.shape[0]:  # rows of no expert
         out = torch.cat([out, x.new_zeros(x.shape[0] - used, out.shape[1])])
     out = out if bias is None else out + bias

@@ -129,7 +129,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     float32, contiguous. residual: (..., N) float32, any strides, added after the sum over K.
     Returns (..., N) float32.
     """
-    out = x.new_empty((*x.shape[:-1], weight.size(0)))
+    shape = [*x.shape]
+    shape[-1:] = (weight.size(0),)  # quicker than a slice of a torch.Size, and this is called for every product
+    out = x.new_empty(shape)
     if _exchange and not _native.linear(out, x, weight, bias, residual, False, _threads()):
         return out  # without a detour: this is most of what a model does
     return _product(out, (x, weight, bias, residual), False)
