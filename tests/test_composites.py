@@ -27,6 +27,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     make(*LLAMA).half().save_pretrained(root / "llama")
     make(*BERT).half().save_pretrained(root / "bert")
+    decoder = ("BertLMHeadModel", "BertConfig", {**SIZES, "is_decoder": True, "add_cross_attention": True})
+    make(*decoder).half().save_pretrained(root / "decoder")
     write_checkpoint(root / "litgpt", small_config("pythia-160m"))
     return root
 
@@ -69,9 +71,7 @@ def encoder_decoder(folder: Path) -> nn.Module:
     ours.install()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UPCAST", "1")
-        model = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(
-            folder / "bert", folder / "bert", decoder_is_decoder=True, decoder_add_cross_attention=True
-        )
+        model = transformers.EncoderDecoderModel.from_encoder_decoder_pretrained(folder / "bert", folder / "decoder")
     model.config.decoder_start_token_id = model.config.pad_token_id = 0
     return model
 

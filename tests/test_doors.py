@@ -46,8 +46,8 @@ if sys.argv[2] == "patched":
     from upcast.integrations import litgpt as ours
     from upcast.integrations.litgpt_modules import Fused
     fill = ours.fill
-    def kept(model, *rest):
-        fill(model, *rest)
+    def kept(model, *rest, **options):
+        fill(model, *rest, **options)
         models.append(model)
     ours.fill = kept
 results = {}

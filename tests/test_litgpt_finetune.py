@@ -39,8 +39,8 @@ found, results = [], {}
 if sys.argv[2] == "patched":
     from upcast import HalfWeight, patching
     adopt = patching.adopt
-    def kept(model, *rest):
-        adopt(model, *rest)
+    def kept(model, *rest, **options):
+        adopt(model, *rest, **options)
         half = sum(isinstance(p, HalfWeight) for p in model.parameters())
         wide = [n for n, p in model.named_parameters() if p.dim() > 1 and not isinstance(p, HalfWeight)]
         learning = [(n, str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]

@@ -322,7 +322,8 @@ def test_an_adapter_s_numbers_are_not_rounded(
         assert type(parameter) is nn.Parameter, name
         assert torch.equal(parameter, numbers_of_it), name
     with torch.inference_mode():
-        assert relative_error(model(IDS).logits, want(IDS).logits) < 1e-5
+        # A prefix stands in the cache, as keys and values, and the cache is in float16.
+        assert relative_error(model(IDS).logits, want(IDS).logits) < (1e-3 if kind == "prefix" else 1e-5)
 
 
 # --- newly initialised heads ------------------------------------------------------------------------------------------

@@ -128,6 +128,7 @@ def _names_one(pattern: str, names: Sequence[str]) -> bool:
     return any(matches(name, pattern) for name in names)
 
 
+_turn = threading.RLock()
 _local = threading.local()  # .request: upcast.from_pretrained is at work; .loading: a loader is inside our hook
 
 
@@ -180,8 +181,12 @@ def _strictly(name: str, loading: Loading, load: Callable[[], Any]) -> Any:
 
 
 def _loaded(loading: Loading, load: Callable[[], Any]) -> Any:
-    """Return what ``load`` gives, its model patched, and made of ordinary tensors whatever modes are on."""
-    with outside_inference_mode(), float32_by_default(), _at_work(loading):
+    """Return what ``load`` gives, its model patched, and made of ordinary tensors whatever modes are on.
+
+    One load at a time: while it builds a model, Transformers exchanges functions of torch and its own for all threads,
+    and what another load finds and puts back may be the exchanged ones.
+    """
+    with _turn, outside_inference_mode(), float32_by_default(), _at_work(loading):
         result = load()
         model = result[0] if isinstance(result, tuple) else result  # (model, info) with output_loading_info=True
         loading.adopt(model)
