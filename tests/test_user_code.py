@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import wrapt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import upcast
 from tests.conftest import assert_patched, relative_error, rounded
@@ -552,6 +553,33 @@ def test_a_mode_sees_what_it_would_see(family: str, function: Any) -> None:
     assert pair.error(want, pair.usual) > 10 * pair.limit
     assert ours.seen == theirs.seen > 0
     assert pair.fast() or family == "GPT-2"
+
+
+class Dispatch(TorchDispatchMode):
+    """Sees each operation, and changes what one of them gives."""
+
+    def __init__(self, operation: Any) -> None:
+        super().__init__()
+        self.operation, self.seen = operation, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not self.operation:
+            return output
+        self.seen += 1
+        return output * 1.3
+
+
+@pytest.mark.parametrize("operation", ["silu", "rsqrt"])
+@pytest.mark.parametrize("family", ["SmolLM2", "Llama"])
+def test_a_mode_sees_the_operations_that_it_would_see(family: str, operation: str) -> None:
+    pair, found = Pair(family), []
+    for model in (pair.model, pair.plain):
+        with Dispatch(getattr(torch.ops.aten, operation).default) as mode:
+            found.append((pair.run(model), mode.seen))
+    (got, ours), (want, theirs) = found
+    assert pair.error(got, want) < pair.limit
+    assert ours == theirs > 0
 
 
 def test_a_mode_that_says_where_tensors_are_made_changes_nothing() -> None:
