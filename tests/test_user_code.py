@@ -19,6 +19,7 @@ import torch.nn.functional as F
 import wrapt
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import upcast
 from tests.conftest import assert_patched, relative_error, rounded
@@ -151,6 +152,7 @@ REPLACED: list[tuple[str, Any, str]] = [
     *(("Llama", llama, name) for name in ("apply_rotary_pos_emb", "rotate_half")),
     *(("Llama", getattr(llama, f"Llama{kind}"), "forward") for kind in ("RMSNorm", "MLP", "Attention", "DecoderLayer")),
     *(("Llama", *each) for each in [(activations.SiLUActivation, "forward"), (F, "silu"), (torch, "rsqrt")]),
+    *(("Llama", *each) for each in [(F, "embedding"), (nn.Embedding, "forward")]),
     *(("Llama", kind, "__call__") for kind in (llama.LlamaMLP, llama.LlamaDecoderLayer, activations.SiLUActivation)),
     ("Llama", Tensor, "pow"),
     *(("SmolLM2", *each) for each in [(lm.Block, "__call__"), (lm.LLaMAMLP, "__call__"), (Tensor, "float")]),
@@ -554,10 +556,98 @@ def test_a_mode_sees_what_it_would_see(family: str, function: Any) -> None:
     assert pair.fast() or family == "GPT-2"
 
 
+class Dispatch(TorchDispatchMode):
+    """Sees each operation, and changes what one of them gives."""
+
+    def __init__(self, operation: Any) -> None:
+        super().__init__()
+        self.operation, self.seen = operation, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is not self.operation:
+            return output
+        self.seen += 1
+        return output * 1.3
+
+
+@pytest.mark.parametrize("operation", ["silu", "rsqrt"])
+@pytest.mark.parametrize("family", ["SmolLM2", "Llama"])
+def test_a_mode_sees_the_operations_that_it_would_see(family: str, operation: str) -> None:
+    pair, found = Pair(family), []
+    for model in (pair.model, pair.plain):
+        with Dispatch(getattr(torch.ops.aten, operation).default) as mode:
+            found.append((pair.run(model), mode.seen))
+    (got, ours), (want, theirs) = found
+    assert pair.error(got, want) < pair.limit
+    assert ours == theirs > 0
+
+
 def test_a_mode_that_says_where_tensors_are_made_changes_nothing() -> None:
     pair = Pair("SmolLM2")
     with torch.device("cpu"):
         assert pair.fast()
+
+
+# --- functions of torch, without a library's modules ------------------------------------------------------------------
+
+X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.arange(10).view(2, 5)
+LAYERS: list[tuple[str, Callable[[], nn.Module], tuple[Any, ...], dict[str, Any], list[tuple[Any, str]]]] = [
+    (
+        "attention",
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        (X, X, X),
+        {"need_weights": False},
+        [(F, "linear"), (F, "scaled_dot_product_attention"), (F, "multi_head_attention_forward")],
+    ),
+    (
+        "weights",
+        lambda: nn.MultiheadAttention(16, 4, batch_first=True),
+        (X, X, X),
+        {},
+        [(F, "softmax"), (torch, "bmm")],
+    ),
+    ("embedding", lambda: nn.Embedding(10, 16), (TOKENS,), {}, [(F, "embedding"), (nn.Embedding, "forward")]),
+    ("bag", lambda: nn.EmbeddingBag(10, 16), (TOKENS,), {}, [(F, "embedding_bag")]),
+    ("convolution", lambda: nn.Conv1d(5, 4, 3), (X,), {}, [(F, "conv1d"), (nn.Conv1d, "forward")]),
+    ("bilinear", lambda: nn.Bilinear(16, 16, 4), (X, X), {}, [(F, "bilinear")]),
+    ("linear", lambda: nn.Linear(16, 4), (X,), {}, [(F, "linear"), (nn.Linear, "forward"), (nn.Module, "__call__")]),
+]
+ROWS = [pytest.param(*row[1:4], *each, id=f"{row[0]}-{each[1]}") for row in LAYERS for each in row[4]]
+
+
+@torch.inference_mode(False)
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize(("create", "args", "kwargs", "owner", "name"), ROWS)
+def test_what_is_replaced_of_torch_runs(
+    create: Any, args: Any, kwargs: dict[str, Any], owner: Any, name: str, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(model: nn.Module) -> Tensor:
+        output = model(*args, **kwargs)
+        return output if isinstance(output, Tensor) else output[0]
+
+    model = create()
+    plain = rounded(model)  # in training mode, or torch has a fast path of its own for attention
+    upcast.patch(model)
+    assert_patched(model)
+    with torch.set_grad_enabled(grad):
+        usual = first(plain)
+        _replace(monkeypatch, owner, name, _mine)
+        want = first(plain)
+        assert relative_error(first(model), want) < 1e-5
+    assert relative_error(want, usual) > 1e-3
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_what_handlers_compute_with_is_torch_s_own(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recurrent layer of torch calls no function that a program could replace."""
+    model = kind(16, 32).eval()
+    plain = rounded(model)
+    upcast.patch(model)
+    assert_patched(model)
+    monkeypatch.setattr(F, "linear", _mine(F.linear))
+    assert relative_error(model(X)[0], plain(X)[0]) < 1e-5
 
 
 # --- and all of it cheaply, and of copies too -------------------------------------------------------------------------

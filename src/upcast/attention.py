@@ -7,10 +7,10 @@ float16 directly. Everything else widens the rows in use, and torch computes.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upcast import autocast, kernels
+from upcast.functional import F
 from upcast.half_weight import HalfWeight, call_widened
 from upcast.kernels import transforms
 from upcast.ops import handles

@@ -9,10 +9,10 @@ import types
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from upcast import kernels
+from upcast.functional import F
 from upcast.genuine import Root, originals
 from upcast.half_weight import HalfWeight, call_widened
 from upcast.kernels import transforms
@@ -30,22 +30,21 @@ def _past_the_door(function: Any) -> Any:
     return copy
 
 
-_attention_of_torch, _bag_of_torch = F.multi_head_attention_forward, F.embedding_bag
-_attention = _past_the_door(_attention_of_torch)
+_attention = _past_the_door(F.multi_head_attention_forward)
 
 
-@handles(_attention_of_torch)
+@handles(F.multi_head_attention_forward)
 def _multi_head_attention(*args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_compiling() or originals(_attention_roots).intact():
         return _attention(*args, **kwargs)
-    return _past_the_door(_attention_of_torch)(*args, **kwargs)  # with what it finds by name now
+    return _past_the_door(F.multi_head_attention_forward)(*args, **kwargs)  # with what it finds by name now
 
 
 def _attention_roots() -> list[Root]:
-    return [(F, _attention_of_torch.__name__)]
+    return [(nn.functional, F.multi_head_attention_forward.__name__)]
 
 
-@handles(_bag_of_torch)
+@handles(F.embedding_bag)
 def _embedding_bag(
     input: Tensor,
     weight: Tensor,
@@ -70,7 +69,7 @@ def _embedding_bag(
         found = (used == padding_idx % weight.stored.shape[0]).nonzero()
         padding = int(found[0]) if len(found) else None
     rows = kernels.embedding(used, weight.stored)
-    return _bag_of_torch(places.view(input.shape), rows, offsets, None, *rest, padding)
+    return F.embedding_bag(places.view(input.shape), rows, offsets, None, *rest, padding)
 
 
 @handles(torch.bilinear)

@@ -39,6 +39,7 @@ class Table(NamedTuple):
 
 Root = tuple[type | ModuleType | Table, str]  # and the name of a function there
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack
 
 
@@ -67,7 +68,9 @@ def bound(module: nn.Module, name: str = "forward") -> Callable[..., Any]:
 
 
 def observed() -> bool:
-    """Whether a TorchFunctionMode sees which functions are called; one that says where tensors are made does not."""
+    """Whether a mode of torch sees which functions or operations run; one that says where tensors are made does not."""
+    if _dispatch_modes() > 0:
+        return True
     return _function_modes() > 0 and not all(map(_places_tensors, torch.overrides._get_current_function_mode_stack()))
 
 

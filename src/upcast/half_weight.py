@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from upcast import materialize
+from upcast import functional, materialize
 from upcast.errors import UpcastError
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.store import Fallbacks, Region, Store, region_of
@@ -44,7 +44,7 @@ _METADATA = {
 }
 
 
-_FUNCTIONS = {name: value for name, value in vars(F).items() if type(value) is FunctionType}
+_FUNCTIONS = {name: value for name, value in vars(functional.F).items() if type(value) is FunctionType}
 
 
 def _meant(func: Any) -> Any:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from upcast import autocast, kernels
+from upcast.functional import F
 from upcast.half_weight import HANDLERS, HalfWeight, call_in_memory, call_widened
 from upcast.kernels import transforms
 
@@ -148,7 +149,7 @@ def _select(function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     return function(tensor.stored, *args, **kwargs).float()
 
 
-@handles(torch.nn.functional.embedding)
+@handles(F.embedding)
 def _embedding(
     indices: Tensor,
     weight: Tensor,
@@ -161,7 +162,7 @@ def _embedding(
     plain = indices.dtype in _INDICES and indices.layout is torch.strided
     if max_norm is not None or not plain or indices.is_nested:  # max_norm renormalises the weight in place
         args = (indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-        return call_widened(torch.nn.functional.embedding, args, {})
+        return call_widened(F.embedding, args, {})
     assert isinstance(weight, HalfWeight)
     half = weight.stored
     if half.dim() != 2:

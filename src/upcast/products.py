@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upcast import autocast, kernels
 from upcast.errors import UpcastError
+from upcast.functional import F
 from upcast.half_weight import HalfWeight, call_widened
 from upcast.kernels import transforms
 from upcast.kernels.portable import TILE

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from upcast import autocast
+from upcast.functional import F
 from upcast.half_weight import call_widened
 from upcast.kernels import transforms
 from upcast.ops import handles, handles_each

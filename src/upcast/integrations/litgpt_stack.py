@@ -70,7 +70,7 @@ class Stack:
         modules = [*gpt.transformer.h.modules()]
         self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=SCORES)
         self.watched = self._members.watched
-        self._originals = originals(_roots, *dict.fromkeys(map(type, modules)))
+        self._originals = originals(_roots, *dict.fromkeys(map(type, (gpt, *modules))))
         self._configs = [*{id(each): each for each in map(_config, (gpt, *modules)) if each is not None}.values()]
         self._settings = self._set()
         self._numbers = (*(module.eps for module in modules if "eps" in module.__dict__), *self._settings)
@@ -122,6 +122,10 @@ class FusedGPT(Fused):
         super().__init__(module)
         self.stack: Stack | None = None
         self.held = Held()
+
+    def genuine(self) -> bool:
+        """Whether the model is what it was; of the code, the stack knows."""
+        return type(self.module) is self.kind
 
     def fused(
         self,
@@ -258,5 +262,5 @@ def _config(module: nn.Module) -> Any:
 
 
 def _roots(*kinds: type) -> list[Root]:
-    """Return what blocks of modules of these kinds run, with the embedding before them, as the stack leaves it out."""
+    """Return what a model and blocks of these kinds run, with the embedding before them, as the stack leaves it out."""
     return calls(nn.Embedding, *(kind for kind in kinds if not issubclass(kind, (nn.ModuleList, nn.ModuleDict))))

@@ -5,8 +5,9 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from upcast.functional import F
 
 FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 TINY = 2.0**-25  # and below, float16 rounds to zero
@@ -20,7 +21,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
     """LayerNorm over the last dimension. x: (..., D); weight, bias: (D,) or None."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)  # type: ignore[no-any-return]
 
 
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-5, unit_offset: bool = False) -> Tensor:
