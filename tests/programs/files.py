@@ -127,7 +127,8 @@ def copies(folder: Path) -> Any:
 
 def numpy_reads(folder: Path) -> Any:
     weight = load(folder).lm_head.weight
-    arrays = [weight.detach().numpy(), numpy.asarray(weight.detach()), weight.detach().cpu().numpy().T, weight.data[3].numpy()]
+    arrays = [weight.detach().numpy(), numpy.asarray(weight.detach()), weight.detach().cpu().numpy().T]
+    arrays.append(weight.data[3].numpy())
     return [(str(array.dtype), array.shape, float(array.sum()), array.nbytes) for array in arrays]
 
 
@@ -237,5 +238,5 @@ def _collectives(model: Any, store: str, rank: int) -> None:
         distributed.broadcast(model.model.layers[0].mlp.up_proj.weight.data, src=1)
         for weight in (model.model.norm.weight, model.model.layers[1].mlp.down_proj.weight):
             distributed.all_reduce(weight)
-            weight /= 2
+            weight.div_(2)
     distributed.barrier()

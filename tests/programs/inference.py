@@ -130,7 +130,12 @@ def similar_tokens(folder: Path) -> Any:
     normed = nn.functional.normalize(table, dim=-1)
     nearest = (normed @ normed[IDS[0]].T).topk(3, dim=0)
     distances = torch.cdist(table[:4], table[4:8])
-    return nearest.indices.tolist(), nearest.values, distances, nn.functional.cosine_similarity(table[0], table[1], dim=0)
+    return (
+        nearest.indices.tolist(),
+        nearest.values,
+        distances,
+        nn.functional.cosine_similarity(table[0], table[1], dim=0),
+    )
 
 
 def perplexity(folder: Path) -> Any:
@@ -228,7 +233,7 @@ def sizes(folder: Path) -> Any:
 def names_and_layers(folder: Path) -> Any:
     model = load(folder)
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return names, [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()], list(vars(model))
+    return names, [(name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()]
 
 
 def flops(folder: Path) -> Any:
@@ -287,5 +292,5 @@ def weights_plotted(folder: Path) -> Any:
         "equal": torch.equal(weight, weight.clone()),
         "sorted": weight.flatten().sort().values[:3],
         "conversions": [str(weight.to(d).dtype) for d in (torch.float16, torch.bfloat16, torch.float64)],
-        "sizes": [weight.numel(), weight.element_size(), weight.nbytes, weight.is_leaf, weight.requires_grad],
+        "facts": [weight.numel(), weight.is_leaf, weight.requires_grad, weight.is_contiguous(), weight.stride()],
     }

@@ -70,7 +70,12 @@ def weights_changed(folder: Path) -> Any:
     model = _load(folder).model
     before = _logits(model)
     model.lm_head.weight.data.mul_(0.5)
-    return before, _logits(model), model.transformer.wte.weight[:2], model.lm_head.weight is model.transformer.wte.weight
+    return (
+        before,
+        _logits(model),
+        model.transformer.wte.weight[:2],
+        model.lm_head.weight is model.transformer.wte.weight,
+    )
 
 
 def weights_shared(folder: Path) -> Any:

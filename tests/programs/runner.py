@@ -23,7 +23,9 @@ HERE = Path(__file__).parent
 
 def names(file: str) -> list[str]:
     """Return the programs of a file as FILE.PROGRAM: its public functions, without importing it."""
-    functions = [each for each in ast.parse((HERE / f"{file}.py").read_text()).body if isinstance(each, ast.FunctionDef)]
+    functions = [
+        each for each in ast.parse((HERE / f"{file}.py").read_text()).body if isinstance(each, ast.FunctionDef)
+    ]
     return [f"{file}.{each.name}" for each in functions if not each.name.startswith("_")]
 
 
@@ -37,7 +39,11 @@ def run(program: Callable[[Path], Any], folder: Path) -> dict[str, Any]:
             found["found"] = plain(program(folder))
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"
-    return {**found, "said": [line for line in heard.getvalue().splitlines() if "upcast" in line], "loaded": list(checkpoints.LOADED)}
+    return {
+        **found,
+        "said": [line for line in heard.getvalue().splitlines() if "upcast" in line],
+        "loaded": list(checkpoints.LOADED),
+    }
 
 
 @contextlib.contextmanager
@@ -51,7 +57,11 @@ def _listening() -> Iterator[io.StringIO]:
 def plain(value: Any) -> Any:
     """Return ``value`` as JSON can hold it: a tensor as its dtype, shape and numbers."""
     if isinstance(value, torch.Tensor):
-        return {"dtype": str(value.dtype), "shape": list(value.shape), "numbers": value.detach().double().flatten().tolist()}
+        return {
+            "dtype": str(value.dtype),
+            "shape": list(value.shape),
+            "numbers": value.detach().double().flatten().tolist(),
+        }
     if isinstance(value, dict):
         return {str(key): plain(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

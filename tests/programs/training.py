@@ -62,7 +62,7 @@ def by_hand_without_an_optimizer(folder: Path) -> Any:
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 0.01 * parameter.grad
+                parameter.sub_(0.01 * parameter.grad)
                 parameter.grad = None
         losses.append(loss.item())
     return losses
