@@ -194,13 +194,31 @@ def test_sizes_are_those_at_rest() -> None:
     assert_patched(model)  # nobody asked for bytes
 
 
-def test_assigning_a_weight_s_memory_to_an_ordinary_tensor_is_an_error_and_no_crash() -> None:
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_weight_s_memory_as_that_of_an_ordinary_tensor_is_refused_at_once(mode: Callable[[], Any]) -> None:
     model, layer = upcast.patch(net()), nn.Linear(5, 40)
-    layer.weight.data = model[0].weight.data
-    with pytest.raises(RuntimeError, match="not allocated"):
-        layer(X)
-    layer.weight.data = model[0].weight.data.clone()
+    before = layer.weight.detach().clone()
+    with mode():
+        with pytest.raises(upcast.UpcastError, match=r"\.data of an ordinary tensor.*\.clone\(\)"):
+            layer.weight.data = model[0].weight.data
+        assert torch.equal(layer.weight, before)
+        layer.weight.data = model[0].weight.data.clone()
     assert torch.equal(layer.weight, model[0].weight)
+
+
+def test_recurrent_layers_begin_to_train() -> None:
+    results = []
+    for make in (rounded, upcast.patch):
+        torch.manual_seed(0)
+        model = make(nn.LSTM(5, 7).eval())
+        x = torch.randn(3, 2, 5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x)[0].square().sum().backward()
+            optimizer.step()
+        results.append(model(x)[0].detach())
+    assert relative_error(*results) < 1e-5
 
 
 def test_what_is_shared_by_data_is_shared(capsys: pytest.CaptureFixture[str]) -> None:

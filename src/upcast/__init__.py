@@ -13,6 +13,7 @@ from upcast import memory_ops as _memory_ops
 from upcast import ops as _ops
 from upcast import products as _products
 from upcast import recurrent as _recurrent
+from upcast import shallow_copy as _shallow_copy
 from upcast.ablation import Ablation, ablate
 from upcast.certify import Certificate, certify
 from upcast.diagnose import Diagnosis, diagnose
@@ -67,6 +68,7 @@ del (
     _ops,
     _products,
     _recurrent,
+    _shallow_copy,
     version,
 )  # imported so that HalfWeight and torch.compile know the operations
 

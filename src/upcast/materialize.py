@@ -55,9 +55,9 @@ def materialize(weight: "HalfWeight", why: str) -> None:
     dissolve(weight, why)
     if not _become(weight):
         raise UpcastError(
-            f"a weight stored in float16 is to become float32, because {why}, but something inside torch holds it (a "
-            "compiled model or a weak reference). Do this before torch.compile, or keep the weight in float32 from the "
-            "start with keep=[...]."
+            f"a weight stored in float16 is to become float32, because {why}, but something inside torch holds it, "
+            "such as a graph of autograd. Do this before the forward pass, or keep the weight in float32 from the start "
+            "with keep=[...]."
         )
 
 
@@ -67,11 +67,22 @@ def _become(weight: "HalfWeight") -> bool:
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
         plain = alias(weight)
         new = torch.nn.Parameter(plain, weight.wants_grad) if is_parameter else plain.requires_grad_(weight.wants_grad)
-        try:
-            torch.utils.swap_tensors(weight, new)
-        except RuntimeError:
+        if not _exchange(weight, new):
             return False
     weight.__dict__.update(attributes)
+    return True
+
+
+def _exchange(weight: Tensor, new: Tensor) -> bool:
+    """Do what ``torch.utils.swap_tensors`` does, which refuses weak references: recurrent layers hold some.
+
+    They stay right, since the object is the same. Return whether nothing inside torch holds either tensor.
+    """
+    if weight._use_count() > 1 or new._use_count() > 1:  # type: ignore[attr-defined]
+        return False
+    weight.__class__, new.__class__ = new.__class__, weight.__class__
+    weight.__dict__, new.__dict__ = new.__dict__, weight.__dict__
+    torch._C._swap_tensor_impl(weight, new)
     return True
 
 
