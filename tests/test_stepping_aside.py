@@ -64,6 +64,7 @@ def llm_distribute(folder: Path) -> nn.Module:
     return llm
 
 
+@torch.inference_mode()
 def script(folder: Path) -> nn.Module:
     """What ``litgpt generate`` does between its arguments and its prompt."""
     from lightning import Fabric

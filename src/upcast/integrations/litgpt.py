@@ -15,7 +15,7 @@ from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.integrations import aside, litgpt_fused, loading
 from upcast.integrations.aside import NotOurs
-from upcast.modes import float32_by_default, outside_inference_mode
+from upcast.modes import float32_by_default, ordinary, outside_inference_mode
 
 
 def load_litgpt(
@@ -119,6 +119,8 @@ def fill(
     Where that fails the model is what it was before.
     """
     with _plainly(), aside.undone_if_it_fails(model):
+        for name, tensor in weights.items():  # LitGPT's scripts read them in inference mode
+            weights[name] = ordinary(tensor)
         known = checkpoint.to_float16(weights, huge_pages.Memory(), (*keep, *trainable))
         model.load_state_dict(weights, assign=True)
         model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
