@@ -1,7 +1,8 @@
 """Whatever a program does to a weight, the patched model and a plain float32 one stay equal, number by number.
 
 Random sequences of ordinary operations. Where the patched model stores float16, the plain one is rounded after every
-write. Aliases (views, state dicts, numpy arrays) and copies that were taken on the way are kept, written into, and compared too.
+write. Aliases (views, state dicts, numpy arrays) and copies that were taken on the way are kept, written into, and
+compared too.
 """
 
 import copy
@@ -14,7 +15,7 @@ import numpy
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from torch import Tensor, nn
@@ -227,10 +228,12 @@ def _shrink(module: nn.Module) -> None:
 
 def _step(m: nn.Module, parameters: list[Any]) -> nn.Module:
     optimizer = torch.optim.SGD(parameters, lr=0.1)
+    if max(float(p.detach().abs().nan_to_num(1e9).max()) for p in m.parameters()) > 100:
+        return m  # then float32's own last digits decide
+    m.zero_grad()  # of weights that did not learn before, the patched model has no gradient
     with torch.enable_grad():
         m(IDS).sum().backward()
     optimizer.step()
-    optimizer.zero_grad()
     return m
 
 
@@ -269,6 +272,8 @@ class Weights(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(sorted(SURGERY)), name=st.sampled_from(NAMES), v=st.sampled_from([0.5, 1.0, -1.25]))
     def operate(self, kind: str, name: str, v: float) -> None:
+        if kind == "share_memory":  # which moves the numbers: what others made of the old memory is lost, in any model
+            self.held = [each for each in self.held if not each[0].startswith(("dlpack", "numpy", "asarray"))]
         models = self._both((self.patched, self.plain), lambda m: SURGERY[kind](m, name, v))
         if models is not None:
             self.patched, self.plain = models
@@ -320,6 +325,9 @@ class Weights(RuleBasedStateMachine):
             for name, want in self.plain.named_parameters():
                 if _in_float16(self.patched.get_parameter(name)):
                     want.copy_(want.half().float())
+            for _, got, want in self.held:  # a view may outlive its parameter
+                if _in_float16(got):
+                    want.copy_(want.half().float())
 
 
 def _in_float16(weight: Tensor) -> bool:
@@ -338,6 +346,7 @@ Weights.TestCase.settings = settings(
     stateful_step_count=14,
     deadline=None,
     derandomize=True,
+    phases=[Phase.explicit, Phase.generate],  # a failure tells its steps; finding fewer takes minutes
     suppress_health_check=list(HealthCheck),
 )
 TestWeights = Weights.TestCase

@@ -56,8 +56,7 @@ def materialize(weight: "HalfWeight", why: str) -> None:
     if not _become(weight):
         raise UpcastError(
             f"a weight stored in float16 is to become float32, because {why}, but something inside torch holds it, "
-            "such as a graph of autograd. Do this before the forward pass, or keep the weight in float32 from the start "
-            "with keep=[...]."
+            "such as a graph of autograd. Do this before the forward pass, or patch the model with keep=[...]."
         )
 
 
