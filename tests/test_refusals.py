@@ -42,8 +42,6 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
         lambda: nn.LazyLinear(3).eval(),
         r"weight of LazyLinear has no shape yet; run one forward pass",
     ),
-    ("patched already", lambda: upcast.patch(Net()), r"Net is patched already.*upcast\.unpatch\(model\) first"),
-    ("a part is patched", _with_patched_part, r"Net is patched already \(up\.weight"),
     ("held by an optimizer", _in_an_optimizer, r"requires grad and a SGD optimizer holds it.*Delete the optimizer"),
 ]
 
@@ -59,6 +57,24 @@ def test_refused_by_patch_plan_and_patched(make: Callable[[], object], message: 
     with pytest.raises(upcast.UpcastError, match=message), upcast.patched(model):
         pass
     assert before is None or snapshot(model) == before
+
+
+PATCHED: list[tuple[str, Callable[[], nn.Module], str]] = [
+    ("patched already", lambda: upcast.patch(Net()), r"Net is patched already.*upcast\.unpatch\(model\) first"),
+    ("a part is patched", _with_patched_part, r"Net is patched already \(up\.weight"),
+]
+
+
+@pytest.mark.parametrize(("make", "message"), [pytest.param(f, m, id=n) for n, f, m in PATCHED])
+def test_what_is_patched_is_not_patched_again(make: Callable[[], nn.Module], message: str) -> None:
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(upcast.UpcastError, match=message):
+        upcast.patch(model)
+    with pytest.raises(upcast.UpcastError, match=message), upcast.patched(model):
+        pass
+    assert "convert" in str(upcast.plan(model))  # what was planned for it, or for its part
+    assert snapshot(model) == before
 
 
 def test_another_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +109,8 @@ def test_unpatching_what_is_not_patched() -> None:
     with pytest.raises(upcast.UpcastError, match=r"this Net is not patched by upcast.*Call upcast\.patch\(model\)"):
         upcast.unpatch(model)
     upcast.patch(model.up)
-    with pytest.raises(upcast.UpcastError, match="Its module 'up' is: pass that one"):
-        upcast.unpatch(model)
+    upcast.unpatch(model)  # its patched part
+    assert not half_weights(model)
 
 
 def test_sparse_and_quantized_weights_are_left_alone_and_reported() -> None:
