@@ -312,13 +312,19 @@ def test_only_float16_can_be_stored() -> None:
         HalfWeight(torch.zeros(2, 2))
 
 
-def test_a_parameter_s_copy_is_stored_alike_and_independent() -> None:
-    weight = parameter(make(7, 33).stored, Fallbacks())
-    other = copy.deepcopy(weight)
+def test_a_parameter_s_copy_is_float32_and_in_a_list_stored_alike() -> None:
+    weight = parameter(make(7, 33).stored, Fallbacks(), wants_grad=True)
+    weight.mark = 7
+    bare = copy.deepcopy(weight)
+    assert type(bare) is nn.Parameter
+    assert (bare.requires_grad, bare.mark) == (True, 7)
+    (other,) = copy.deepcopy([weight])
     assert isinstance(other, HalfWeight)
     assert isinstance(other, nn.Parameter)
     assert torch.equal(other.stored, weight.stored)
-    other.zero_()
+    with torch.no_grad():
+        other.zero_()
+        bare.zero_()
     assert weight.stored.abs().sum() > 0
 
 

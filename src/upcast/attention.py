@@ -11,9 +11,10 @@ from torch import Tensor
 
 from upcast import autocast, kernels
 from upcast.functional import F
-from upcast.half_weight import HalfWeight, call_widened
+from upcast.half_weight import HalfWeight
 from upcast.kernels import transforms
 from upcast.ops import handles
+from upcast.widening import call_widened
 
 
 @handles(F.scaled_dot_product_attention)

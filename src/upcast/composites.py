@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from upcast import kernels
 from upcast.functional import F
 from upcast.genuine import Root, originals
-from upcast.half_weight import HalfWeight, call_widened
+from upcast.half_weight import HalfWeight
 from upcast.kernels import transforms
 from upcast.ops import handles, handles_each, named
 from upcast.products import _in_tiles, _times, factor
+from upcast.widening import call_widened
 
 # --- torch's own composites -----------------------------------------------------------------------------------------
 

@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from upcast import materialize
 from upcast.errors import UpcastError
-from upcast.half_weight import HalfWeight, call_in_memory
+from upcast.half_weight import HalfWeight
 from upcast.ops import accessor, handles, handles_each, named
+from upcast.widening import call_in_memory
 
 _SIZES = ("accelerate.utils.modeling", "compute_module_sizes")  # a report of memory that goes by dtype
 

@@ -2,7 +2,7 @@
 
 Functions that only look at a weight differently (views) give another HalfWeight on the same storage. Selections
 widen only what they select. Functions that ask for shape, dtype or device never touch the numbers. Anything not
-listed falls through to a counted float32 copy (`upcast.half_weight.call_widened`).
+listed falls through to a counted float32 copy (`upcast.widening.call_widened`).
 """
 
 import functools
@@ -14,8 +14,9 @@ from torch import Tensor
 
 from upcast import autocast, kernels
 from upcast.functional import F
-from upcast.half_weight import HANDLERS, HalfWeight, call_in_memory, call_widened
+from upcast.half_weight import HANDLERS, HalfWeight
 from upcast.kernels import transforms
+from upcast.widening import call_in_memory, call_widened
 
 Handler = Callable[..., Any]
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from upcast import autocast, kernels
 from upcast.errors import UpcastError
 from upcast.functional import F
-from upcast.half_weight import HalfWeight, call_widened
+from upcast.half_weight import HalfWeight
 from upcast.kernels import transforms
 from upcast.kernels.portable import TILE
 from upcast.ops import handles, handles_each, named
+from upcast.widening import call_widened
 
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # from these, products are float32
 _REFUSALS = (UpcastError, TypeError, RuntimeError, IndexError)  # of kernels, for what they do not take

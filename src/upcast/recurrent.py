@@ -12,10 +12,10 @@ from torch import Tensor
 
 from upcast import autocast
 from upcast.functional import F
-from upcast.half_weight import call_widened
 from upcast.kernels import transforms
 from upcast.ops import handles, handles_each
 from upcast.products import factor
+from upcast.widening import call_widened
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, "Tensor | None"], State]
