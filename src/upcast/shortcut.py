@@ -18,17 +18,21 @@ from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import bound
 from upcast.half_weight import HalfWeight
+from upcast.kernels import native, transforms
 from upcast.tree import modules
 
 # Looked up once: a call costs little more than its lookups.
-_direct, _float32 = kernels.direct, torch.float32
-_traced, _autocast = torch.compiler.is_compiling, autocast.enabled
+_traced, _dynamo, _autocast = torch.compiler.is_compiling, transforms.dynamo, autocast.enabled
 _Linear = nn.Linear
 _its = genuine.namespace(nn.Linear)
 _forward = _its["forward"] if genuine.is_own(_its["forward"], "forward", "torch") else None
 _linear = torch._C._nn.linear  # what torch.nn.functional.linear is, unless someone replaced it
 _MISSING: Any = object()
-_function_modes = torch._C._len_torch_function_stack
+_quiet = native.quiet
+_questions = [torch.is_grad_enabled, torch._C._len_torch_function_stack, _autocast, *transforms.questions()]
+_owners, _names, _kept = map(
+    list, zip((_its, "forward", _forward), (vars(F), "linear", _linear), *transforms.flags(), strict=True)
+)
 
 
 class LinearForward(Forward):
@@ -54,23 +58,19 @@ class LinearForward(Forward):
             type(weight) is HalfWeight
             and weight.row_major
             and type(input) is Tensor
-            and (implementation := _direct()) is not None  # asks first whether torch.compile traces this
-            and not _function_modes()  # which would see even what is asked here
-            and input.dtype is _float32
-            and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
-            and not _autocast()
             and type(module) is _Linear
-            and _its["forward"] is _forward
-            and F.linear is _linear
+            and not _dynamo()
+            and _quiet(_questions, _kept, _owners, _names)
+            and not input.is_neg()  # a part of a conjugate: its numbers are not what memory holds
             and not args
             and not kwargs
         ):
             half = weight.store.half
             if half is not None:
                 try:
-                    return implementation.linear(input, half, parameters["bias"])
+                    return (kernels._active or kernels.active()).linear(input, half, parameters["bias"])
                 except (UpcastError, TypeError, RuntimeError):
-                    pass  # the ordinary way has a result for it, or torch's own error
+                    pass  # another dtype, say: the ordinary way has a result for it, or torch's own error
         args = args if input is _MISSING else (_like(input, weight), *args)
         if _traced() or (type(module) is _Linear and _its["forward"] is _forward):
             return type(module).forward(module, *args, **kwargs)
@@ -79,7 +79,7 @@ class LinearForward(Forward):
 
 def _like(input: Any, weight: Any) -> Any:
     """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
-    if type(weight) is not nn.Parameter or weight.dtype != _float32 or _autocast():
+    if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or _autocast():
         return input
     halved = type(input) is Tensor and input.dtype in (torch.float16, torch.bfloat16)
     return input.float() if halved else input

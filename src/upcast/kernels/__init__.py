@@ -19,9 +19,6 @@ _IMPLEMENTATIONS = {"native": native, "portable": portable}
 LONG = 512  # rows of x
 _LOOKED_AT = (torch.float16, torch.float32)  # by the native kernels
 _active: ModuleType | None = None  # chosen on first use: importing upcast reads no environment
-_grad_enabled, _dynamo, _functorch = torch.is_grad_enabled, transforms.dynamo, transforms.functorch
-_modes, _jit_state = transforms.modes, transforms.jit_state
-_forward_ad, _profiler, _fx = transforms.forward_ad, transforms.profiler, transforms.fx
 
 
 def use(choice: str) -> ModuleType:
@@ -49,18 +46,14 @@ def active() -> ModuleType:
     return _active or _as_the_environment_asks()
 
 
+_questions = [torch.is_grad_enabled, *transforms.questions()]
+_owners, _names, _kept = map(list, zip(*transforms.flags(), strict=True))
+_dynamo, _quiet = transforms.dynamo, native.quiet
+
+
 def direct() -> ModuleType | None:
     """Return the implementation in use, or None where autograd, a transformation or the profiler may want to see."""
-    if (  # `transforms.watched`, without its call: this is asked for every product
-        _grad_enabled()
-        or _dynamo()
-        or _functorch()
-        or _modes()
-        or _jit_state() is not None
-        or _forward_ad._current_level >= 0
-        or _profiler._is_profiler_enabled
-        or _fx._is_fx_tracing_flag
-    ):
+    if _dynamo() or not _quiet(_questions, _kept, _owners, _names):
         return None
     return _active or _as_the_environment_asks()
 

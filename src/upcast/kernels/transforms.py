@@ -52,6 +52,20 @@ def watched() -> bool:
     )
 
 
+def questions() -> list[Any]:
+    """Return what `watched` asks, but for torch.compile, as functions for `native.quiet`."""
+    return [functorch, modes, jit_state]
+
+
+def flags() -> list[tuple[dict[str, Any], str, Any]]:
+    """Return what `watched` looks at: where, under which name, and what is there where nobody watches."""
+    return [
+        (vars(fx), "_is_fx_tracing_flag", False),
+        (vars(forward_ad), "_current_level", -1),
+        (vars(profiler), "_is_profiler_enabled", False),
+    ]
+
+
 def way() -> str:
     """Return how a kernel's work is done now.
 

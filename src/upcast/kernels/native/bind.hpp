@@ -37,7 +37,7 @@ Fast py_linear, py_embedding, py_grouped;                       // bind_linear.c
 Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cpp
 Fast py_block, py_blocks;                                       // bind_block.cpp
 Fast py_survey, py_look, py_compare;                             // bind_survey.cpp
-Fast py_unchanged;                                              // bind_state.cpp
+Fast py_unchanged, py_quiet;                                    // bind_state.cpp
 PyObject *py_all_empty(PyObject *self, PyObject *dicts);
 Fast py_meet, py_add_up;                                        // bind_shared.cpp
 

@@ -48,8 +48,29 @@ bool same_values(PyObject *dict, Kept &kept) {
 
 bool check_list(PyObject *object) {
     if (PyList_Check(object)) return true;
-    PyErr_SetString(PyExc_TypeError, "unchanged and all_empty take lists");
+    PyErr_SetString(PyExc_TypeError, "unchanged, all_empty and quiet take lists");
     return false;
+}
+
+// 1: owners[i].get(names[i]) is the next of kept, for all of them; 0: it is not; -1: an error.
+int same_names(const Dicts &owners, PyObject *names, Kept &kept) {
+    for (Py_ssize_t i = 0; i < owners.size; ++i) {
+        PyObject *name = PyList_GetItem(names, i);
+        if (!name) return -1;
+        PyObject *value = PyDict_GetItemWithError(owners.tables(i), name);
+        if (!value && PyErr_Occurred()) return -1;
+        if (!kept.next_is(value ? value : Py_None)) return 0;
+    }
+    return kept.at == kept.size;
+}
+
+// 1: question() is true; 0: it is not; -1: an error.
+int ask(PyObject *question) {
+    PyObject *answer = PyObject_CallNoArgs(question);
+    if (!answer) return -1;
+    const int truth = PyObject_IsTrue(answer);
+    Py_DECREF(answer);
+    return truth;
 }
 
 } // namespace
@@ -67,14 +88,24 @@ PyObject *py_unchanged(PyObject *, PyObject *const *args, Py_ssize_t count) {
     for (Py_ssize_t i = 0; i < dicts.size; ++i) {
         if (!same_values(dicts.tables(i), kept)) Py_RETURN_FALSE;
     }
-    for (Py_ssize_t i = 0; i < owners.size; ++i) {
-        PyObject *name = PyList_GetItem(names, i);
-        if (!name) return nullptr;
-        PyObject *value = PyDict_GetItemWithError(owners.tables(i), name);
-        if (!value && PyErr_Occurred()) return nullptr;
-        if (!kept.next_is(value ? value : Py_None)) Py_RETURN_FALSE;
+    const int same = same_names(owners, names, kept);
+    return same < 0 ? nullptr : PyBool_FromLong(same);
+}
+
+// quiet(questions, kept, owners, names): whether no question, called, answers true, and owners[i].get(names[i]) is kept[i].
+PyObject *py_quiet(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!take_count("quiet", count, 4)) return nullptr;
+    for (Py_ssize_t i = 0; i < count; ++i) {
+        if (!check_list(args[i])) return nullptr;
     }
-    return PyBool_FromLong(kept.at == kept.size);
+    for (Py_ssize_t i = 0; i < PyList_Size(args[0]); ++i) {
+        const int answer = ask(PyList_GetItem(args[0], i));
+        if (answer < 0) return nullptr;
+        if (answer) Py_RETURN_FALSE;
+    }
+    Kept kept = {args[1], 0, PyList_Size(args[1])};
+    const int same = same_names(Dicts(args[2]), args[3], kept);
+    return same < 0 ? nullptr : PyBool_FromLong(same);
 }
 
 // all_empty(dicts): whether nothing is in any of them.

@@ -114,6 +114,7 @@ PyMethodDef METHODS[] = {
     {"look", fast(py_look), METH_FASTCALL, nullptr},
     {"compare", fast(py_compare), METH_FASTCALL, nullptr},
     {"unchanged", fast(py_unchanged), METH_FASTCALL, nullptr},
+    {"quiet", fast(py_quiet), METH_FASTCALL, nullptr},
     {"all_empty", py_all_empty, METH_O, nullptr},
     {"meet", fast(py_meet), METH_FASTCALL, nullptr},
     {"add_up", fast(py_add_up), METH_FASTCALL, nullptr},
