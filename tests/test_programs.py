@@ -25,8 +25,6 @@ ERRORS = {
     # nothing had said that the model learns, so that nothing was recorded
     "training.gradients_without_a_step": "the gradient of a weight stored in float16 was not computed",
     "training.gradients_of_one_weight": "torch.autograd.grad with respect to a weight stored in float16",
-    # torch shares memory here without asking
-    "surgery.data_assigned": "a weight stored in float16 as the .data of an ordinary tensor",
 }
 # float16's rounding is part of what these do: of a merge or a mean into a stored weight, of what is loaded into one, of
 # a layer that is initialised at random, of a cache.
