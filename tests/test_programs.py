@@ -21,7 +21,11 @@ PROCESSES = [["training", "files", "surgery", "inference"], ["lit"]]
 PROGRAMS = [[name for file in files for name in runner.names(file)] for files in PROCESSES]
 
 # What cannot be the same: the error that the program stops with.
-ERRORS: dict[str, str] = {}
+ERRORS = {
+    # nothing had said that the model learns, so that nothing was recorded
+    "training.gradients_without_a_step": "the gradient of a weight stored in float16 was not computed",
+    "training.gradients_of_one_weight": "torch.autograd.grad with respect to a weight stored in float16",
+}
 # float16's rounding is part of what these do: of a merge or a mean into a stored weight, of what is loaded into one, of
 # a layer that is initialised at random, of a cache.
 ROUNDED = {"training.lora_merged", "training.lora_and_a_saved_head", "training.checkpointed_and_resumed"}

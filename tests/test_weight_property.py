@@ -81,7 +81,7 @@ COPIES: dict[str, Callable[[nn.Module, str], Any]] = {
     "deepcopy": lambda m, name: copy.deepcopy(m.get_parameter(name)),
     "sum": lambda m, name: (m.get_parameter(name) + 1).detach(),
     "times one": lambda m, name: (1 * m.get_parameter(name)).detach(),
-    "indexed": lambda m, name: m.get_parameter(name).detach()[torch.tensor([0, 2])],
+    "indexed": lambda m, name: m.get_parameter(name).detach()[torch.tensor([0, 0])],
     "double": lambda m, name: m.get_parameter(name).detach().double(),
     "half": lambda m, name: m.get_parameter(name).detach().half(),
     "contiguous of transposed": lambda m, name: m.get_parameter(name).detach().transpose(0, 1).contiguous().clone(),
@@ -93,7 +93,7 @@ COPIES: dict[str, Callable[[nn.Module, str], Any]] = {
     "saved view": lambda m, name: _through_torch_save(m.get_parameter(name).data[1:]),
     "pickled": lambda m, name: pickle.loads(pickle.dumps(m.get_parameter(name).detach())),
     "safetensors": lambda m, name: _through_safetensors(m.get_parameter(name)),
-    "numpy copy": lambda m, name: torch.from_numpy(numpy.array(m.get_parameter(name).detach())),
+    "numpy copy": lambda m, name: torch.from_numpy(numpy.array(m.get_parameter(name).detach().numpy())),
     "tolist": lambda m, name: torch.tensor(m.get_parameter(name).tolist()),
 }
 
@@ -259,7 +259,9 @@ class Weights(RuleBasedStateMachine):
 
     @rule(kind=st.sampled_from(sorted(COPIES)), name=st.sampled_from(NAMES))
     def take_a_copy(self, kind: str, name: str) -> None:
-        self._hold(f"{kind} of {name}", COPIES[kind], name)
+        taken = self._hold(f"{kind} of {name}", COPIES[kind], name)
+        assert taken is not None
+        assert kind == "deepcopy" or not isinstance(taken[0], HalfWeight), "a copy is an ordinary tensor"
 
     @rule(kind=st.sampled_from(sorted(WRITES)), number=st.integers(0, 20), v=st.sampled_from(VALUES))
     def write(self, kind: str, number: int, v: float) -> None:
@@ -294,10 +296,11 @@ class Weights(RuleBasedStateMachine):
         if bool(want.isfinite().all()) and float(want.abs().max()) < 1e20:
             assert relative_error(got, want) < 1e-4, "outputs"
 
-    def _hold(self, what: str, take: Callable[[nn.Module, str], Any], name: str) -> None:
+    def _hold(self, what: str, take: Callable[[nn.Module, str], Any], name: str) -> tuple[Any, Any] | None:
         taken = self._both((self.patched, self.plain), lambda m: take(m, name))
         if taken is not None:
             self.held.append((what, *taken))
+        return taken
 
     def _both(self, pair: tuple[Any, Any], act: Callable[[Any], Any]) -> tuple[Any, Any] | None:
         """Do the same to both; what plain torch refuses, the patched model must refuse too."""
