@@ -110,7 +110,11 @@ def unpatched(model: Any) -> None:
 
 def refused(model: Any) -> None:
     with pytest.raises(upcast.UpcastError):
-        model.half()
+        upcast.patch(model)
+
+
+def converted(model: Any) -> None:
+    model.half()
 
 
 def saved(model: nn.Module) -> Any:
@@ -133,6 +137,7 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[Any], object]]] = {
     "plain, patched and diagnosed": (lambda: upcast.patch(plain()), lambda model: upcast.diagnose(model, IDS)),
     "plain, searched": (plain, lambda model: upcast.search(model, IDS)),
     "plain, refused": (lambda: upcast.patch(plain()), refused),
+    "plain, converted": (lambda: upcast.patch(plain()), converted),
     "plain, gradients through it": (lambda: upcast.patch(adapters(llama())), backward),
     "litgpt": (lambda: upcast.patch(litgpt_model()), call),
     "litgpt, generated": (lambda: upcast.patch(litgpt_model()), cached),

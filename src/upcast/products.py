@@ -64,7 +64,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not _takes_part(input, weight, bias):
         return call_widened(F.linear, (input, weight, bias), {})
     assert isinstance(weight, HalfWeight)
-    result = _times(input, weight.stored, bias)
+    result = _times(input, weight.stored, None if bias is None else bias.float())
     _note_gradient(weight, result)
     return result
 
@@ -73,7 +73,7 @@ def _takes_part(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether only the weight is stored in float16, and the product is one that the kernels know."""
     if not isinstance(weight, HalfWeight) or weight.dim() != 2 or not _takes(x, weight.shape[1]):
         return False
-    return bias is None or (dense(bias) and bias.dtype == torch.float32 and bias.shape == weight.shape[:1])
+    return bias is None or (dense(bias) and bias.dtype in _TAKEN and bias.shape == weight.shape[:1])
 
 
 def _takes(x: Tensor, size: int) -> bool:

@@ -40,16 +40,20 @@ def remove(root: nn.Module) -> None:
 def _watch(root: nn.Module, mode: bool) -> None:
     hooks = root._forward_pre_hooks
     ours = [key for key, hook in hooks.items() if hook is _begin]
-    if mode and not ours:
+    if mode and not ours and _waiting(root):
         root.register_forward_pre_hook(_begin)
     for key in ours if not mode else ():
         del hooks[key]
 
 
+def _waiting(root: nn.Module) -> list[HalfWeight]:
+    """Return the weights that require grad and are stored in float16."""
+    weights = [weight for module in modules(root) for weight in module._parameters.values()]
+    return [weight for weight in weights if isinstance(weight, HalfWeight) and weight.wants_grad]
+
+
 def _begin(root: nn.Module, _: Any) -> None:
-    if not root.training or not torch.is_grad_enabled():
-        return
-    for module in modules(root):
-        for weight in module._parameters.values():
-            if isinstance(weight, HalfWeight) and weight.wants_grad:
-                materialize.materialize(weight, materialize.TRAINING)
+    if root.training and torch.is_grad_enabled():
+        for weight in _waiting(root):
+            materialize.materialize(weight, materialize.TRAINING)
+        _watch(root, mode=False)  # it has begun

@@ -165,7 +165,7 @@ def watch(model: nn.Module) -> dict[str, Fallbacks]:
     watched = {}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, HalfWeight):
-            watched[name] = parameter.fallbacks = Fallbacks()
+            watched[name] = parameter.store.fallbacks = Fallbacks()
     return watched
 
 

@@ -155,12 +155,11 @@ def test_a_missing_library_says_why(tmp_path: Path) -> None:
     package = tmp_path / "upcast" / "kernels"
     package.mkdir(parents=True)
     source = Path(native.__file__)
-    for name in ("native.py", "reference.py"):
-        (package / name).write_text(source.with_name(name).read_text())
+    for name in ("kernels/native.py", "kernels/reference.py", "functional.py", "errors.py"):
+        (tmp_path / "upcast" / name).write_text((source.parents[1] / name).read_text())
     (package / "native_missing.txt").write_text("no C++ compiler was found when upcast was installed\n")
     (package / "__init__.py").touch()
     (tmp_path / "upcast" / "__init__.py").touch()
-    (tmp_path / "upcast" / "errors.py").write_text((source.parents[1] / "errors.py").read_text())
     script = f"""
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]

@@ -121,7 +121,7 @@ class _Twin:
 
     def update(self, key_states: Tensor, value_states: Tensor, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values in float16 and return all rows."""
-        own = originals(_roots, self.original).intact()
+        own = torch.compiler.is_compiling() or originals(_roots, self.original).intact()
         if not own or not all(map(_storable, (key_states, value_states))) or not self._holds_halves():
             return self._give_up(key_states, value_states, cache_kwargs, "")
         stored = self._store(key_states, value_states, cache_kwargs)
