@@ -70,23 +70,26 @@ class Store:
 
     Attributes:
         half: the float16 numbers; None once they have dissolved.
-        wide: then the float32 numbers.
-        sharing: how many stores use the very same ``half`` (weights that are equal), or None.
         fallbacks: the patched model's account.
+        wide: the float32 numbers, once they have dissolved.
+        sharing: how many stores use the very same ``half`` (weights that are equal), or None.
+        before: the weight's dtype before the patch.
         blurred: how many updates were so small that rounding was a part of them.
         written: what was computed for ``weight.data += ...`` and is written already; it is yet to be assigned.
     """
 
     dissolved = False  # whether any store of the process has: then HalfWeights are looked at twice
 
+    # What most stores have; a cache makes two stores for every layer and token.
+    wide: Tensor | None = None
+    sharing: list[int] | None = None
+    before = torch.float32
+    blurred = 0
+    written: "weakref.ref[Tensor] | None" = None
+
     def __init__(self, half: Tensor, fallbacks: Fallbacks) -> None:
         self.half: Tensor | None = half
-        self.wide: Tensor | None = None
-        self.sharing: list[int] | None = None
-        self.before = torch.float32  # its dtype before the patch
         self.fallbacks = fallbacks
-        self.blurred = 0
-        self.written: weakref.ref[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "written": None}

@@ -48,8 +48,8 @@ def _watch(root: nn.Module, mode: bool) -> None:
 
 def _waiting(root: nn.Module) -> list[HalfWeight]:
     """Return the weights that require grad and are stored in float16."""
-    weights = [weight for module in modules(root) for weight in module._parameters.values()]
-    return [weight for weight in weights if isinstance(weight, HalfWeight) and weight.wants_grad]
+    found: list[Any] = [parameter for module in modules(root) for parameter in module._parameters.values()]
+    return [parameter for parameter in found if isinstance(parameter, HalfWeight) and parameter.wants_grad]
 
 
 def _begin(root: nn.Module, _: Any) -> None:

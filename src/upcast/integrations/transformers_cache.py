@@ -218,12 +218,30 @@ class _Buffers:
 
     def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
         self.keys, self.values, self.rows = keys, values, rows
+        self.room = keys.shape[2]
+        self.handed: tuple[HalfWeight, HalfWeight] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handed": None}
+
+    def hand_out(self, rows: int) -> tuple[HalfWeight, HalfWeight]:
+        """Return the first ``rows`` rows, which are in use from now on."""
+        self.rows = rows
+        self.handed = handed = _out(self.keys.narrow(2, 0, rows)), _out(self.values.narrow(2, 0, rows))
+        return handed
+
+    def handed_out(self, keys: Any, values: Any) -> bool:
+        """Whether these are the very rows that were handed out last, and still float16."""
+        handed = self.handed
+        if handed is None or keys is not handed[0] or values is not handed[1] or type(keys) is not HalfWeight:
+            return False
+        return type(values) is HalfWeight and keys.store.half is not None and values.store.half is not None
 
     def fit(self, keys: Any, values: Any, before: int, after: int) -> bool:
         """Whether ``keys`` and ``values`` are the first ``before`` rows of these, and ``after`` have room."""
-        if before != self.rows or after > self.keys.shape[2]:
+        if before != self.rows or after > self.room:
             return False
-        return _begins(self.keys, keys) and _begins(self.values, values)
+        return self.handed_out(keys, values) or (_begins(self.keys, keys) and _begins(self.values, values))
 
 
 def _begins(buffer: Tensor, held: Any) -> bool:
@@ -250,6 +268,9 @@ class _Growing(_Twin):
 
     def reserve(self) -> tuple[Tensor, Tensor, int] | None:
         """Return float16 keys and values (B, H, S, D) with room for one more row, and how many they hold; or None."""
+        known: _Buffers | None = self.__dict__.get("_buffers")
+        if known is not None and 0 < known.rows < known.room and known.handed_out(self.keys, self.values):
+            return known.keys, known.values, known.rows
         if not isinstance(self.keys, HalfWeight) or not isinstance(self.values, HalfWeight):
             return None
         rows = self.keys.shape[2]
@@ -260,9 +281,7 @@ class _Growing(_Twin):
 
     def advance(self, rows: int) -> None:
         """Say that the buffers hold ``rows`` rows now."""
-        buffers = self._buffers
-        buffers.rows = rows
-        self.keys, self.values = _out(buffers.keys[:, :, :rows]), _out(buffers.values[:, :, :rows])
+        self.keys, self.values = self._buffers.hand_out(rows)
 
     def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> _Buffers:
         """Return buffers that hold the first ``before`` rows and have room for ``after``."""

@@ -29,6 +29,9 @@ from upcast.shortcut import LinearForward, operands
 
 _NO_NORM = (None, None, 0, 0.0, 0.0)
 _NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
+# Whether gradients, autocast or a transformation want to see what is done; the profiler does without.
+_QUESTIONS = [torch.is_grad_enabled, autocast.enabled, *transforms.questions()]
+_OWNERS, _TOLD, _KEPT = map(list, zip(*transforms.flags(profiled=False), strict=True))
 
 
 class FusedDecoderLayer(Fused):
@@ -70,9 +73,7 @@ class FusedDecoderLayer(Fused):
 
     def _token(self, x: Tensor) -> bool:
         """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
-        if transforms.active() or torch.is_grad_enabled():
-            return False
-        if autocast.enabled():
+        if transforms.dynamo() or not native.quiet(_QUESTIONS, _KEPT, _OWNERS, _TOLD):
             return False
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or x.shape[1] != 1:
             return False

@@ -57,13 +57,13 @@ def questions() -> list[Any]:
     return [functorch, modes, jit_state]
 
 
-def flags() -> list[tuple[dict[str, Any], str, Any]]:
-    """Return what `watched` looks at: where, under which name, and what is there where nobody watches."""
-    return [
-        (vars(fx), "_is_fx_tracing_flag", False),
-        (vars(forward_ad), "_current_level", -1),
-        (vars(profiler), "_is_profiler_enabled", False),
-    ]
+def flags(profiled: bool = True) -> list[tuple[dict[str, Any], str, Any]]:
+    """Return what `watched` looks at: where, under which name, and what is there where nobody watches.
+
+    ``profiled``: the profiler counts.
+    """
+    found = [(vars(fx), "_is_fx_tracing_flag", False), (vars(forward_ad), "_current_level", -1)]
+    return [*found, (vars(profiler), "_is_profiler_enabled", False)] if profiled else found
 
 
 def way() -> str:
