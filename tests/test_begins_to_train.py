@@ -125,10 +125,37 @@ def scheduler_and_ema(model: nn.Module) -> list[float]:
     return [*losses, float(loss_of(average).detach())]
 
 
+def hooks_on_gradients(model: nn.Module) -> list[float]:
+    norms: list[float] = []
+    model.head.weight.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+    model.body.weight.retain_grad()
+    model.conv.weight.register_post_accumulate_grad_hook(lambda p: norms.append(float(p.grad.norm())))
+    for factor in (3.0, 1.0):
+        model.zero_grad()
+        (factor * loss_of(model)).backward()
+    return sorted([*norms, float(model.body.weight.grad.norm())], reverse=True)
+
+
+def in_another_process(model: nn.Module) -> list[float]:
+    """Hogwild: a child trains what is shared, and the parent sees it."""
+    losses = [float(loss_of(model).detach())]
+    model.share_memory()
+    child = torch.multiprocessing.get_context("fork").Process(target=_train_alone, args=(model,))
+    child.start()
+    child.join()
+    return [*losses, float(loss_of(model).detach())]
+
+
+def _train_alone(model: nn.Module) -> None:
+    torch.set_num_threads(1)
+    fit(model, torch.optim.SGD(model.parameters(), lr=0.1), 3)
+
+
 Program = Callable[[nn.Module], list[float]]
 PROGRAMS: list[Program] = [
     *(plain_loop, loop_in_training_mode, training_mode_then_optimizer_of_what_requires_grad, head_on_a_frozen_body),
     *(body_frozen_one_by_one, unfrozen_later, added_to_an_optimizer, groups_with_decay, by_hand, scheduler_and_ema),
+    *(hooks_on_gradients, in_another_process),
 ]
 
 

@@ -34,7 +34,7 @@ OTHERWISE: dict[str, Callable[..., Any]] = {}
 _METADATA = {
     *(torch.Tensor.size, torch.Tensor.dim, torch.Tensor.ndimension, torch.Tensor.stride, torch.Tensor.dim_order),
     *(torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.storage_offset, torch.Tensor.get_device),
-    *(torch.Tensor.__len__, torch.Tensor.__hash__, torch.Tensor.register_hook, torch.numel),
+    *(torch.Tensor.__len__, torch.Tensor.__hash__, torch.numel),
     torch._has_compatible_shallow_copy_type,  # asked for every parameter by Module.to
     *(
         getattr(home, name)

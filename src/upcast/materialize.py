@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OUT_OF_RANGE = "values beyond 65504, or not finite, were written into them"
 SMALL_STEPS = "they are updated in steps that float16 would lose"
 MEMORY = "their memory was asked for (as float32 bytes, or to be shared)"
-GRADIENT = "requires_grad_(True) asks for their gradients"
+GRADIENT = "the program asks for their gradients"
 TRAINING = "the model runs in training mode while gradients are recorded"
 
 _TRAINERS = {

@@ -117,6 +117,8 @@ _measure_references()
 
 @handles(Tensor.share_memory_)
 def _share_memory(weight: HalfWeight) -> HalfWeight:
+    if weight.wants_grad:  # another process may train it, and this one wants to see that
+        return call_in_memory(Tensor.share_memory_, (weight,), {})  # type: ignore[no-any-return]
     weight.store.unshare()
     weight.stored.share_memory_()
     return weight
@@ -166,6 +168,14 @@ def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
         for each in (weight, source):
             if each is not None:
                 materialize.materialize(each, materialize.GRADIENT)
+
+
+@handles_each(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook)
+def _asks_for_its_gradient(function: Any, weight: HalfWeight, *args: Any) -> Any:
+    if weight.wants_grad:
+        materialize.materialize(weight, materialize.GRADIENT)
+    with torch._C.DisableTorchFunctionSubclass():
+        return function(weight, *args)
 
 
 @handles(accessor("grad").__get__)

@@ -64,7 +64,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not _takes_part(input, weight, bias):
         return call_widened(F.linear, (input, weight, bias), {})
     assert isinstance(weight, HalfWeight)
-    result = _times(input, weight.stored, None if bias is None else bias.float())
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    result = _times(input, weight.stored, bias)
     _note_gradient(weight, result)
     return result
 
