@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from upcast.kernels import native
 
@@ -104,3 +105,38 @@ def test_all_empty_takes_a_list() -> None:
         native.all_empty(())  # type: ignore[arg-type]
     with pytest.raises(SystemError):  # what is no dictionary
         native.all_empty([1])  # type: ignore[list-item]
+
+
+class Wrong(Exception):
+    pass
+
+
+def _raises() -> bool:
+    raise Wrong
+
+
+# name, questions, kept, whether all is quiet; the owner has {"a": -1, "b": False}
+QUIET: list[tuple[str, list[Any], list[Any], bool]] = [
+    ("nothing asked", [], [-1, False], True),
+    ("nothing true", [bool, list, int, type(None)], [-1, False], True),
+    ("one is true", [bool, lambda: 1], [-1, False], False),
+    ("a tensor is true", [lambda: torch.ones(1)], [-1, False], False),
+    ("another value", [bool], [-1, True], False),
+    ("an equal one that is another", [bool], [-1, 0], False),
+]
+
+
+@pytest.mark.parametrize("quiet", [native.quiet, native._quiet], ids=["native", "portable"])
+@pytest.mark.parametrize(("questions", "kept", "expected"), [pytest.param(*rest, id=name) for name, *rest in QUIET])
+def test_quiet(questions: list[Any], kept: list[Any], expected: bool, quiet: Any) -> None:
+    owner = {"a": -1, "b": False}
+    assert quiet(questions, kept, [owner, owner], ["a", "b"]) is expected
+    assert quiet([], [None], [owner], ["c"]) is True  # a name that is missing
+
+
+@pytest.mark.parametrize("quiet", [native.quiet, native._quiet], ids=["native", "portable"])
+def test_quiet_passes_errors_on(quiet: Any) -> None:
+    with pytest.raises(Wrong):
+        quiet([bool, _raises], [], [], [])
+    with pytest.raises(RuntimeError, match="ambiguous"):
+        quiet([lambda: torch.ones(2)], [], [], [])
