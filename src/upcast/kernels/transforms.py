@@ -13,6 +13,8 @@ import torch.autograd.profiler
 import torch.fx._symbolic_trace
 from torch import Tensor
 
+from upcast.kernels import native
+
 DIRECT, OPERATORS, NESTED, TORCH = "direct", "operators", "nested", "torch"
 
 forward_ad: Any = torch.autograd.forward_ad
@@ -27,43 +29,35 @@ _levels: Any = torch._C._functorch.get_interpreter_stack
 _RULES = (torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Grad)  # those `gradients` has
 
 
-def active() -> bool:
-    """Whether a transformation, a tracer or a mode follows what is done to tensors."""
-    return bool(
-        _exports()
-        or functorch()
-        or modes()
-        or jit_state() is not None
-        or fx._is_fx_tracing_flag
-        or forward_ad._current_level >= 0
-    )
-
-
-def watched() -> bool:
-    """Whether `active`, or the profiler notes what is called: the kernels may not run unseen."""
-    return bool(
-        dynamo()
-        or functorch()
-        or modes()
-        or jit_state() is not None
-        or fx._is_fx_tracing_flag  # make_fx before dispatch: its mode is in no stack
-        or forward_ad._current_level >= 0
-        or profiler._is_profiler_enabled
-    )
-
-
 def questions() -> list[Any]:
-    """Return what `watched` asks, but for torch.compile, as functions for `native.quiet`."""
+    """Return what is asked of torch to know whether anything follows, but for torch.compile: see `native.quiet`."""
     return [functorch, modes, jit_state]
 
 
 def flags(profiled: bool = True) -> list[tuple[dict[str, Any], str, Any]]:
-    """Return what `watched` looks at: where, under which name, and what is there where nobody watches.
+    """Return what is looked at besides: where, under which name, and what is there where nothing follows.
 
     ``profiled``: the profiler counts.
     """
+    # make_fx before dispatch is in no stack of modes
     found = [(vars(fx), "_is_fx_tracing_flag", False), (vars(forward_ad), "_current_level", -1)]
     return [*found, (vars(profiler), "_is_profiler_enabled", False)] if profiled else found
+
+
+_questions = questions()
+_followed, _noted = ([list(each) for each in zip(*flags(profiled), strict=True)] for profiled in (False, True))
+
+
+def active() -> bool:
+    """Whether a transformation, a tracer or a mode follows what is done to tensors."""
+    owners, names, kept = _followed
+    return _exports() or not native.quiet(_questions, kept, owners, names)
+
+
+def watched() -> bool:
+    """Whether `active`, or the profiler notes what is called: the kernels may not run unseen."""
+    owners, names, kept = _noted
+    return dynamo() or not native.quiet(_questions, kept, owners, names)
 
 
 def way() -> str:
