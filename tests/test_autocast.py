@@ -321,3 +321,17 @@ def test_compiled() -> None:
     assert relative(got, want) < 2e-2
     with torch.no_grad():
         assert compiled(X).dtype == torch.float32
+
+
+@pytest.mark.parametrize("policy", ["none", "norm", "linear", "scores", "sensitive"])
+def test_other_policies_work_or_say_why_not(policy: str) -> None:
+    """Both choose dtypes; what torch cannot mix is named, with the remedy."""
+    make, inputs = FAMILIES["Llama"]
+    plain = make().eval()
+    model = upcast.patch(copy.deepcopy(plain), policy=policy)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        if policy in ("scores", "sensitive"):
+            with pytest.raises(upcast.UpcastError, match=f"policy {policy} inside torch.autocast.*policy='safe'"):
+                model(inputs)
+        else:
+            assert relative_error(result(model, inputs), result(plain, inputs)) < 2e-2

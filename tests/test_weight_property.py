@@ -52,6 +52,21 @@ class Small(nn.Module):
 
 # --- what is done, to either model alike ------------------------------------------------------------------------------
 
+
+def _share(m: nn.Module, name: str) -> Tensor:
+    weight = m.get_parameter(name)
+    weight.data = data = torch.linspace(-1, 1, weight.numel()).reshape(weight.shape)
+    return data
+
+
+def _assign_local(m: nn.Module, name: str, v: float) -> nn.Module:
+    merged = m.get_parameter(name).data.clone()
+    merged += v
+    m.get_parameter(name).data = merged
+    merged *= 0.5
+    return m
+
+
 # tensors that are the weight's memory
 ALIASES: dict[str, Callable[[nn.Module, str], Any]] = {
     "itself": lambda m, name: m.get_parameter(name),
@@ -73,6 +88,7 @@ ALIASES: dict[str, Callable[[nn.Module, str], Any]] = {
     "numpy": lambda m, name: torch.from_numpy(m.get_parameter(name).detach().numpy()),
     "numpy rows": lambda m, name: torch.from_numpy(m.get_parameter(name).data[1:].numpy()),
     "dlpack": lambda m, name: torch.from_dlpack(m.get_parameter(name).detach()),
+    "assigned": _share,
 }
 
 # tensors of their own
@@ -137,6 +153,7 @@ SURGERY: dict[str, Callable[[Any, str, float], Any]] = {
     "data of the other": lambda m, name, v: _assign_data(m, "first.weight", m.second.weight.data),
     "data of new numbers": lambda m, name, v: _assign_data(m, name, torch.full(m.get_parameter(name).shape, v)),
     "data of a sum": lambda m, name, v: _assign_data(m, name, m.get_parameter(name).data + v),
+    "data of a local variable": _assign_local,
     "data transposed": lambda m, name, v: _assign_data(m, "first.weight", m.first.weight.data.t()),
     "a new parameter": lambda m, name, v: _set(m, name, nn.Parameter(m.get_parameter(name).detach() * v)),
     "load its state": lambda m, name, v: _load(m, m.state_dict()),
@@ -334,7 +351,7 @@ class Weights(RuleBasedStateMachine):
 
 
 def _in_float16(weight: Tensor) -> bool:
-    return type(weight) is HalfWeight and weight.store.half is not None
+    return type(weight) is HalfWeight and weight.reclaim()
 
 
 def _check(what: str, got: Tensor, want: Tensor) -> None:

@@ -183,7 +183,7 @@ class HalfWeight(torch.Tensor):
             source = source.memory()
         if out_of_range(source):
             materialize.dissolve(self, materialize.OUT_OF_RANGE)
-        elif update and self.store.half is not None and self._is_lost(source):
+        elif update and self.store.half is not None and self._is_lost(source, self.stored):
             materialize.dissolve(self, materialize.SMALL_STEPS)
         with torch.no_grad():
             if self.store.half is not None:
@@ -191,13 +191,25 @@ class HalfWeight(torch.Tensor):
             self.memory().copy_(source)
         return self
 
+    def reclaim(self) -> bool:
+        """Store in float16 what ``.data =`` shared with a tensor that is gone by now; return whether it is again."""
+        borrowed, former = self.store.borrowed(), self.store.former
+        if borrowed is not None and former is not None:
+            if out_of_range(borrowed):
+                materialize.keep(self, materialize.OUT_OF_RANGE)
+            elif self._is_lost(borrowed, former):
+                materialize.keep(self, materialize.SMALL_STEPS)
+            else:
+                self.store.take_over(borrowed)
+        return self.store.half is not None
+
     def __hash__(self) -> int:
         scripted.look(self)
         return id(self)
 
-    def _is_lost(self, source: torch.Tensor) -> bool:
+    def _is_lost(self, source: torch.Tensor, stored: torch.Tensor) -> bool:
         """Whether rounding gives most of the changed numbers back, or is for the fourth time a part of the step."""
-        stored, rounded = self.stored, source.to(torch.float16)
+        rounded = source.to(torch.float16)
         changed = source != stored
         undone = changed & (rounded == stored)
         blur, step = (rounded - source).norm(), (source - stored).norm()
@@ -212,7 +224,7 @@ class HalfWeight(torch.Tensor):
 
     def _duplicate(self, memo: dict[int, Any]) -> torch.Tensor:
         bare = not memo  # what is copied as a part of something finds that there
-        if bare or self.store.half is None or materialize.copied_by_an_adapter():
+        if bare or not self.reclaim() or materialize.copied_by_an_adapter():
             plain = torch.nn.Parameter(self.widened(), self.wants_grad)
             plain.__dict__.update(copy.deepcopy(self.attributes(), memo))
             return plain

@@ -57,6 +57,7 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
     for name, weight in _half_weights(module._parameters):
         value = state.get(prefix + name)
         if isinstance(value, HalfWeight) and (to_onnx or not isinstance(value, nn.Parameter)):
+            weight.reclaim()
             weight.store.unshare()  # the caller may write into it
             state[prefix + name] = value.memory()
 

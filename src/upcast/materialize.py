@@ -17,6 +17,7 @@ from upcast.errors import UpcastError
 
 if TYPE_CHECKING:
     from upcast.half_weight import HalfWeight
+    from upcast.store import Store
 
 # why, as the end of a sentence
 OUT_OF_RANGE = "values beyond 65504, or not finite, were written into them"
@@ -33,10 +34,20 @@ _TRAINERS = {
 
 def dissolve(weight: "HalfWeight", why: str) -> None:
     """Move the numbers of ``weight``, and of every view that shares them, to float32 memory; say why, once."""
-    store = weight.store
-    if store.dissolve() and store.wide is not None and store.fallbacks.dissolve(why, store.wide.numel()):
+    if weight.store.dissolve():
+        _note(weight.store, why)
+
+
+def _note(store: "Store", why: str) -> None:
+    if store.wide is not None and store.fallbacks.dissolve(why, store.wide.numel()):
         model = store.fallbacks.model
         console.say(f"{model}: weights become ordinary float32 parameters, because {why}; upcast.report counts them")
+
+
+def keep(weight: "HalfWeight", why: str) -> None:
+    """Let memory that ``weight`` borrowed be its own float32 memory for good."""
+    if weight.store.keep_borrowed():
+        _note(weight.store, why)
 
 
 def alias(weight: "HalfWeight") -> Tensor:
@@ -62,6 +73,7 @@ def materialize(weight: "HalfWeight", why: str) -> None:
 
 def _become(weight: "HalfWeight") -> bool:
     """Exchange a dissolved weight for an ordinary tensor; return whether that was possible."""
+    keep(weight, MEMORY)
     attributes, is_parameter = weight.attributes(), isinstance(weight, torch.nn.Parameter)
     with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
         plain = alias(weight)
@@ -90,7 +102,7 @@ def settled(args: Any, kwargs: Any) -> tuple[Any, Any]:
     from upcast.half_weight import HalfWeight
 
     def gone(value: Any) -> bool:
-        return isinstance(value, HalfWeight) and value.store.half is None
+        return isinstance(value, HalfWeight) and value.store.half is None and not value.reclaim()
 
     def settle(weight: Any) -> Any:
         return alias(weight) if gone(weight) and not _become(weight) else weight

@@ -16,6 +16,7 @@ from upcast import materialize
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.ops import accessor, handles, handles_each, named
+from upcast.store import uses
 from upcast.widening import call_in_memory
 
 _SIZES = ("accelerate.utils.modeling", "compute_module_sizes")  # a report of memory that goes by dtype
@@ -78,17 +79,29 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
 
 @handles(accessor("data").__set__)
 def _set_data(target: Tensor, source: Tensor) -> None:
-    """Take over the numbers of a tensor that nobody else holds; share the memory of any other, as torch does."""
+    """Take over the numbers of a tensor that nobody else holds; share the memory of any other, as torch does.
+
+    What only a local variable held is gone by the next use, and the numbers are stored in float16 then.
+    """
     if isinstance(target, HalfWeight):
         if isinstance(source, HalfWeight) and (source.store, source.region) == (target.store, target.region):
             return
         written = target.store.written
         if written is not None and written() is source:
             return
-        if type(source) is Tensor and source.dtype == torch.float32 and source.shape == target.shape and _alone(source):
-            target.overwrite(source, update=True)
+        if _takes_over(target, source):
+            if _alone(source):
+                target.overwrite(source, update=True)
+            else:
+                target.store = target.store.borrowing(source.detach())
             return
     call_in_memory(accessor("data").__set__, (target, source), {})
+
+
+def _takes_over(target: HalfWeight, source: Tensor) -> bool:
+    """Whether the numbers of ``source`` can stand in place of those of ``target`` and go into float16 by and by."""
+    plain = type(source) is Tensor and source.dtype == torch.float32 and source.layout == torch.strided
+    return plain and source.shape == target.shape and target.region is None and not source.requires_grad
 
 
 _references: list[int] = []  # how many a call holds to a source that nobody else has: measured below, by the first call
@@ -96,13 +109,10 @@ _references: list[int] = []  # how many a call holds to a source that nobody els
 
 def _alone(tensor: Tensor) -> bool:
     """Whether nothing but the running call holds the tensor, or its memory."""
-    uses, held = getattr(torch._C, "_storage_Use_Count", None), sys.getrefcount(tensor)
+    held = sys.getrefcount(tensor)
     if not _references:
         _references.append(held)
-    if uses is None or held > _references[0] or tensor._base is not None:
-        return False
-    storage = tensor.untyped_storage()
-    return bool(uses(storage._cdata) == 2)  # the tensor and ``storage``
+    return held <= _references[0] and tensor._base is None and uses(tensor) == 1
 
 
 def _measure_references() -> None:

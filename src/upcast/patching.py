@@ -365,7 +365,7 @@ def _restored(slot: Slot, record: Record) -> Tensor | None:
     change = next((change for change in record.plan.changes if change.name == slot.name), None)
     dtype = torch.float32 if change is None else change.dtype
     tensor = slot.tensor
-    if isinstance(tensor, HalfWeight) and tensor.store.half is not None:
+    if isinstance(tensor, HalfWeight) and tensor.reclaim():
         if dtype == torch.float16:
             tensor.store.unshare()  # an equal weight's numbers are its own again
         plain = tensor.stored.to(dtype)

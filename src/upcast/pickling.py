@@ -48,7 +48,7 @@ class Packed:
 
 def _packed(value: Any) -> Any:
     """Return what to pickle for a parameter; for the same weight the same object, so that ties are kept."""
-    if not isinstance(value, HalfWeight) or value.store.half is None:
+    if not isinstance(value, HalfWeight) or not value.reclaim():
         return value
     packed: Packed = value.__dict__.setdefault("packed", Packed(value.store))
     packed.region, packed.wants_grad, packed.attributes = value.region, value.wants_grad, value.attributes()

@@ -24,7 +24,7 @@ def weights_of(root: nn.Module) -> dict[str, HalfWeight]:
 
 
 def _in_float16(slot: Slot) -> bool:
-    return isinstance(slot.tensor, HalfWeight) and slot.tensor.store.half is not None
+    return isinstance(slot.tensor, HalfWeight) and slot.tensor.reclaim()
 
 
 def pieces_of(model: object) -> dict[nn.Module, dict[str, HalfWeight]]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcast import autocast, genuine, kernels
+from upcast import autocast, genuine, kernels, materialize
 from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import bound
@@ -66,6 +66,8 @@ class LinearForward(Forward):
             and not kwargs
         ):
             half = weight.store.half
+            if half is None and weight.reclaim():
+                half = weight.store.half
             if half is not None:
                 try:
                     return (kernels._active or kernels.active()).linear(input, half, parameters["bias"])
@@ -79,6 +81,7 @@ class LinearForward(Forward):
 
 def _like(input: Any, weight: Any) -> Any:
     """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
+    materialize.settled((weight,), {})
     if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or _autocast():
         return input
     halved = type(input) is Tensor and input.dtype in (torch.float16, torch.bfloat16)

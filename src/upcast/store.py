@@ -76,6 +76,7 @@ class Store:
         before: the weight's dtype before the patch.
         blurred: how many updates were so small that rounding was a part of them.
         written: what was computed for ``weight.data += ...`` and is written already; it is yet to be assigned.
+        former: the float16 numbers before ``weight.data = x``, as long as ``wide`` is the memory of ``x``.
     """
 
     dissolved = False  # whether any store of the process has: then HalfWeights are looked at twice
@@ -86,6 +87,7 @@ class Store:
     before = torch.float32
     blurred = 0
     written: "weakref.ref[Tensor] | None" = None
+    former: Tensor | None = None
 
     def __init__(self, half: Tensor, fallbacks: Fallbacks) -> None:
         self.half: Tensor | None = half
@@ -122,10 +124,47 @@ class Store:
         Store.dissolved = True
         return True
 
+    def borrowing(self, memory: Tensor) -> "Store":
+        """Return a store like this one whose numbers are, for now, the float32 ``memory`` of somebody else."""
+        borrower = Store(memory, self.fallbacks)
+        borrower.share(self)
+        borrower.before, borrower.blurred = self.before, self.blurred
+        borrower.former, borrower.half, borrower.wide = borrower.half, None, memory
+        Store.dissolved = True
+        return borrower
+
+    def borrowed(self) -> Tensor | None:
+        """Return the borrowed memory if nothing else holds it any more."""
+        wide = self.wide
+        return wide if self.former is not None and wide is not None and uses(wide) == 1 else None
+
+    def take_over(self, borrowed: Tensor) -> None:
+        """Store the numbers of what was borrowed in float16, as the former ones lay."""
+        with _changes:
+            if self.former is not None:
+                with torch.inference_mode(False), torch.no_grad():
+                    self.half = torch.empty_like(self.former).copy_(borrowed)
+                self._leave()
+                self.wide = self.former = None
+
+    def keep_borrowed(self) -> bool:
+        """Let the borrowed memory be this store's for good; return whether it was borrowed."""
+        with _changes:
+            borrowed, self.former = self.former is not None, None
+            if borrowed:
+                self._leave()
+        return borrowed
+
     def _leave(self) -> None:
         if self.sharing is not None:
             self.sharing[0] -= 1
         self.sharing = None
+
+
+def uses(tensor: Tensor) -> int:
+    """Return how many tensors, this one counted, use its memory; where torch does not tell, more than one."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    return int(count(tensor.untyped_storage()._cdata)) - 1 if count else 2
 
 
 def like(source: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from upcast import autocast
 from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.half_weight import HalfWeight
@@ -63,8 +64,17 @@ class Tracked(Forward):
         if session is not None and session.owner is self.selection:
             return self._run(session, args, kwargs)
         args, kwargs = pytree.tree_map(_input, (args, kwargs))
-        with Session(self.selection) as session:
-            return self._run(session, args, kwargs)
+        try:
+            with Session(self.selection) as session:
+                return self._run(session, args, kwargs)
+        except RuntimeError as error:
+            if autocast.active():
+                raise UpcastError(
+                    f"a model under policy {self.selection.policy} inside torch.autocast: both choose the dtypes of "
+                    "operations, and torch cannot mix what they chose. Leave torch.autocast, or patch with "
+                    f"policy='safe', which goes with it. ({error})"
+                ) from error
+            raise
 
     def _run(self, session: Session, args: Any, kwargs: Any) -> Any:
         _mark_own(self.module)
