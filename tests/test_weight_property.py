@@ -261,11 +261,11 @@ def _step(m: nn.Module, parameters: list[Any]) -> nn.Module:
 class Weights(RuleBasedStateMachine):
     """Steps in any order; after each, everything is compared."""
 
-    @initialize(seed=st.integers(0, 3))
-    def start(self, seed: int) -> None:
+    @initialize(seed=st.integers(0, 3), dtype=st.sampled_from([torch.float32, torch.float16]))
+    def start(self, seed: int, dtype: torch.dtype) -> None:
         torch.manual_seed(seed)
-        self.patched, self.steps = Small(), 0
-        self.plain = rounded(self.patched)
+        self.patched, self.steps = Small().to(dtype), 0
+        self.plain = rounded(self.patched).float()
         upcast.patch(self.patched)
         assert_patched(self.patched)
         self.held: list[tuple[str, Any, Any]] = []

@@ -81,7 +81,8 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Any:
 def _set_data(target: Tensor, source: Tensor) -> None:
     """Take over the numbers of a tensor that nobody else holds; share the memory of any other, as torch does.
 
-    What only a local variable held is gone by the next use, and the numbers are stored in float16 then.
+    What only a local variable held is gone by the next use. In a model that was in half precision the numbers are
+    stored in float16 then; a float32 model keeps all their digits.
     """
     if isinstance(target, HalfWeight):
         if isinstance(source, HalfWeight) and (source.store, source.region) == (target.store, target.region):
@@ -92,16 +93,17 @@ def _set_data(target: Tensor, source: Tensor) -> None:
         if _takes_over(target, source):
             if _alone(source):
                 target.overwrite(source, update=True)
-            else:
+                return
+            if target.store.before != torch.float32:
                 target.store = target.store.borrowing(source.detach())
-            return
+                return
     call_in_memory(accessor("data").__set__, (target, source), {})
 
 
 def _takes_over(target: HalfWeight, source: Tensor) -> bool:
     """Whether the numbers of ``source`` can stand in place of those of ``target`` and go into float16 by and by."""
     plain = type(source) is Tensor and source.dtype == torch.float32 and source.layout == torch.strided
-    return plain and source.shape == target.shape and target.region is None and not source.requires_grad
+    return plain and source.shape == target.shape and target.region is None
 
 
 _references: list[int] = []  # how many a call holds to a source that nobody else has: measured below, by the first call
