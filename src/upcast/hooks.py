@@ -11,6 +11,8 @@ from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 from upcast.tree import modules
 
+_SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module, and every one inside
+
 
 def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions."""
@@ -19,10 +21,11 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
         if any(_half_weights(module._parameters)):
             module.register_state_dict_post_hook(_plain_state)
             module._register_load_state_dict_pre_hook(AcceptState(module))
+            module.__dict__[_SCRIPT] = scripted.refuse_script
     if shortcuts:
         shortcut.install(root)
     training.install(root)
-    root.__dict__["__prepare_scriptable__"] = scripted.refuse_script
+    root.__dict__[_SCRIPT] = scripted.refuse_script
     for module in modules(root):
         module.__dict__["_apply"] = GuardedApply(module, module is root)
 
@@ -35,8 +38,8 @@ def remove(root: nn.Module) -> None:
     pickling.remove(modules(root))
     training.remove(root)
     shortcut.remove(root)
-    root.__dict__.pop("__prepare_scriptable__", None)
     for module in modules(root):
+        module.__dict__.pop(_SCRIPT, None)
         module.__dict__.pop("_apply", None)
 
 
@@ -109,6 +112,7 @@ class GuardedApply(Attached):
             materialize.materialize(weight, f"the program converts them to {wanted}")
         if getattr(module.__dict__.get("forward"), "fast", False):
             del module.__dict__["forward"]  # it is for float32
+        module.__dict__.pop(_SCRIPT, None)
         return type(module)._apply(module, function, recurse)
 
 

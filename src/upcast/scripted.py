@@ -23,8 +23,9 @@ _trace: Any = torch.jit._trace
 def refuse_script() -> NoReturn:
     """Refuse torch.jit.script, which asks a module for this under the name ``__prepare_scriptable__``."""
     raise UpcastError(
-        "torch.jit.script of a patched model; it compiles the code of layers for ordinary tensors, and weights stored "
-        "in float16 are none. Call upcast.unpatch(model) first, or use torch.export.export or torch.compile."
+        "torch.jit.script of a patched model, or a part of one; it compiles the code of layers for ordinary tensors, "
+        "and weights stored in float16 are none. Call upcast.unpatch(model) first, or use "
+        "torch.export.export or torch.compile."
     )
 
 
