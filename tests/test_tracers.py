@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import litgpt
 import pytest
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,14 @@ def test_the_profiler_sees_products() -> None:
     with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         model(x)
     assert {event.key: event.count for event in profile.key_averages()}["upcast::linear"] == 2
+
+
+def test_the_profiler_names_fused_blocks() -> None:
+    config = litgpt.Config.from_name("pythia-14m", n_layer=3)
+    model = upcast.patch(litgpt.GPT(config).eval())
+    with torch.no_grad(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model(torch.arange(5)[None])
+    assert {event.key: event.count for event in profile.key_averages()}["upcast::block"] == 3
 
 
 def test_quantize_dynamic_starts_from_the_same_weights() -> None:

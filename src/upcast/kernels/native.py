@@ -5,15 +5,17 @@ registers. Nothing here records gradients. Whatever a kernel cannot take is refu
 `UpcastError` before any memory is touched.
 """
 
+import functools
 import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 
 from upcast.errors import UpcastError
 from upcast.kernels.reference import Survey
@@ -26,6 +28,7 @@ _CPU = torch.device("cpu")
 _empty = torch.empty
 _float32 = torch.float32
 _threads = torch.get_num_threads
+Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
@@ -225,6 +228,21 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
     return out
 
 
+def _named(kernel: Kernel) -> Kernel:
+    """Have the profiler see a kernel that does what many operations do."""
+    name = f"upcast::{kernel.__name__}"
+
+    @functools.wraps(kernel)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not profiler._is_profiler_enabled:
+            return kernel(*args, **kwargs)
+        with profiler.record_function(name):
+            return kernel(*args, **kwargs)
+
+    return call  # type: ignore[return-value]  # the same signature
+
+
+@_named
 def attention(
     q: Tensor,
     k: Tensor,
@@ -261,6 +279,7 @@ def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
     return written
 
 
+@_named
 def block(
     x: Tensor,
     cos: Tensor,
@@ -289,6 +308,7 @@ def block(
     return None if full else out
 
 
+@_named
 def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None = None) -> tuple[Tensor, int]:
     """Transformer blocks one after the other in one call, each as `block` has it.
 
