@@ -362,17 +362,10 @@ TRACERS: dict[str, Function] = {
     "export, lowered": exported(lower=True),
     "export, any batch": exported_dynamic,
 }
-NO_TRACE = {  # torch's own limits, and weak references that a copied LSTM holds
-    ("lstm", name)
-    for name in (
-        "make_fx of vmap",
-        "strict export",
-        "compile",
-        "compiled training",
-        "compile of grad",
-        "jit.trace of a module",
-    )
-} | {("lstm", "jit.trace of a wrapper"), ("attention", "compile of grad")}
+NO_TRACE = {  # torch's own limits
+    *(("lstm", name) for name in ("make_fx of vmap", "compile", "compiled training", "compile of grad")),
+    ("attention", "compile of grad"),
+}
 TRACED = [
     pytest.param(model, name, id=f"{model}-{name}")
     for model in MODELS

@@ -137,10 +137,13 @@ def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: b
     try:
         for module, name, weight in aside:
             module._parameters[name] = None
-            result = function(weight)
-            if result is not weight:
-                weight.data = result
+            results = [function(weight)]
+            if results[0] is not weight:
+                weight.data = results.pop()  # which nobody else holds then
         return type(root)._apply(root, function, recurse)
     finally:
         for module, name, weight in aside:
             module._parameters[name] = weight  # type: ignore[assignment]  # it is a parameter, says torch too
+        for module in {module for module, *_ in aside}:
+            if isinstance(module, nn.RNNBase):
+                module._init_flat_weights()  # it has listed what stood there meanwhile

@@ -22,7 +22,7 @@ from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of
 from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
-from upcast.slot import Slot
+from upcast.slot import Slot, put
 from upcast.store import Fallbacks
 from upcast.targets import prepare, slots
 from upcast.tracking import Selection
@@ -343,12 +343,12 @@ def _replace(slot: Slot, new: Tensor, undo: Undo) -> None:
         new.__dict__.update({key: value for key, value in vars(slot.tensor).items() if key not in OURS})
     for module, name in slot.places:
         undo.append((module, name, slot.tensor))
-        setattr(module, name, new)  # not _parameters[name]: recurrent layers keep a second list
+        put(module, name, new)
 
 
 def _put_back(undo: Undo) -> None:
     for module, name, original in reversed(undo):
-        setattr(module, name, original)
+        put(module, name, original)
 
 
 def _clear(root: nn.Module) -> None:

@@ -1,6 +1,7 @@
 """One tensor of a model: what it is called, where it is held, and whether it learns."""
 
 import fnmatch
+import weakref
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -21,6 +22,13 @@ class Slot:
     def is_weight(self) -> bool:
         """Whether this is a parameter of the kind that float16 is for."""
         return self.is_parameter and self.tensor.is_floating_point() and self.tensor.dim() >= 2
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` in a place; recurrent layers list their weights twice more, once by weak references."""
+    setattr(module, name, tensor)
+    if isinstance(module, nn.RNNBase):
+        module._flat_weight_refs = [None if each is None else weakref.ref(each) for each in module._flat_weights]
 
 
 def matches(name: str, pattern: str) -> bool:
