@@ -186,8 +186,9 @@ class _Twin:
 
     def _give_up(self, keys: Tensor, values: Tensor, settings: Any, why: str) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
+        original = self.original
         if not torch.compiler.is_compiling():  # which cannot follow this: the twin then does what its original does
-            self.__class__ = self.original
+            self.__class__ = original
         self.dtype = torch.float16 if keys.dtype == torch.float16 and not autocast.active() else torch.float32
         for name in ("keys", "values"):
             held = getattr(self, name, None)
@@ -195,7 +196,7 @@ class _Twin:
                 setattr(self, name, held.stored if self.dtype == torch.float16 else held.widened())
         if why:
             console.say(f"a layer of the KV cache goes to float32: {why}")
-        full: tuple[Tensor, Tensor] = self.original.update(self, keys, values, settings)
+        full: tuple[Tensor, Tensor] = original.update(self, keys, values, settings)
         return full
 
 
