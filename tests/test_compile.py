@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.backends.common import aot_autograd
 
 import upcast
-from tests.conftest import assert_patched, relative_error
+from tests.conftest import assert_patched, relative_error, rounded
 from tests.test_transformers import FAMILIES, TOKENS, make
+from tests.test_transformers_cache import IDS, generated, layers, lively
 
 OPERANDS = {
     "rows": lambda: torch.randn(33, 129).half(),
@@ -60,6 +61,58 @@ def test_compiled_gradients() -> None:
         run(x).square().sum().backward()
         grads.append(x.grad)
     assert relative_error(grads[1], grads[0]) < 1e-6
+
+
+def _by_generate(model: Any) -> tuple[torch.Tensor, Any]:
+    from transformers import CompileConfig
+
+    how = CompileConfig(fullgraph=True, dynamic=False, backend="aot_eager", mode=None)
+    how._compile_all_devices = True
+    return generated(model, cache_implementation="static", compile_config=how)
+
+
+def _by_forward(model: Any) -> tuple[torch.Tensor, Any]:
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    return generated(model, cache_implementation="static")
+
+
+def _by_a_step_of_ones_own(model: Any) -> tuple[torch.Tensor, Any]:
+    from transformers import StaticCache
+
+    def step(ids: torch.Tensor, at: torch.Tensor) -> Any:
+        return model(ids, cache_position=at, past_key_values=cache, use_cache=True).logits[:, -1]
+
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    logits = [step(IDS, torch.arange(IDS.shape[1]))]
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for at in range(IDS.shape[1], IDS.shape[1] + 3):
+        logits.append(compiled(logits[-1].argmax(-1)[:, None], torch.tensor([at])))
+    return torch.stack(logits), cache
+
+
+@pytest.mark.filterwarnings("ignore")  # Transformers' own, about flags; torch's, about caching graphs
+@pytest.mark.parametrize(
+    ("recipe", "kind"),
+    [
+        (_by_generate, "grouped heads"),
+        (_by_generate, "encoder and decoder"),
+        (_by_forward, "grouped heads"),
+        (_by_a_step_of_ones_own, "grouped heads"),
+    ],
+)
+@torch.no_grad()
+def test_a_static_cache_is_compiled_in_one_graph(recipe: Any, kind: str) -> None:
+    model = lively(kind)
+    torch.compiler.reset()
+    want, _ = recipe(rounded(model))
+    upcast.patch(model)
+    torch.compiler.reset()
+    got, cache = recipe(model)
+    assert relative_error(got, want) < 1e-3
+    assert_patched(model)
+    assert all(layer.keys.dtype == torch.float32 for layer in layers(cache))
+    ordinary = all(type(layer.keys) is torch.Tensor for layer in layers(cache))
+    assert ordinary  # from the first token, where the model's own call is compiled; else from the first compiled one
 
 
 @pytest.mark.parametrize("layout", OPERANDS)

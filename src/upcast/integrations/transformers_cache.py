@@ -26,7 +26,7 @@ from upcast.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
 _handed_out = Fallbacks("a KV cache")  # what is widened of a cache are rows in use, not weights: counted apart
-_beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that float16 cannot hold: they are asked once
+_wide: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
 _WHY = "it met a value beyond 65504, where float16 ends"
 
 
@@ -62,11 +62,15 @@ def _kind_of_twins(kind: type) -> Any:
     return twin
 
 
-def narrow(cache: Any) -> None:
-    """Turn the layers of a cache to their float16 twins, with what they hold; other layers and caches stay."""
+def narrow(cache: Any, compiled: bool = False) -> None:
+    """Turn the layers of a cache to their float16 twins, with what they hold; other layers and caches stay.
+
+    ``compiled``: the model's call is compiled. Then static layers stay too: torch.compile takes their tensors as they
+    are, and cannot follow the question whether new rows fit.
+    """
     for part in (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None)):
         if part is not None:
-            narrow(part)
+            narrow(part, compiled)
     if getattr(cache, "offloading", True) or not twins():  # an offloading cache moves its tensors itself
         return
     if not is_own(type(cache), type(cache).__name__, "transformers"):  # a cache of the user's may do anything
@@ -74,11 +78,13 @@ def narrow(cache: Any) -> None:
     for layer in cache.layers:
         kind: type = type(layer)
         twin = twins().get(kind)
-        if twin is None or not originals(_roots, kind).intact():
+        if compiled and not hasattr(layer, "crop"):
+            _wide.add(layer)  # the models inside of this one are asked too
+        if twin is None or layer in _wide or not originals(_roots, kind).intact():
             continue
         if not layer.is_initialized:
             layer.__class__ = twin
-        elif hasattr(layer, "crop") and layer not in _beyond:  # static ones have their addresses
+        elif hasattr(layer, "crop"):  # static ones have their addresses
             _adopt(layer, twin)
     replicated = cache.layer_class_to_replicate
     cache.layer_class_to_replicate = twins().get(replicated, replicated)
@@ -95,7 +101,7 @@ def _adopt(layer: Any, twin: type) -> None:
         return
     keys, values = map(_half, held)
     if keys is None or values is None:
-        _beyond.add(layer)
+        _wide.add(layer)
         console.say(f"a layer of the KV cache stays in float32: {_WHY}")
         return
     layer.__class__ = twin
@@ -126,7 +132,7 @@ class _Twin:
             return self._give_up(key_states, value_states, cache_kwargs, "")
         stored = self._store(key_states, value_states, cache_kwargs)
         if stored is None:
-            _beyond.add(self)
+            _wide.add(self)
             return self._give_up(key_states, value_states, cache_kwargs, _WHY)
         return stored
 
@@ -180,7 +186,9 @@ class _Twin:
 
     def _give_up(self, keys: Tensor, values: Tensor, settings: Any, why: str) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
-        self.__class__ = self.original
+        original = self.original
+        if not torch.compiler.is_compiling():  # which cannot follow this: the twin then does what its original does
+            self.__class__ = original
         self.dtype = torch.float16 if keys.dtype == torch.float16 and not autocast.active() else torch.float32
         for name in ("keys", "values"):
             held = getattr(self, name, None)
@@ -188,7 +196,7 @@ class _Twin:
                 setattr(self, name, held.stored if self.dtype == torch.float16 else held.widened())
         if why:
             console.say(f"a layer of the KV cache goes to float32: {why}")
-        full: tuple[Tensor, Tensor] = self.update(keys, values, settings)
+        full: tuple[Tensor, Tensor] = original.update(self, keys, values, settings)
         return full
 
 

@@ -60,10 +60,15 @@ def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
         return
     try:
-        narrow(cache)
+        narrow(cache, _is_compiled(model))
     except Exception as error:  # each layer is Transformers' own or ours, and works as it is
         _leave_caches_alone(model)
         aside.say_once(f"the KV cache stays in float32: {aside.describe(error)}")
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether calls of the model go through torch.compile: by Transformers' ``generate``, or by the program's code."""
+    return "_compiled_call" in vars(model) or hasattr(model.forward, "_torchdynamo_orig_callable")
 
 
 def _fuse(module: Any) -> None:
