@@ -62,24 +62,30 @@ class _Piece:
         return memory
 
 
-def hold(model: nn.Module) -> None:
+def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     """Move what ``model`` holds in mapped files to mappings that no writer reaches.
 
-    Nothing is copied, unless somebody has the file open for writing at this moment. Where the system gives no lease (it
-    is not Linux, the file is another user's, the file system has none) the model stays as it is.
+    Nothing is copied, unless somebody has the file open for writing at this moment. Where the system gives no lease
+    (the file is another user's, the file system has none) tensors stay where they are, and are returned with the name.
     """
-    if not native.available():
-        return
     spans = _spans()
-    files: dict[tuple[str, int], list[_Piece]] = {}
+    mappings: dict[tuple[str, int, int], list[_Piece]] = {}  # apart: one file may be mapped twice
     for tensor in (*model.parameters(), *model.buffers()):
         span = _span_of(tensor, spans)
         if span is not None:
             start, end = bounds(tensor)
             piece = _Piece(span.offset + start - span.start, start, end - start, [tensor])
-            files.setdefault((span.name, span.inode), []).append(piece)
-    for (name, inode), pieces in files.items():
-        _hold_file(name, inode, _united(pieces))
+            mappings.setdefault((span.name, span.inode, span.start - span.offset), []).append(piece)
+    return [
+        (name, [tensor for piece in pieces for tensor in piece.tensors])
+        for (name, inode, _), pieces in mappings.items()
+        if not _is_held(name, inode, _united(pieces))
+    ]
+
+
+def is_listed() -> bool:
+    """Whether the system says what is mapped where; Linux does."""
+    return _MAPS.exists()
 
 
 def bounds(tensor: Tensor) -> tuple[int, int]:
@@ -93,7 +99,7 @@ def bounds(tensor: Tensor) -> tuple[int, int]:
 def _spans() -> list[_Span]:
     """Return the mappings of files in this process, in the order of addresses; none where the system does not say."""
     spans: list[_Span] = []
-    for line in _MAPS.read_text(errors="surrogateescape").splitlines() if _MAPS.exists() else ():
+    for line in os.fsdecode(_MAPS.read_bytes()).split("\n")[:-1] if is_listed() else ():
         addresses, rights, offset, _, inode, *name = line.split(maxsplit=5)
         if inode == "0" or not name or "s" in rights:
             continue
@@ -123,11 +129,7 @@ def _united(pieces: list["_Piece"]) -> list["_Piece"]:
     united: list[_Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.offset):
         last = united[-1] if united else None
-        if (
-            last
-            and last.address + piece.offset - last.offset == piece.address
-            and piece.offset < last.offset + last.size
-        ):
+        if last and piece.offset < last.offset + last.size:
             last.size = max(last.size, piece.offset + piece.size - last.offset)
             last.tensors += piece.tensors
         else:
@@ -136,16 +138,19 @@ def _united(pieces: list["_Piece"]) -> list["_Piece"]:
     return united
 
 
-def _hold_file(name: str, inode: int, pieces: list["_Piece"]) -> None:
+def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
+    """Move the pieces to a mapping that is held, or to copies; False where the system gives no lease."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return  # deleted, or replaced: nobody finds the file that is mapped
+        return True  # deleted, or replaced: nobody finds the file that is mapped
     taken = False
     try:
         status = os.fstat(descriptor)
         if status.st_ino != inode or any(piece.offset + piece.size > status.st_size for piece in pieces):
-            return
+            return True
+        if not native.available():
+            return False
         failed, address, parts = native.hold_file(descriptor, status.st_size, [(p.offset, p.size) for p in pieces])
         taken = not failed
         if taken:
@@ -155,6 +160,7 @@ def _hold_file(name: str, inode: int, pieces: list["_Piece"]) -> None:
         elif failed == errno.EAGAIN:  # it is open for writing: what is written next would be in the model
             for piece in pieces:
                 piece.move(piece.copy())
+        return failed in (0, errno.EAGAIN)
     finally:
         if not taken:
             os.close(descriptor)

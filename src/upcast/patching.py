@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, learning, mapped, pieces, tracking, watch
+from upcast import console, fingerprint, hooks, kernels, learning, mapped, overwriting, pieces, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
@@ -206,7 +206,8 @@ def adopt(
     trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
-    mapped.hold(root)
+    for name, tensors in mapped.hold(root):
+        overwriting.watch(name, tensors)
     record, _ = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings)
     _watch(root, record, guard, heal)
     console.say(_summary(record), record.plan)

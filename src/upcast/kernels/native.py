@@ -400,6 +400,14 @@ def drop_part(part: int) -> None:
     _native.drop_part(part)
 
 
+def own(start: int, end: int) -> bool:
+    """Put memory of ours, with the same bytes, in the place of mapped pages; False where the system cannot.
+
+    The caller sees to it that they stay mapped, and mapped from a file, until this returns.
+    """
+    return _module is not None and bool(_module.own(start, end))
+
+
 def before_fork() -> None:
     """Let nobody change what is held, until `after_fork`."""
     _native.before_fork()

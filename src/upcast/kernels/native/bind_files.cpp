@@ -240,6 +240,20 @@ PyObject *py_drop_part(PyObject *, PyObject *pointer) {
     Py_RETURN_NONE;
 }
 
+// own(start, end): whether the numbers between these addresses, which the caller keeps mapped, are now in memory of ours
+PyObject *py_own(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    int64_t start, end;
+    if (!take_count("own", count, 2) || !read_integer(args[0], start) || !read_integer(args[1], end)) return nullptr;
+    const int64_t unit = static_cast<int64_t>(sysconf(_SC_PAGESIZE));
+    bool own;
+    {
+        Released released;
+        own = make_own(reinterpret_cast<char *>(start / unit * unit),
+                       reinterpret_cast<char *>((end + unit - 1) / unit * unit));
+    }
+    return PyBool_FromLong(own);
+}
+
 PyObject *py_before_fork(PyObject *, PyObject *) {
     Released released; // who is copying needs no interpreter, but takes its time
     pthread_mutex_lock(&turn);
@@ -262,6 +276,7 @@ PyObject *py_hold_file(PyObject *, PyObject *const *, Py_ssize_t) {
     return Py_BuildValue("(iiO)", ENOTSUP, 0, Py_None);
 }
 PyObject *py_drop_part(PyObject *, PyObject *) { Py_RETURN_NONE; }
+PyObject *py_own(PyObject *, PyObject *const *, Py_ssize_t) { Py_RETURN_FALSE; }
 PyObject *py_before_fork(PyObject *, PyObject *) { Py_RETURN_NONE; }
 PyObject *py_after_fork(PyObject *, PyObject *) { Py_RETURN_NONE; }
 

@@ -119,6 +119,7 @@ PyMethodDef METHODS[] = {
     {"meet", fast(py_meet), METH_FASTCALL, nullptr},
     {"add_up", fast(py_add_up), METH_FASTCALL, nullptr},
     {"hold_file", fast(py_hold_file), METH_FASTCALL, nullptr},
+    {"own", fast(py_own), METH_FASTCALL, nullptr},
     {"drop_part", py_drop_part, METH_O, nullptr},
     {"before_fork", py_before_fork, METH_NOARGS, nullptr},
     {"after_fork", py_after_fork, METH_O, nullptr},
