@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast.kernels import native
+from upcast.layout import bounds
 
 _MAPS = Path("/proc/self/maps")
 _ALIGNMENT = 16  # bytes; no number is larger
@@ -86,14 +87,6 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
 def is_listed() -> bool:
     """Whether the system says what is mapped where; Linux does."""
     return _MAPS.exists()
-
-
-def bounds(tensor: Tensor) -> tuple[int, int]:
-    """Return the first address of a tensor's numbers, and the one after the last."""
-    if tensor.numel() == 0:
-        return tensor.data_ptr(), tensor.data_ptr()
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
 
 
 def _spans() -> list[_Span]:

@@ -21,7 +21,7 @@ import torch
 import wrapt
 from torch import Tensor
 
-from upcast import huge_pages
+from upcast import checkpoint, huge_pages
 from upcast.integrations import aside, loading, transformers_saving
 from upcast.integrations.aside import NotOurs
 from upcast.integrations.loading import Loading
@@ -241,7 +241,12 @@ def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for file in files or ():
-        tensors |= _mapped(file) if str(file).endswith(".safetensors") else load_state_dict(file, "cpu", weights_only)
+        if str(file).endswith(".safetensors"):
+            tensors |= _mapped(file)
+        elif checkpoint.is_mappable(Path(file)):
+            tensors |= load_state_dict(file, "cpu", weights_only)
+        else:  # the library would map it all the same
+            tensors |= torch.load(file, map_location="cpu", weights_only=weights_only)
     return tensors
 
 
