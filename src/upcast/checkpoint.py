@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from upcast import overwriting
 from upcast.errors import UpcastError
 from upcast.huge_pages import Memory
 from upcast.layout import bounds, is_plain, plain
@@ -43,6 +44,7 @@ def read(path: Path) -> dict[str, Tensor]:
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UpcastError(f"{path} is not a state dict: a dictionary of names and tensors. Save model.state_dict().")
+    overwriting.watch_what_was_read(path, state.values())
     return state
 
 

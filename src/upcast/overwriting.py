@@ -7,7 +7,8 @@ exchanged under a running model, and the write is refused before a byte is writt
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from upcast.errors import UpcastError
 from upcast.kernels import native
 from upcast.layout import bounds
+from upcast.mapped import is_listed
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
 _watched: dict[tuple[int, int], list[tuple[StorageWeakRef, int, int]]] = {}  # device and inode -> what is in use
@@ -30,8 +32,15 @@ def watch(name: str, tensors: Sequence[Tensor]) -> None:
     except OSError:
         return  # deleted, or replaced
     places = [(StorageWeakRef(tensor.untyped_storage()), *bounds(tensor)) for tensor in tensors]
-    _watched.setdefault((status.st_dev, status.st_ino), []).extend(places)
+    key = (status.st_dev, status.st_ino)
+    _watched[key] = [place for place in _watched.get(key, ()) if not place[0].expired()] + places
     _install()
+
+
+def watch_what_was_read(name: str | Path, tensors: Iterable[Tensor]) -> None:
+    """Take it that all of ``tensors`` are mapped from the file of this name, where the system does not say (macOS)."""
+    if not is_listed():
+        watch(str(name), [tensor for tensor in tensors if tensor.layout == torch.strided and tensor.numel()])
 
 
 @functools.cache
@@ -60,9 +69,7 @@ def _about_to_write(path: object) -> None:
         status = os.stat(path)
     except (OSError, ValueError):
         return  # a new file, or one that cannot be opened
-    places = _watched.get((status.st_dev, status.st_ino), [])
-    places[:] = [place for place in places if not place[0].expired()]
-    for reference, start, end in places:
+    for reference, start, end in _watched.get((status.st_dev, status.st_ino), ()):
         storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # it stays for as long as it is copied
         if storage is not None and not native.own(start, end):
             raise UpcastError(

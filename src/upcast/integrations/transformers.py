@@ -21,7 +21,7 @@ import torch
 import wrapt
 from torch import Tensor
 
-from upcast import checkpoint, huge_pages
+from upcast import checkpoint, huge_pages, overwriting
 from upcast.integrations import aside, loading, transformers_saving
 from upcast.integrations.aside import NotOurs
 from upcast.integrations.loading import Loading
@@ -242,11 +242,13 @@ def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in files or ():
         if str(file).endswith(".safetensors"):
-            tensors |= _mapped(file)
+            found = _mapped(file)
         elif checkpoint.is_mappable(Path(file)):
-            tensors |= load_state_dict(file, "cpu", weights_only)
+            found = load_state_dict(file, "cpu", weights_only)
         else:  # the library would map it all the same
-            tensors |= torch.load(file, map_location="cpu", weights_only=weights_only)
+            found = torch.load(file, map_location="cpu", weights_only=weights_only)
+        overwriting.watch_what_was_read(file, found.values())
+        tensors |= found
     return tensors
 
 

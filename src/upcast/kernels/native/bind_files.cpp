@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -23,6 +24,7 @@ namespace {
 
 constexpr size_t PIECE = size_t(64) << 20;     // copied at a time: more would be needed twice
 constexpr size_t STACK = size_t(256) << 10;
+constexpr int MOST_WAITED = 2000;              // milliseconds, for a child that does not come up
 
 struct File;
 
@@ -42,6 +44,7 @@ struct File {
 
 pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; // held around all that follows
 File *files = nullptr;
+int child_is_ready[2] = {-1, -1};              // a pipe, while the process forks
 pid_t watcher = 0;                             // the thread's id, of this process
 
 struct Turn {
@@ -255,16 +258,27 @@ PyObject *py_own(PyObject *, PyObject *const *args, Py_ssize_t count) {
 }
 
 PyObject *py_before_fork(PyObject *, PyObject *) {
-    Released released; // who is copying needs no interpreter, but takes its time
-    pthread_mutex_lock(&turn);
+    {
+        Released released; // who is copying needs no interpreter, but takes its time
+        pthread_mutex_lock(&turn);
+    }
+    if (!files || pipe2(child_is_ready, O_CLOEXEC) < 0) child_is_ready[0] = child_is_ready[1] = -1;
     Py_RETURN_NONE;
 }
 
+// Until the child has leases of its own it depends on the parent's, which the parent could give up.
 PyObject *py_after_fork(PyObject *, PyObject *is_child) {
     if (is_child == Py_True) {
         watcher = 0;
         for (File *file = files; file; file = file->after)
             if (file->descriptor >= 0) watch_again(file);
+    }
+    if (child_is_ready[1] >= 0) {
+        Released released;
+        close(child_is_ready[1]);
+        pollfd closed = {child_is_ready[0], POLLIN, 0};
+        if (is_child != Py_True) poll(&closed, 1, MOST_WAITED);
+        close(child_is_ready[0]);
     }
     pthread_mutex_unlock(&turn);
     Py_RETURN_NONE;
