@@ -22,13 +22,15 @@ def is_expanded(tensor: Tensor) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether memory holds the very numbers, at addresses of such numbers.
+    """Whether memory holds the very numbers, at addresses of such numbers, and a vector's one after the other.
 
     It holds those of opposite sign for a part of a conjugate, and a file may put tensors at any address.
     """
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or not tensor.is_cpu:
         return True
-    return not tensor.is_neg() and tensor.data_ptr() % tensor.element_size() == 0
+    if tensor.is_neg() or tensor.data_ptr() % tensor.element_size():
+        return False
+    return tensor.dim() >= 2 or tensor.is_contiguous()
 
 
 def plain(tensor: Tensor) -> Tensor:

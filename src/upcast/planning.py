@@ -133,8 +133,7 @@ def _to_float32(tensor: Tensor) -> str:
 
 def _decide_buffer(tensor: Tensor, widen_float64: bool) -> tuple[str, str]:
     halves = (torch.float16, torch.bfloat16) + ((torch.float64,) if widen_float64 else ())
-    odd = tensor.dtype == torch.float32 and not layout.is_plain(tensor)
-    return (WIDEN if type(tensor) is Tensor and (odd or tensor.dtype in halves) else KEEP), "a buffer"
+    return (WIDEN, "a buffer") if tensor.dtype in halves and type(tensor) is Tensor else (KEEP, "a buffer")
 
 
 def _unsupported(tensor: Tensor) -> str:
