@@ -117,7 +117,7 @@ def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, s
     if unsupported:
         return KEEP, unsupported
     if slot.learns:
-        return _to_float32(tensor), "it learns"
+        return (KEEP if tensor.dtype == torch.float32 else WIDEN), "it learns"
     if layout.is_expanded(tensor):
         return _to_float32(tensor), "expanded"
     pattern = next((p for p in keep if matches(slot.name, p)), None)

@@ -251,8 +251,9 @@ def from_pretrained(
     """Return ``model_class.from_pretrained(*args, **kwargs)``, patched, without a float32 copy on the way.
 
     A float16 checkpoint is mapped into memory and used as it is; bfloat16 and float32 ones are rounded tensor by
-    tensor, so that the peak is float16's size plus the largest tensors. The files must stay as they are while the model
-    lives. ``dtype`` may be float16, bfloat16, float32 or "auto": the model says float32 and is stored in float16.
+    tensor, so that the peak is float16's size plus the largest tensors. What happens to the files afterwards does not
+    reach the model: see docs/compatibility.md. ``dtype`` may be float16, bfloat16, float32 or "auto": the model says
+    float32 and is stored in float16.
 
     Args:
         model_class: a model or Auto class of Transformers or PEFT, a model or pipeline class of Diffusers.

@@ -25,6 +25,7 @@ from upcast import checkpoint, huge_pages, overwriting
 from upcast.integrations import aside, loading, transformers_saving
 from upcast.integrations.aside import NotOurs
 from upcast.integrations.loading import Loading
+from upcast.layout import plain
 
 
 class Arriving:
@@ -53,7 +54,7 @@ class Arriving:
             return self
         if self.arrive is not None and dtype in (None, torch.float32):
             return self.arrive(self.tensor)
-        return self.tensor.to(dtype=dtype)
+        return plain(self.tensor.to(dtype=dtype))
 
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
