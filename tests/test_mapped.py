@@ -178,6 +178,28 @@ def test_writes_into_weights_are_kept(folder: Path) -> None:
     assert torch.equal(output(upcast.load_litgpt(folder)), want)
 
 
+NO_MEMORY = """
+import resource, sys, torch
+from torch import nn
+from upcast import mapped
+model = nn.Module()
+model.register_buffer("a", torch.from_file(sys.argv[1], shared=False, size=150_000_000, dtype=torch.float16))
+assert mapped.hold(model) == []
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + (20 << 20), -1))
+open(sys.argv[1], "r+b").close()
+print(model.a[[0, 70_000_000, -1]].tolist())
+"""
+
+
+def test_where_there_is_no_memory_for_a_copy_one_line_says_so(tmp_path: Path, python: Run) -> None:
+    with (tmp_path / "numbers").open("wb") as file:
+        file.truncate(300_000_000)  # without a block on the disk
+    result = python("-c", NO_MEMORY, str(tmp_path / "numbers"))
+    assert result.stdout == "[0.0, 0.0, 0.0]\n", result.stderr
+    assert result.stderr.count("there is no memory for a copy of its weights; load the model again") == 1
+
+
 # --- processes --------------------------------------------------------------------------------------------------------
 
 SERVER = """

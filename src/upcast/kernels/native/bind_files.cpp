@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 namespace upcast {
@@ -24,6 +25,7 @@ namespace {
 
 constexpr size_t PIECE = size_t(64) << 20;     // copied at a time: more would be needed twice
 constexpr size_t STACK = size_t(256) << 10;
+constexpr timespec ROUND = {5, 0};             // the system drops signals where too many are waiting
 constexpr int MOST_WAITED = 2000;              // milliseconds, for a child that does not come up
 
 struct File;
@@ -95,14 +97,17 @@ void make_own(File *file) {
     let_go(file);
 }
 
+// Not SIGIO, which a program may wait for itself.
+int news() { return SIGRTMAX - 2; }
+
 void *watch(void *) {
     sigset_t signals;
     sigemptyset(&signals);
-    sigaddset(&signals, SIGIO);
+    sigaddset(&signals, news());
     __atomic_store_n(&watcher, static_cast<pid_t>(syscall(SYS_gettid)), __ATOMIC_RELEASE);
     for (;;) {
-        if (sigwaitinfo(&signals, nullptr) < 0) continue;
-        Turn mine; // one signal may stand for several
+        sigtimedwait(&signals, nullptr, &ROUND);
+        Turn mine;
         for (File *file = files; file; file = file->after)
             if (file->descriptor >= 0 && fcntl(file->descriptor, F_GETLEASE) != F_RDLCK) make_own(file);
     }
@@ -131,7 +136,8 @@ int lease(int descriptor) {
     const int failed = start_watching();
     if (failed) return failed;
     const f_owner_ex owner = {F_OWNER_TID, watcher};
-    if (fcntl(descriptor, F_SETOWN_EX, &owner) < 0 || fcntl(descriptor, F_SETLEASE, F_RDLCK) < 0) return errno;
+    if (fcntl(descriptor, F_SETSIG, news()) < 0 || fcntl(descriptor, F_SETOWN_EX, &owner) < 0) return errno;
+    if (fcntl(descriptor, F_SETLEASE, F_RDLCK) < 0) return errno;
     return 0;
 }
 
