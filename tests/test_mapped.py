@@ -289,13 +289,16 @@ def test_what_was_tied_stays_tied_and_nothing_else_becomes_so(tmp_path: Path) ->
     bytes_of = torch.from_file(str(file), shared=False, size=32, dtype=torch.float32)
     model = nn.Module()
     pieces = {"a": one[2:12], "tied": one[2:12], "over": one[7:40].view(3, 11), "columns": one[41:61].view(4, 5).t()}
-    for name, tensor in {**pieces, "apart": two[2:12], "of_another_size": bytes_of[1:9]}.items():
+    odd = torch.from_file(str(file), shared=False, size=128, dtype=torch.uint8)[3:35].view(torch.uint8)
+    between = torch.empty(0, dtype=torch.float16).set_(odd.untyped_storage()[3:35])
+    unusual = {"between": between, "negated": torch._neg_view(two[20:30]), "steps": two[30:50:2]}
+    for name, tensor in {**pieces, "apart": two[2:12], "of_another_size": bytes_of[1:9], **unusual}.items():
         model.register_buffer(name, tensor)
     want = {name: buffer.clone() for name, buffer in model.named_buffers()}
     strides = {name: buffer.stride() for name, buffer in model.named_buffers()}
     assert ours.hold(model) == []
     assert all(torch.equal(buffer, want[name]) for name, buffer in model.named_buffers())
-    assert {name: buffer.stride() for name, buffer in model.named_buffers()} == strides
+    assert {name: model.get_buffer(name).stride() for name in pieces} == {name: strides[name] for name in pieces}
     file.write_bytes(b"")
     assert all(torch.equal(buffer, want[name]) for name, buffer in model.named_buffers())
     model.a[6] = 99

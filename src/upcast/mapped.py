@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast.kernels import native
-from upcast.layout import bounds
+from upcast.layout import bounds, is_plain, plain
 
 _MAPS = Path("/proc/self/maps")
 _ALIGNMENT = 16  # bytes; no number is larger
@@ -73,7 +73,9 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     mappings: dict[tuple[str, int, int], list[_Piece]] = {}  # apart: one file may be mapped twice
     for tensor in (*model.parameters(), *model.buffers()):
         span = _span_of(tensor, spans)
-        if span is not None:
+        if span is not None and not is_plain(tensor):
+            tensor.data = plain(tensor.detach())
+        elif span is not None:
             start, end = bounds(tensor)
             piece = _Piece(span.offset + start - span.start, start, end - start, [tensor])
             mappings.setdefault((span.name, span.inode, span.start - span.offset), []).append(piece)
@@ -110,7 +112,7 @@ def _span_of(tensor: Tensor, spans: list[_Span]) -> _Span | None:
     """Return the mapping that holds all numbers of ``tensor``."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type != "cpu":
         return None
-    if tensor.is_neg() or tensor.is_conj() or not tensor.numel():
+    if tensor.is_conj() or not tensor.numel():
         return None
     start, end = bounds(tensor)
     at = bisect_right(spans, start, key=lambda span: span.start) - 1
