@@ -267,6 +267,7 @@ def test_rows_that_overlap_keep_their_layout() -> None:
     layer = nn.Linear(5, 16, bias=False)
     layer.weight = nn.Parameter(windows)
     upcast.patch(layer)
+    assert type(layer.weight) is nn.Parameter
     assert layer.weight.stride() == (1, 1)
     assert layer.weight.untyped_storage().nbytes() == 4 * 20
     assert torch.equal(layer(torch.eye(5)), windows.float().t())
