@@ -3,14 +3,17 @@
 import ctypes
 import mmap
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from upcast import overwriting
 from upcast.errors import UpcastError
 from upcast.huge_pages import Memory
+from upcast.layout import bounds, is_plain, plain
 from upcast.planning import CONVERT, decide
 from upcast.rounding import Rounding, to_half
 from upcast.slot import Slot
@@ -41,16 +44,23 @@ def read(path: Path) -> dict[str, Tensor]:
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UpcastError(f"{path} is not a state dict: a dictionary of names and tensors. Save model.state_dict().")
+    overwriting.watch_what_was_read(path, state.values())
     return state
 
 
 def _load(path: Path) -> object:
-    try:
-        return torch.load(path, mmap=True, weights_only=True, map_location="cpu")
-    except RuntimeError as error:
-        if "_use_new_zipfile_serialization" not in str(error):
-            raise
-        return torch.load(path, weights_only=True, map_location="cpu")  # the format before torch 1.6
+    return torch.load(path, mmap=is_mappable(path), weights_only=True, map_location="cpu")
+
+
+def is_mappable(path: Path) -> bool:
+    """Whether the tensors lie in the file as they lie in memory: no entry of its archive is compressed.
+
+    There is no archive in the format before torch 1.6. Asked to map compressed numbers, torch takes them as they are.
+    """
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
 
 
 def _first_line(error: BaseException) -> str:
@@ -68,9 +78,11 @@ def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Seq
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
         action, _ = decide(Slot(name, tensor, True, []), keep, False)
+        key = (action, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_neg())  # tied tensors stay tied
         if action != CONVERT:
+            if not is_plain(tensor):
+                state[name], _ = converted.setdefault(key, (plain(tensor), Rounding()))
             continue
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())  # tied tensors stay tied
         if key not in converted:
             converted[key] = to_half(tensor, memory)
             give_back_pages(tensor)
@@ -87,9 +99,9 @@ def give_back_pages(tensor: Tensor) -> None:
     """
     if not hasattr(mmap, "MADV_DONTNEED") or tensor.numel() == 0:
         return
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = (tensor.data_ptr() + reach * tensor.element_size()) // mmap.PAGESIZE * mmap.PAGESIZE
+    first, last = bounds(tensor)
+    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = last // mmap.PAGESIZE * mmap.PAGESIZE
     if end > start and _of_a_file(start, end):
         libc = ctypes.CDLL(None, use_errno=True)
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)

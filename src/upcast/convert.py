@@ -23,6 +23,7 @@ from torch import Tensor
 
 from upcast import checkpoint, console, huge_pages, torch_file
 from upcast.errors import UpcastError
+from upcast.layout import is_plain, memory, plain
 from upcast.planning import CONVERT, IN_FLOAT16, WIDEN, Change, Plan, change_of, settle
 from upcast.rounding import Rounding, write_half
 from upcast.slot import Slot
@@ -73,14 +74,15 @@ def convert(folder: Path, output: Path | None = None) -> str:
         return f"{output} is there already, converted from this checkpoint: nothing to do"
     _check_free(folder, output)
     weights = checkpoint.read(folder / WEIGHTS)
-    if _is_float16(weights) and zipfile.is_zipfile(folder / WEIGHTS):
+    in_place = checkpoint.is_mappable(folder / WEIGHTS) and all(map(is_plain, weights.values()))
+    if _is_float16(weights) and in_place:
         return _nothing(folder)
     partial = output.with_name(f"{output.name}.partial")
     with _alone(partial):
         progress = console.Progress(_work(weights))
         try:
             items = _started(partial, source, weights, progress) or _survey(weights, progress)
-            if all(item.action != CONVERT for item in items) and zipfile.is_zipfile(folder / WEIGHTS):
+            if all(item.action != CONVERT for item in items) and in_place:
                 partial.rmdir()
                 return _nothing(folder)
             if not (partial / MANIFEST).is_file():
@@ -212,8 +214,9 @@ def _lay_out(partial: Path, source: dict[str, Any], items: Sequence[Item], weigh
         tensor = weights[item.name]
         dtype = torch.float16 if item.action in IN_FLOAT16 else torch.float32 if item.action == WIDEN else tensor.dtype
         # never touched: torch.empty gives addresses, and memory only to who writes
-        state[item.name] = state[item.twin] if item.twin else torch.empty(tensor.shape, dtype=dtype)
-    needed = sum(state[item.name].nbytes for item in items if not item.twin)
+        made = state[item.twin] if item.twin else torch.empty(memory(tensor).shape, dtype=dtype)
+        state[item.name] = made if memory(tensor) is tensor else made.as_strided(tensor.shape, tensor.stride())
+    needed = sum(memory(state[item.name]).nbytes for item in items if not item.twin)
     try:
         if shutil.disk_usage(partial).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -249,11 +252,11 @@ def _fill(partial: Path, items: Sequence[Item], weights: dict[str, Tensor], prog
 
 def _write_tensor(item: Item, source: Tensor, target: Tensor) -> dict[str, Any]:
     """Write one tensor to the mapped file; return its checksum and what rounding lost."""
-    rounding = Rounding()
+    source, target, rounding = memory(source), memory(target), Rounding()
     if item.action == CONVERT:
         rounding = write_half(source, target)
     else:
-        target.copy_(source)
+        target.copy_(plain(source))
     crc = torch_file.checksum(target)
     for mapped in (source, target):
         checkpoint.give_back_pages(mapped)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
-from upcast import functional, materialize, scripted
+from upcast import functional, layout, materialize, scripted
 from upcast.errors import UpcastError
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.store import Fallbacks, Region, Store, region_of
@@ -178,7 +178,7 @@ class HalfWeight(torch.Tensor):
         Where a number is beyond 65504 or not finite, the weight becomes float32 first, and says so. So it does where
         this is an ``update`` of the numbers that are there, and rounding would undo it, or blur one after another.
         """
-        source = source.detach().expand(self.shape)
+        source = layout.plain(source.detach().expand(self.shape))
         if type(source) is HalfWeight:
             source = source.memory()
         if out_of_range(source):
@@ -282,7 +282,7 @@ def rebuild(store: Store, region: Region | None, wants_grad: bool) -> HalfWeight
 
 def parameter(stored: torch.Tensor, fallbacks: Fallbacks, wants_grad: bool = False) -> HalfWeight:
     """Return a HalfWeight that is also a ``torch.nn.Parameter``."""
-    weight = HalfWeight(stored, fallbacks)
+    weight = HalfWeight(layout.plain(stored), fallbacks)
     weight._is_param = True  # what torch.nn.Parameter itself sets on tensor subclasses
     weight.wants_grad = wants_grad
     return weight

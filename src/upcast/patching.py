@@ -11,12 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, learning, pieces, tracking, watch
+from upcast import console, fingerprint, hooks, kernels, learning, mapped, overwriting, pieces, tracking, watch
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
 from upcast.huge_pages import Memory
 from upcast.integrations import aside, litgpt_fused, transformers_fused
+from upcast.layout import to_float32
 from upcast.modes import ordinary, outside_inference_mode
 from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of
 from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
@@ -206,6 +207,8 @@ def adopt(
     trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
+    for name, tensors in mapped.hold(root):
+        overwriting.watch(name, tensors)
     record, _ = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings)
     _watch(root, record, guard, heal)
     console.say(_summary(record), record.plan)
@@ -333,7 +336,7 @@ def _install_fast_ways(library: ModuleType, root: nn.Module, kv_cache: str) -> N
 
 
 def _widened(slot: Slot) -> Tensor:
-    wide = slot.tensor.detach().float()
+    wide = to_float32(slot.tensor.detach())
     return nn.Parameter(wide, slot.tensor.requires_grad) if slot.is_parameter else wide
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from upcast import console, learning
+from upcast import console, layout, learning
 from upcast.parts import Part, parts_of, roots_of
 from upcast.rounding import Rounding, measure, survey
 from upcast.slot import Slot, matches
@@ -118,11 +118,17 @@ def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, s
         return KEEP, unsupported
     if slot.learns:
         return (KEEP if tensor.dtype == torch.float32 else WIDEN), "it learns"
+    if layout.is_expanded(tensor):
+        return _to_float32(tensor), "expanded"
     pattern = next((p for p in keep if matches(slot.name, p)), None)
     if pattern is None and tensor.dim() >= 2:
         return (WRAP, "float16 already") if tensor.dtype == torch.float16 else (CONVERT, "a weight")
     reason = f"matches keep pattern {pattern!r}" if pattern is not None else "a vector"
-    return (KEEP if tensor.dtype == torch.float32 else WIDEN), reason
+    return _to_float32(tensor), reason
+
+
+def _to_float32(tensor: Tensor) -> str:
+    return KEEP if tensor.dtype == torch.float32 and layout.is_plain(tensor) else WIDEN
 
 
 def _decide_buffer(tensor: Tensor, widen_float64: bool) -> tuple[str, str]:
@@ -178,7 +184,7 @@ def _left_in_float32(slot: Slot, numbers: Rounding) -> tuple[str, str]:
         found.append(f"{numbers.out_of_range} values beyond 65504")
     if numbers.nonfinite:
         found.append(f"{numbers.nonfinite} values not finite")
-    return (KEEP if slot.tensor.dtype == torch.float32 else WIDEN), " and ".join(found)
+    return _to_float32(slot.tensor), " and ".join(found)
 
 
 def change_of(slot: Slot, action: str, reason: str, rounding: Rounding) -> Change:
@@ -216,7 +222,7 @@ def _sample(tensor: Tensor) -> tuple[float, ...]:
 
 def _bits_equal(a: Tensor, b: Tensor) -> bool:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    return torch.equal(a.detach().view(integer), b.detach().view(integer))
+    return torch.equal(*(layout.plain(each.detach()).view(integer) for each in (a, b)))
 
 
 def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> Plan:

@@ -53,6 +53,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         and input.dtype is torch.float32
         and (implementation := kernels.direct()) is not None
         and not input.is_neg()
+        and (bias is None or not bias.is_neg())
         and not autocast.enabled()
     ):  # the hot path
         try:

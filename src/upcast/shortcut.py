@@ -65,12 +65,12 @@ class LinearForward(Forward):
             and not args
             and not kwargs
         ):
-            half = weight.store.half
+            half, bias = weight.store.half, parameters["bias"]
             if half is None and weight.reclaim():
                 half = weight.store.half
-            if half is not None:
+            if half is not None and (bias is None or not bias.is_neg()):
                 try:
-                    return (kernels._active or kernels.active()).linear(input, half, parameters["bias"])
+                    return (kernels._active or kernels.active()).linear(input, half, bias)
                 except (UpcastError, TypeError, RuntimeError):
                     pass  # another dtype, say: the ordinary way has a result for it, or torch's own error
         args = args if input is _MISSING else (_like(input, weight), *args)
@@ -94,7 +94,7 @@ def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
     half = weight.store.half if isinstance(weight, HalfWeight) and weight.row_major else None
     if half is None:
         return None
-    return (half, bias) if bias is None or bias.dtype == torch.float32 else None
+    return (half, bias) if bias is None or (bias.dtype == torch.float32 and not bias.is_neg()) else None
 
 
 def install(root: nn.Module) -> None:

@@ -34,7 +34,8 @@ def load_litgpt(
 
     The model is built without memory and takes its weights from the mapped checkpoint: a float16 checkpoint is used
     as it is, without a copy; bfloat16 and float32 ones are rounded tensor by tensor, so that the peak is float16's
-    size plus the largest tensor. The file must stay as it is while the model lives.
+    size plus the largest tensor. What happens to the file afterwards does not reach the model: see
+    docs/compatibility.md.
 
     Args:
         checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.

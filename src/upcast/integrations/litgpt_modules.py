@@ -94,7 +94,7 @@ def hooked(module: nn.Module) -> bool:
 
 def float32(vector: Any) -> bool:
     """Whether a norm's vector is as the kernels take it: nobody took it away, converted it or moved it."""
-    return isinstance(vector, Tensor) and vector.dtype is torch.float32 and vector.is_cpu
+    return isinstance(vector, Tensor) and vector.dtype is torch.float32 and vector.is_cpu and not vector.is_neg()
 
 
 def fuses(module: nn.Module, kind: type[Fused]) -> bool:

@@ -22,8 +22,9 @@ from upcast.half_weight import HalfWeight
 from upcast.huge_pages import Memory
 from upcast.integrations import aside, litgpt_fused
 from upcast.integrations.aside import NotOurs
+from upcast.layout import plain, to_float32
 from upcast.modes import float32_by_default, outside_inference_mode
-from upcast.planning import CONVERT, decide
+from upcast.planning import CONVERT, WRAP, decide
 from upcast.rounding import Rounding, to_half
 from upcast.slot import Slot, matches
 
@@ -71,7 +72,7 @@ class Loading:
         if not tensor.is_floating_point():
             return tensor
         if exact:
-            return tensor.float()
+            return to_float32(tensor)
         with self._turn:  # Transformers loads with several threads: that many tensors would be in memory at once
             return self._arrived(name, tensor, ours, in_place)
 
@@ -84,10 +85,10 @@ class Loading:
             if rounding.fits:
                 self.lost[half.data_ptr()] = (tensor.dtype, rounding)
                 return half
-        if tensor.dtype != torch.float16 or tensor.dim() < 2:
-            return tensor.float()
+        if action != WRAP:
+            return to_float32(tensor)
         if tensor.is_contiguous() and (in_place or not ours):
-            return tensor
+            return plain(tensor)
         # A rank's columns, or a part of something: mapped, they would hold pages that nobody reads again.
         part = tensor.clone(memory_format=torch.contiguous_format)
         if ours:
@@ -250,8 +251,9 @@ def from_pretrained(
     """Return ``model_class.from_pretrained(*args, **kwargs)``, patched, without a float32 copy on the way.
 
     A float16 checkpoint is mapped into memory and used as it is; bfloat16 and float32 ones are rounded tensor by
-    tensor, so that the peak is float16's size plus the largest tensors. The files must stay as they are while the model
-    lives. ``dtype`` may be float16, bfloat16, float32 or "auto": the model says float32 and is stored in float16.
+    tensor, so that the peak is float16's size plus the largest tensors. What happens to the files afterwards does not
+    reach the model: see docs/compatibility.md. ``dtype`` may be float16, bfloat16, float32 or "auto": the model says
+    float32 and is stored in float16.
 
     Args:
         model_class: a model or Auto class of Transformers or PEFT, a model or pipeline class of Diffusers.

@@ -21,10 +21,11 @@ import torch
 import wrapt
 from torch import Tensor
 
-from upcast import huge_pages
+from upcast import checkpoint, huge_pages, overwriting
 from upcast.integrations import aside, loading, transformers_saving
 from upcast.integrations.aside import NotOurs
 from upcast.integrations.loading import Loading
+from upcast.layout import plain
 
 
 class Arriving:
@@ -53,7 +54,7 @@ class Arriving:
             return self
         if self.arrive is not None and dtype in (None, torch.float32):
             return self.arrive(self.tensor)
-        return self.tensor.to(dtype=dtype)
+        return plain(self.tensor.to(dtype=dtype))
 
 
 _DTYPES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
@@ -241,7 +242,14 @@ def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for file in files or ():
-        tensors |= _mapped(file) if str(file).endswith(".safetensors") else load_state_dict(file, "cpu", weights_only)
+        if str(file).endswith(".safetensors"):
+            found = _mapped(file)
+        elif checkpoint.is_mappable(Path(file)):
+            found = load_state_dict(file, "cpu", weights_only)
+        else:  # the library would map it all the same
+            found = torch.load(file, map_location="cpu", weights_only=weights_only)
+        overwriting.watch_what_was_read(file, found.values())
+        tensors |= found
     return tensors
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from upcast import config
+from upcast import config, layout
 from upcast.errors import UpcastError
 from upcast.kernels import gradients, native, portable, reference, transforms
 from upcast.kernels.reference import Survey
@@ -170,7 +170,7 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
         out: float16 of the same shape; it gets the numbers, rounded to nearest.
         rounds: find the largest error of rounding also without an out.
     """
-    x = x.detach()
+    x = layout.plain(x.detach())
     rounds = rounds or out is not None
     if not x.is_contiguous():  # transposed, mostly: the order in which memory holds it is as good as any
         order = sorted(range(x.dim()), key=x.stride, reverse=True)

@@ -40,5 +40,9 @@ Fast py_survey, py_look, py_compare;                             // bind_survey.
 Fast py_unchanged, py_quiet;                                    // bind_state.cpp
 PyObject *py_all_empty(PyObject *self, PyObject *dicts);
 Fast py_meet, py_add_up;                                        // bind_shared.cpp
+Fast py_hold_file, py_own;                                      // bind_files.cpp
+PyObject *py_drop_part(PyObject *self, PyObject *part);
+PyObject *py_before_fork(PyObject *self, PyObject *none);
+PyObject *py_after_fork(PyObject *self, PyObject *is_child);
 
 } // namespace upcast
