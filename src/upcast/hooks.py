@@ -1,6 +1,6 @@
 """What a patched module does differently: when it is saved, loaded or converted, and the short way to its kernels."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -135,7 +135,14 @@ def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: b
             result = function(weight)
             if result is not weight:
                 weight.data = result
-        return type(root)._apply(root, function, recurse)
-    finally:
-        for module, name, weight in aside:
-            module._parameters[name] = weight  # type: ignore[assignment]  # it is a parameter, says torch too
+        applied = type(root)._apply(root, function, recurse)
+        _put(aside)
+    except BaseException:  # an interruption of putting them back as well
+        _put(aside)
+        raise
+    return applied
+
+
+def _put(weights: Iterable[tuple[nn.Module, str, HalfWeight]]) -> None:
+    for module, name, weight in weights:
+        module._parameters[name] = weight  # type: ignore[assignment]  # it is a parameter, says torch too

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from upcast.errors import UpcastError
-from upcast.forward import Forward
+from upcast.forward import Forward, give_back
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt_modules import Fused
 from upcast.policy import Policy, inside
@@ -100,9 +100,7 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         tracked = module.__dict__.get("forward")
         if isinstance(tracked, Tracked):
-            del module.__dict__["forward"]
-            if tracked.before is not None:
-                module.__dict__["forward"] = tracked.before
+            give_back(module, tracked.before)
         for tensor in _own(module):
             mark(tensor, None)
 

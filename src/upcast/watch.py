@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from upcast import console
 from upcast.backward import Backward
 from upcast.errors import UpcastError
-from upcast.forward import Forward
+from upcast.forward import Forward, give_back
 from upcast.kernels import transforms
 from upcast.policy import Policy, show
 from upcast.tree import modules
@@ -231,9 +231,7 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         watch = module.__dict__.get("forward")
         if isinstance(watch, Watch) and watch.root is root:
-            del module.__dict__["forward"]
-            if watch.before is not None:
-                module.__dict__["forward"] = watch.before
+            give_back(module, watch.before)
 
 
 def unwatched(module: nn.Module) -> Any:
