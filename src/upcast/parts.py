@@ -57,8 +57,8 @@ def _found(roots: dict[str, nn.Module]) -> Iterator[Part]:
 def took_back(model: object) -> bool:
     """Take back every patch in ``model`` that was cut short, and its way back too; return whether there was one."""
     inside = [module for root in roots_of(model).values() for module in modules(root)]
-    cut_short = [module for module in inside if RECORD in module.__dict__ and not module.__dict__[RECORD].settle(module)]
-    return bool(cut_short)
+    records = [(module, module.__dict__[RECORD]) for module in inside if RECORD in module.__dict__]
+    return not all([record.settle(module) for module, record in records])
 
 
 def patched_parts_of(model: object) -> list[Part]:

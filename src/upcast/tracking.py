@@ -63,8 +63,8 @@ class Tracked(Forward):
         if session is not None and session.owner is self.selection:
             return self._run(session, args, kwargs)
         args, kwargs = pytree.tree_map(_input, (args, kwargs))
-        with Session(self.selection) as session:
-            return self._run(session, args, kwargs)
+        session = Session(self.selection)
+        return session.run(lambda: self._run(session, args, kwargs))
 
     def _run(self, session: Session, args: Any, kwargs: Any) -> Any:
         _mark_own(self.module)
