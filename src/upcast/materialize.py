@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from upcast import console
 from upcast.errors import UpcastError
+from upcast.modes import without_overrides
 
 if TYPE_CHECKING:
     from upcast.half_weight import HalfWeight
@@ -73,18 +74,17 @@ def _held(why: str) -> UpcastError:
 
 def _in_use(tensor: Tensor) -> bool:
     """Whether something inside torch holds ``tensor``."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return bool(tensor._use_count() > 1)  # type: ignore[attr-defined]
+    return bool(without_overrides(Tensor._use_count, tensor) > 1)  # type: ignore[attr-defined]
 
 
 def _become(weight: "HalfWeight") -> bool:
     """Exchange a dissolved weight for an ordinary tensor; return whether that was possible."""
     attributes, is_parameter = weight.attributes(), isinstance(weight, torch.nn.Parameter)
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+    with torch._C._InferenceMode(False):
         plain = alias(weight)
         new = torch.nn.Parameter(plain, weight.wants_grad) if is_parameter else plain.requires_grad_(weight.wants_grad)
         new.__dict__.update(attributes)
-        return _exchange(weight, new)
+        return bool(without_overrides(_exchange, weight, new))
 
 
 def _exchange(weight: Tensor, new: Tensor) -> bool:

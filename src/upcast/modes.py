@@ -1,9 +1,18 @@
 """torch's modes that must not reach what upcast makes: weights outlive the block in which a model is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+def without_overrides(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, for which HalfWeights are what torch's own code sees in them.
+
+    As within ``DisableTorchFunctionSubclass()``, but in one call: an interruption cannot leave it on.
+    """
+    return torch._C._disabled_torch_function_impl(function, (), args, {})
 
 
 @contextmanager

@@ -58,7 +58,8 @@ def took_back(model: object) -> bool:
     """Take back every patch in ``model`` that was cut short, and its way back too; return whether there was one."""
     inside = [module for root in roots_of(model).values() for module in modules(root)]
     records = [(module, module.__dict__[RECORD]) for module in inside if RECORD in module.__dict__]
-    return not all([record.settle(module) for module, record in records])
+    whole = [record.settle(module) for module, record in records]
+    return not all(whole)
 
 
 def patched_parts_of(model: object) -> list[Part]:

@@ -69,7 +69,7 @@ def patch(
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
             train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
-            Nothing has been changed then, nor when the patch is interrupted.
+            Nothing has been changed then, nor when the patch is interrupted before it is whole.
     """
     prepared = _prepared(model, policy, keep, kv_cache, trainable)
     record = _patch(*prepared, guard=guard, heal=heal)
@@ -82,7 +82,7 @@ def unpatch(model: Model) -> Model:
 
     Of a model that is composed of several, all parts that are patched; of a piece of a patched model, that piece.
     Weights that were float16 keep their storage, without a copy. What rounding to float16 lost stays lost (and is
-    said); use `patched` to get the original numbers back.
+    said); use `patched` to get the original numbers back. Interrupted, the model is patched or unpatched, never half.
 
     Raises:
         UpcastError: the model is not patched.
@@ -120,7 +120,8 @@ def patched(
 ) -> Iterator[Model]:
     """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
 
-    The originals stay in memory for that time. Arguments and errors as for `patch`.
+    The originals stay in memory for that time, and come back wherever the block is interrupted. Arguments and errors as
+    for `patch`.
     """
     with borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
         console.say(_summary(record), record.plan)
