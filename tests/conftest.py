@@ -26,6 +26,13 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is said, and the search for optimizers looks at no objects: it takes a line for each in the process."""
+    monkeypatch.setenv("UPCAST_VERBOSE", "0")
+    monkeypatch.setattr("upcast.targets._check_optimizers", lambda *_: None)
+
+
+@pytest.fixture
 def inference_on_one_thread() -> Iterator[None]:
     """Without gradients, and on one thread: tests of tiny models would mostly wait for the other one."""
     threads = torch.get_num_threads()

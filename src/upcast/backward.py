@@ -7,7 +7,7 @@ numbers, with a look at the gradients of every operation. For that the gradient 
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -207,10 +207,16 @@ def _leaf(tensor: Tensor) -> Tensor:
 def _gradients_kept(module: nn.Module) -> Iterator[None]:
     """Within the block, gradients go nowhere: those that were there are put back."""
     kept = [(parameter, parameter.grad) for parameter in module.parameters() if parameter.requires_grad]
-    for parameter, _ in kept:
-        parameter.grad = None
     try:
+        for parameter, _ in kept:
+            parameter.grad = None
         yield
-    finally:
-        for parameter, gradient in kept:
-            parameter.grad = gradient
+        _put_back(kept)
+    except BaseException:
+        _put_back(kept)
+        raise
+
+
+def _put_back(gradients: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+    for parameter, gradient in gradients:
+        parameter.grad = gradient

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from upcast import config
+from upcast import config, scopes
 
 _silent: Any = threading.local()  # .depth: blocks of `silent` in this thread; .held: what `held` holds back in it
 
@@ -14,22 +14,16 @@ _silent: Any = threading.local()  # .depth: blocks of `silent` in this thread; .
 @contextmanager
 def silent() -> Iterator[None]:
     """Within the block, this thread says nothing: what it patches are copies that nobody will see."""
-    _silent.depth = getattr(_silent, "depth", 0) + 1
-    try:
+    with scopes.attribute(_silent, "depth", getattr(_silent, "depth", 0) + 1):
         yield
-    finally:
-        _silent.depth -= 1
 
 
 @contextmanager
 def held() -> Iterator[None]:
     """What this thread says within the block is heard when the block has ended well: of a failure nobody need know."""
-    before, _silent.held = getattr(_silent, "held", None), []
-    try:
+    lines: list[tuple[str, object]] = []
+    with scopes.attribute(_silent, "held", lines):
         yield
-        lines = _silent.held
-    finally:
-        _silent.held = before
     for line, detail in lines:
         say(line, detail)
 

@@ -84,6 +84,14 @@ class Forward(Attached):
         )
 
 
+def give_back(module: nn.Module, forward: Any) -> None:
+    """Give ``module`` the forward of its own that it had before, or none, in one step."""
+    if forward is not None:
+        module.__dict__["forward"] = forward
+    else:
+        del module.__dict__["forward"]
+
+
 def _nothing() -> None:
     """What a reference to a module that is gone returns."""
 

@@ -126,8 +126,7 @@ class HalfWeight(torch.Tensor):
             args, kwargs = _in_order(args, kwargs)
             return handler(*args, **kwargs)
         if func in _METADATA or getattr(func, "__name__", "") in ("__get__", "__set__"):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
+            return torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
         meant = _meant(func)
         if meant is not func:
             return cls.__torch_function__(meant, types, args, kwargs)

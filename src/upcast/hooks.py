@@ -140,10 +140,17 @@ def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: b
             results = [function(weight)]
             if results[0] is not weight:
                 weight.data = results.pop()  # which nobody else holds then
-        return type(root)._apply(root, function, recurse)
-    finally:
-        for module, name, weight in aside:
-            module._parameters[name] = weight  # type: ignore[assignment]  # it is a parameter, says torch too
-        for module in {module for module, *_ in aside}:
-            if isinstance(module, nn.RNNBase):
-                module._init_flat_weights()  # it has listed what stood there meanwhile
+        applied = type(root)._apply(root, function, recurse)
+        _put(aside)
+    except BaseException:  # an interruption of putting them back as well
+        _put(aside)
+        raise
+    return applied
+
+
+def _put(weights: list[tuple[nn.Module, str, HalfWeight]]) -> None:
+    for module, name, weight in weights:
+        module._parameters[name] = weight  # type: ignore[assignment]  # it is a parameter, says torch too
+    for module in {module for module, *_ in weights}:
+        if isinstance(module, nn.RNNBase):
+            module._init_flat_weights()  # it has listed what stood there meanwhile

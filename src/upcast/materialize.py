@@ -5,6 +5,7 @@ follow when they are next used. It is said once per model and reason; `upcast.re
 """
 
 import sys
+from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from upcast import console
 from upcast.errors import UpcastError
+from upcast.modes import without_overrides
 
 if TYPE_CHECKING:
     from upcast.half_weight import HalfWeight
@@ -65,23 +67,36 @@ def materialize(weight: "HalfWeight", why: str) -> None:
     """
     dissolve(weight, why)
     if not _become(weight):
-        raise UpcastError(
-            f"a weight stored in float16 is to become float32, because {why}, but something inside torch holds it, "
-            "such as a graph of autograd. Do this before the forward pass, or patch the model with keep=[...]."
-        )
+        raise _held(why)
+
+
+def check(weights: Iterable["HalfWeight"], why: str) -> None:
+    """Raise the error of `materialize` if it could not exchange one of ``weights``; changes nothing."""
+    if any(_in_use(weight) for weight in weights):
+        raise _held(why)
+
+
+def _held(why: str) -> UpcastError:
+    return UpcastError(
+        f"a weight stored in float16 is to become float32, because {why}, but something inside torch holds it, "
+        "such as a graph of autograd. Do this before the forward pass, or patch the model with keep=[...]."
+    )
+
+
+def _in_use(tensor: Tensor) -> bool:
+    """Whether something inside torch holds ``tensor``."""
+    return bool(without_overrides(Tensor._use_count, tensor) > 1)  # type: ignore[attr-defined]
 
 
 def _become(weight: "HalfWeight") -> bool:
     """Exchange a dissolved weight for an ordinary tensor; return whether that was possible."""
     keep(weight, MEMORY)
     attributes, is_parameter = weight.attributes(), isinstance(weight, torch.nn.Parameter)
-    with torch._C.DisableTorchFunctionSubclass(), torch.inference_mode(False):
+    with torch._C._InferenceMode(False):
         plain = alias(weight)
         new = torch.nn.Parameter(plain, weight.wants_grad) if is_parameter else plain.requires_grad_(weight.wants_grad)
-        if not _exchange(weight, new):
-            return False
-    weight.__dict__.update(attributes)
-    return True
+        new.__dict__.update(attributes)
+        return bool(without_overrides(_exchange, weight, new))
 
 
 def _exchange(weight: Tensor, new: Tensor) -> bool:
@@ -89,11 +104,18 @@ def _exchange(weight: Tensor, new: Tensor) -> bool:
 
     They stay right, since the object is the same. Return whether nothing inside torch holds either tensor.
     """
-    if weight._use_count() > 1 or new._use_count() > 1:  # type: ignore[attr-defined]
+    if _in_use(weight) or _in_use(new):
         return False
-    weight.__class__, new.__class__ = new.__class__, weight.__class__
-    weight.__dict__, new.__dict__ = new.__dict__, weight.__dict__
-    torch._C._swap_tensor_impl(weight, new)
+    kinds, states, memory = (type(weight), type(new)), (weight.__dict__, new.__dict__), weight._cdata
+    try:
+        weight.__class__, new.__class__ = kinds[1], kinds[0]
+        weight.__dict__, new.__dict__ = states[1], states[0]
+        torch._C._swap_tensor_impl(weight, new)
+    except BaseException:  # an interruption, before the memory was exchanged or after it
+        done = weight._cdata != memory
+        weight.__class__, new.__class__ = kinds[done], kinds[not done]
+        weight.__dict__, new.__dict__ = states[done], states[not done]
+        raise
     return True
 
 

@@ -1,9 +1,18 @@
 """torch's modes that must not reach what upcast makes: weights outlive the block in which a model is loaded."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+def without_overrides(function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(*args)``, for which HalfWeights are what torch's own code sees in them.
+
+    As within ``DisableTorchFunctionSubclass()``, but in one call: an interruption cannot leave it on.
+    """
+    return torch._C._disabled_torch_function_impl(function, (), args, {})
 
 
 @contextmanager
@@ -15,7 +24,8 @@ def outside_inference_mode() -> Iterator[None]:
     if not torch.is_inference_mode_enabled():
         yield
         return
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._InferenceMode(False):  # not torch.inference_mode: Python code, which can be interrupted half-way
+        torch.set_grad_enabled(False)  # until the end of the block, as the mode
         yield
 
 
@@ -26,11 +36,13 @@ def float32_by_default() -> Iterator[None]:
     if before == torch.float32:
         yield
         return
-    torch.set_default_dtype(torch.float32)
     try:
+        torch.set_default_dtype(torch.float32)
         yield
-    finally:
         torch.set_default_dtype(before)
+    except BaseException:  # of the block, or an interruption of the line above
+        torch.set_default_dtype(before)
+        raise
 
 
 def ordinary(tensor: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,10 @@ from torch import nn
 
 from upcast.errors import UpcastError
 from upcast.targets import unwrap
-from upcast.tree import named_modules
+from upcast.tree import modules, named_modules
 
 if TYPE_CHECKING:
-    from upcast.patching import Record
+    from upcast.transaction import Record
 
 RECORD = "_upcast"  # the attribute in which a patched module keeps its Record
 
@@ -50,8 +50,16 @@ def _found(roots: dict[str, nn.Module]) -> Iterator[Part]:
     for prefix, root in roots.items():
         for name, module in named_modules(root):
             record = module.__dict__.get(RECORD)
-            if record is not None:
+            if record is not None and record.settle(module):
                 yield Part(".".join(filter(None, (prefix, name))), module, record)
+
+
+def took_back(model: object) -> bool:
+    """Take back every patch in ``model`` that was cut short, and its way back too; return whether there was one."""
+    inside = [module for root in roots_of(model).values() for module in modules(root)]
+    records = [(module, module.__dict__[RECORD]) for module in inside if RECORD in module.__dict__]
+    whole = [record.settle(module) for module, record in records]
+    return not all(whole)
 
 
 def patched_parts_of(model: object) -> list[Part]:

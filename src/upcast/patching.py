@@ -1,9 +1,9 @@
-"""patch, unpatch, patched: the only module that changes a model."""
+"""patch, unpatch, patched: what becomes of a model's tensors. What changes it is `upcast.transaction`."""
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -11,7 +11,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from upcast import console, fingerprint, hooks, kernels, learning, mapped, overwriting, pieces, tracking, watch
+from upcast import (
+    console,
+    fingerprint,
+    hooks,
+    kernels,
+    learning,
+    mapped,
+    overwriting,
+    pieces,
+    tracking,
+    transaction,
+    watch,
+)
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
@@ -19,28 +31,18 @@ from upcast.huge_pages import Memory
 from upcast.integrations import aside, litgpt_fused, transformers_fused
 from upcast.layout import to_float32
 from upcast.modes import ordinary, outside_inference_mode
-from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of
+from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
 from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
-from upcast.slot import Slot, put
+from upcast.slot import Slot
 from upcast.store import Fallbacks
 from upcast.targets import prepare, slots
 from upcast.tracking import Selection
+from upcast.transaction import Places, Record, places, take_back
 
 Model = TypeVar("Model")
-Undo = list[tuple[nn.Module, str, Tensor]]
 Choice = str | Path | Policy | object
-
-
-@dataclass
-class Record:
-    """What `patch` did to a model: all that `unpatch` and the report need."""
-
-    plan: Plan
-    fallbacks: Fallbacks
-    policy: Policy
-    selection: Selection | None  # None: the policy intercepts nothing
 
 
 def patch(
@@ -80,11 +82,10 @@ def patch(
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
             train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
-            Nothing has been changed then, nor when the patch is interrupted.
+            Nothing has been changed then, nor when the patch is interrupted before it is whole.
     """
     prepared = _prepared(model, policy, keep, kv_cache, trainable)
-    record, _ = _patch(*prepared, {})
-    _watch(prepared[0], record, guard, heal)
+    record = _patch(*prepared, guard=guard, heal=heal)
     console.say(_summary(record), record.plan)
     return model
 
@@ -94,37 +95,36 @@ def unpatch(model: Model) -> Model:
 
     Of a model that is composed of several, all parts that are patched; of a piece of a patched model, that piece.
     Weights that were float16 keep their storage, without a copy. What rounding to float16 lost stays lost (and is
-    said); use `patched` to get the original numbers back.
+    said); use `patched` to get the original numbers back. Interrupted, the model is patched or unpatched, never half.
 
     Raises:
         UpcastError: the model is not patched.
     """
-    if pieces.unpatch(model, _clear):
+    if (took_back(model) and not parts_of(model)) or pieces.unpatch(model):
         return model
     found = patched_parts_of(model)
-    undo: Undo = []
-    try:
-        _restore(roots_of(model).values(), found, undo)
-    except BaseException:
-        _put_back(undo)
-        raise
+    with outside_inference_mode():
+        transaction.unpatch([part.module for part in found], *_restored_places(roots_of(model).values(), found))
     for part in found:
-        _clear(part.module)
         console.say(_loss(part.record.plan))
     return model
 
 
-@outside_inference_mode()
-def _restore(roots: Iterable[nn.Module], parts: Sequence[Part], undo: Undo) -> None:
-    """Put the tensors as they were before the patch in every place that holds them, also where parts share them."""
+def _restored_places(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple[Places, Places]:
+    """Return the tensors as they were before the patch, and those that are there now.
+
+    For every place that holds them, also where parts share them.
+    """
     held = {id(slot.tensor): slot for root in roots for slot in slots(root)}
     done: set[int] = set()
+    restored, present = Places(), Places()
     for slot, record in ((slot, part.record) for part in parts for slot in slots(part.module)):
-        if id(slot.tensor) not in done:
-            restored = _restored(slot, record)
-            if restored is not None:
-                done.add(id(slot.tensor))  # it lives as long as ``held`` does
-                _replace(held[id(slot.tensor)], restored, undo)
+        tensor = None if id(slot.tensor) in done else _restored(slot, record)
+        if tensor is not None:
+            done.add(id(slot.tensor))  # it lives as long as ``held`` does
+            restored += _places(held[id(slot.tensor)], tensor)
+            present += places(held[id(slot.tensor)], slot.tensor)
+    return restored, present
 
 
 @contextmanager
@@ -133,7 +133,8 @@ def patched(
 ) -> Iterator[Model]:
     """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
 
-    The originals stay in memory for that time. Arguments and errors as for `patch`.
+    The originals stay in memory for that time, and come back wherever the block is interrupted. Arguments and errors as
+    for `patch`.
     """
     with borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
         console.say(_summary(record), record.plan)
@@ -150,23 +151,25 @@ def borrowed(
     they come back before it can step.
     """
     prepared = _prepared(model, policy, keep, kv_cache, trial=trial)
-    record, undo = _patch(*prepared, {})
+    originals = Places()
     try:
-        yield record
-    finally:
-        _clear(prepared[0])
-        _put_back(undo)
+        yield _patch(*prepared, originals=originals)
+        take_back(prepared[0], originals)
+    except BaseException:  # of the block, or an interruption of the way in or back
+        take_back(prepared[0], originals)
+        raise
 
 
 def is_patched(module: nn.Module) -> bool:
     """Whether this module itself was given to `patch` (not one around or inside it)."""
-    return isinstance(module.__dict__.get(RECORD), Record)
+    record = module.__dict__.get(RECORD)
+    return isinstance(record, Record) and record.settle(module)
 
 
 def record_of(root: nn.Module) -> Record:
     """Return what `patch` noted on ``root``; raise UpcastError when it is not patched."""
     record = root.__dict__.get(RECORD)
-    if isinstance(record, Record):
+    if isinstance(record, Record) and record.settle(root):
         return record
     pieces.refuse(root)
     inner = next(iter(parts_of(root)), None)
@@ -209,8 +212,7 @@ def adopt(
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     for name, tensors in mapped.hold(root):
         overwriting.watch(name, tensors)
-    record, _ = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings)
-    _watch(root, record, guard, heal)
+    record = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, guard=guard, heal=heal)
     console.say(_summary(record), record.plan)
     return record
 
@@ -229,6 +231,7 @@ def _prepared(
     if kv_cache is not None:
         litgpt_fused.check(kv_cache)
     policies.resolve(policy)
+    took_back(model)
     root, found = prepare(model, keep, trainable, optimizers=trial)
     learning.check(root, found, trainable)
     chosen = policies.resolve(policy, check=functools.partial(fingerprint.check, root))
@@ -278,52 +281,48 @@ def _patch(
     found: Sequence[Slot],
     keep: Sequence[str],
     policy: Policy,
-    known: Mapping[str, tuple[torch.dtype, Rounding]],
-) -> tuple[Record, Undo]:
-    weights, undo = _Weights(type(root).__name__), Undo()
+    known: Mapping[str, tuple[torch.dtype, Rounding]] | None = None,
+    *,
+    originals: Places | None = None,
+    guard: bool = False,
+    heal: bool = False,
+) -> Record:
+    """Patch ``root``, all or nothing; what is replaced comes into ``originals`` as well, before it is."""
+    weights, tensors = _Weights(type(root).__name__), Places()
+    originals = Places() if originals is None else originals
     changes: dict[str, Change] = {}
-    try:
-        for slot, action, reason, rounding, twin in settle(found, keep, weights.look):
-            new = weights.make(slot, action, twin)
-            if new is not None:
-                _replace(slot, new, undo)
-            change = change_of(slot, action, reason, rounding)
-            if slot.name in known:
-                dtype, lost = known[slot.name]
-                change = replace(change, dtype=dtype, rounding=lost, bytes_before=slot.tensor.numel() * dtype.itemsize)
-            changes[slot.name] = change
-            if isinstance(new, HalfWeight):
-                new.store.before = change.dtype
-        selection = _run_under(root, policy)
-    except BaseException:
-        try:
-            _clear(root)
-        finally:
-            _put_back(undo)
-        raise
+    for slot, action, reason, rounding, twin in settle(found, keep, weights.look):
+        new = weights.make(slot, action, twin)
+        if new is not None:
+            tensors += _places(slot, new)
+            originals += places(slot, slot.tensor)
+        change = change_of(slot, action, reason, rounding)
+        if known and slot.name in known:
+            dtype, lost = known[slot.name]
+            change = replace(change, dtype=dtype, rounding=lost, bytes_before=slot.tensor.numel() * dtype.itemsize)
+        changes[slot.name] = change
+        if isinstance(new, HalfWeight):
+            new.store.before = change.dtype
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
+    selection = None if policy.everywhere else Selection(policy)
     record = Record(plan, weights.fallbacks, policy, selection)
-    root.__dict__[RECORD] = record
-    return record, undo
+    transaction.patch(root, record, tensors, originals, lambda: _install(root, record, guard, heal))
+    return record
 
 
-def _watch(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
-    heal = heal and record.selection is not None  # safe has nothing to widen
-    if guard or heal:
-        watch.install(root, guard, heal)
-
-
-def _run_under(root: nn.Module, policy: Policy) -> Selection | None:
-    """Install what makes the model run under ``policy``: the fast ways, which are for float32, or the interception."""
-    hooks.install(root, shortcuts=policy.everywhere)
-    if policy.everywhere:
+def _install(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
+    """Install what makes the model run under its policy: the fast ways, which are for float32, or the interception."""
+    policy, selection = record.policy, record.selection
+    hooks.install(root, shortcuts=selection is None)
+    if selection is None:
         for library in (litgpt_fused, transformers_fused):
             _install_fast_ways(library, root, policy.kv_cache)
-        return None
-    selection = Selection(policy)
-    litgpt_fused.install_caches(root, policy.kv_cache)
-    tracking.install(root, selection)
-    return selection
+    else:
+        litgpt_fused.install_caches(root, policy.kv_cache)
+        tracking.install(root, selection)
+    heal = heal and selection is not None  # safe has nothing to widen
+    if guard or heal:
+        watch.install(root, guard, heal)
 
 
 def _install_fast_ways(library: ModuleType, root: nn.Module, kv_cache: str) -> None:
@@ -340,27 +339,11 @@ def _widened(slot: Slot) -> Tensor:
     return nn.Parameter(wide, slot.tensor.requires_grad) if slot.is_parameter else wide
 
 
-def _replace(slot: Slot, new: Tensor, undo: Undo) -> None:
-    """Put ``new`` where the slot's tensor is; what users hung on a parameter goes with it."""
+def _places(slot: Slot, new: Tensor) -> Places:
+    """Return where ``new`` goes; what users hung on a parameter goes with it."""
     if slot.is_parameter:
         new.__dict__.update({key: value for key, value in vars(slot.tensor).items() if key not in OURS})
-    for module, name in slot.places:
-        undo.append((module, name, slot.tensor))
-        put(module, name, new)
-
-
-def _put_back(undo: Undo) -> None:
-    for module, name, original in reversed(undo):
-        put(module, name, original)
-
-
-def _clear(root: nn.Module) -> None:
-    watch.remove(root)
-    tracking.remove(root)
-    hooks.remove(root)
-    litgpt_fused.remove(root)
-    transformers_fused.remove(root)
-    root.__dict__.pop(RECORD, None)
+    return places(slot, new)
 
 
 def _restored(slot: Slot, record: Record) -> Tensor | None:

@@ -3,12 +3,12 @@
 It has no record of its own, but its weights know what they were.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from upcast import console, kernels, materialize
+from upcast import console, kernels, materialize, transaction
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.parts import parts_of, roots_of
@@ -42,13 +42,23 @@ def refuse(root: nn.Module) -> None:
         )
 
 
-def unpatch(model: object, clear: Callable[[nn.Module], None]) -> bool:
-    """Unpatch ``model`` if it is a piece, with ``clear`` for what its modules carry; return whether it is one."""
+def unpatch(model: object) -> bool:
+    """Unpatch ``model`` if it is a piece; return whether it is one.
+
+    What was cut short is done to its end: while a weight is left in float16, this does the rest.
+    """
     found = pieces_of(model)
     for root, weights in found.items():
         whole = _whole(weights)
-        _restore(weights)
-        clear(root)
+        wanted = [(weight, weight.store.before) for weight in weights.values()]
+        materialize.check(weights.values(), _UNPATCHED)
+        try:
+            transaction.remove(root)
+            _restore(wanted)
+        except BaseException:
+            transaction.remove(root)
+            _restore(wanted)
+            raise
         console.say(f"{type(root).__name__}, a piece of a patched {whole}, unpatched; the rest stays as it is")
     return bool(found)
 
@@ -62,12 +72,12 @@ def _whole(weights: dict[str, HalfWeight]) -> str:
     return next(iter(weights.values())).fallbacks.model
 
 
-def _restore(weights: dict[str, HalfWeight]) -> None:
-    """Make weights what they were before the patch. The objects stay the same: whoever shares one has it as well."""
-    for weight in weights.values():
-        dtype = weight.store.before
-        materialize.materialize(weight, _UNPATCHED)
-        if dtype != torch.float32:
+def _restore(wanted: Sequence[tuple[Tensor, torch.dtype]]) -> None:
+    """Give weights the dtypes from before the patch. The objects stay the same: whoever shares one has it as well."""
+    for weight, dtype in wanted:
+        if isinstance(weight, HalfWeight):
+            materialize.materialize(weight, _UNPATCHED)
+        if weight.dtype != dtype:
             weight.data = weight.data.to(dtype)
 
 

@@ -116,6 +116,18 @@ class Session(TorchFunctionMode):
         _local.session = self.before
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Return what ``function`` gives within the session, which an interruption of its end ends as well."""
+        before, depth = current(), torch._C._len_torch_function_stack()
+        try:
+            with self:
+                return function()
+        except BaseException:
+            while torch._C._len_torch_function_stack() > depth:
+                torch._C._pop_torch_function_stack()
+            _local.session = before
+            raise
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if _local.session is not self:  # a model inside this one has its own

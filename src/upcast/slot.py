@@ -24,7 +24,7 @@ class Slot:
         return self.is_parameter and self.tensor.is_floating_point() and self.tensor.dim() >= 2
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Put ``tensor`` in a place; recurrent layers list their weights twice more, once by weak references."""
     setattr(module, name, tensor)
     if isinstance(module, nn.RNNBase):

@@ -17,7 +17,7 @@ class Fallbacks:
         self.largest: dict[str, int] = {}
         self.dissolved: dict[str, tuple[int, int]] = {}  # reason -> how many weights, and their bytes in float32
         self.missed_gradient = False  # a backward pass went by weights that report that they require grad
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # what a signal calls may count as well
 
     def count(self, operation: str, elements: int) -> None:
         """Note one float32 copy of ``elements`` numbers made for ``operation``."""
@@ -62,7 +62,7 @@ def region_of(part: Tensor, whole: Tensor | None) -> Region | None:
     return Region(tuple(part.shape), part.stride(), int(part.storage_offset() - whole.storage_offset()))
 
 
-_changes = threading.Lock()  # two threads may find at once that a weight has to move
+_changes = threading.RLock()  # two threads may find at once that a weight has to move
 
 
 class Store:
@@ -119,9 +119,9 @@ class Store:
                 return False
             with torch.inference_mode(False), torch.no_grad():
                 self.wide = like(self.half, torch.float32)
-            self._leave()
+            Store.dissolved = True  # before it is true: an interruption comes between any two lines
             self.half = None
-        Store.dissolved = True
+            self._leave()
         return True
 
     def borrowing(self, memory: Tensor) -> "Store":
@@ -156,9 +156,9 @@ class Store:
         return borrowed
 
     def _leave(self) -> None:
-        if self.sharing is not None:
-            self.sharing[0] -= 1
-        self.sharing = None
+        sharing, self.sharing = self.sharing, None
+        if sharing is not None:
+            sharing[0] -= 1  # interrupted before, the others count one too many, and copy once in vain
 
 
 def uses(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from upcast import autocast
 from upcast.errors import UpcastError
-from upcast.forward import Forward
+from upcast.forward import Forward, give_back
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt_modules import Fused
 from upcast.policy import Policy, inside
@@ -64,9 +64,9 @@ class Tracked(Forward):
         if session is not None and session.owner is self.selection:
             return self._run(session, args, kwargs)
         args, kwargs = pytree.tree_map(_input, (args, kwargs))
+        session = Session(self.selection)
         try:
-            with Session(self.selection) as session:
-                return self._run(session, args, kwargs)
+            return session.run(lambda: self._run(session, args, kwargs))
         except RuntimeError as error:
             if autocast.active():
                 raise UpcastError(
@@ -110,9 +110,7 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         tracked = module.__dict__.get("forward")
         if isinstance(tracked, Tracked):
-            del module.__dict__["forward"]
-            if tracked.before is not None:
-                module.__dict__["forward"] = tracked.before
+            give_back(module, tracked.before)
         for tensor in _own(module):
             mark(tensor, None)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, RandomSampler
 
-from upcast import patching, tracking
+from upcast import patching, scopes, tracking
 from upcast.errors import UpcastError
 from upcast.findings import Findings, all_finite
 from upcast.half_weight import HalfWeight
@@ -165,15 +165,11 @@ class Trial:
     def run(self, policy: Policy, sample: Sample, observer: Observer | None = None, *, gradients: bool = False) -> Any:
         """Return the model's output under ``policy``."""
         tracking.change(self.root, self.selection, policy)
-        self.selection.observer = observer
         self.passes += 1
         if self._seed is not None:
             torch.set_rng_state(self._seed)
-        try:
-            with torch.set_grad_enabled(gradients), paused():
-                return self.module(*sample[0], **sample[1])
-        finally:
-            self.selection.observer = None
+        with scopes.attribute(self.selection, "observer", observer), torch.set_grad_enabled(gradients), paused():
+            return self.module(*sample[0], **sample[1])
 
     def reference(self, sample: Sample, observer: Observer | None = None) -> Any:
         """Return the model's output in float32; if that fails, it is not float16's fault: say so and stop.
@@ -234,18 +230,22 @@ def trial(model: object, *, training: bool = False) -> Iterator[Trial]:
         return
     record = patching.record_of(root)
     if record.selection is not None:
-        policy = record.selection.policy
+        selection, policy = record.selection, record.selection.policy
         try:
-            yield Trial(root, record.selection)
-        finally:
-            tracking.change(root, record.selection, policy)
+            yield Trial(root, selection)
+            tracking.change(root, selection, policy)
+        except BaseException:  # an interruption of the line above, too
+            tracking.change(root, selection, policy)
+            raise
         return
     selection = Selection(SAFE)
-    tracking.install(root, selection)
     try:
+        tracking.install(root, selection)
         yield Trial(root, selection)
-    finally:
         tracking.remove(root)
+    except BaseException:
+        tracking.remove(root)
+        raise
 
 
 def _refuse_training(root: nn.Module) -> None:

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import console
+from upcast import console, scopes
 from upcast.backward import Backward
 from upcast.errors import UpcastError
-from upcast.forward import Forward
+from upcast.forward import Forward, give_back
 from upcast.kernels import transforms
 from upcast.policy import Policy, show
 from upcast.tree import modules
@@ -36,11 +36,8 @@ _PLAIN = (bool, int, float, str, type, type(None), torch.dtype, torch.device)
 @contextmanager
 def paused() -> Iterator[None]:
     """Within the block, no model of this thread is watched."""
-    _local.paused = getattr(_local, "paused", 0) + 1
-    try:
+    with scopes.attribute(_local, "paused", getattr(_local, "paused", 0) + 1):
         yield
-    finally:
-        _local.paused -= 1
 
 
 class Watch(Forward):
@@ -72,20 +69,18 @@ class Watch(Forward):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if transforms.active() or getattr(_local, "paused", 0) > 0:
             return self._run(args, kwargs)
-        roots = _local.__dict__.setdefault("roots", [])
+        roots = getattr(_local, "roots", ())
         if any(root is self.root for root in roots):
             return self._run(args, kwargs)
-        roots.append(self.root)
-        try:
-            state = State(args, kwargs, self.module)
-            output = self._run(args, kwargs)
-            if not self._fine(output):
-                output = self._mend(output, state, args, kwargs)
-        finally:
-            roots.pop()
+        state = State(args, kwargs, self.module)
+        output = scopes.within(_local, "roots", (*roots, self.root), lambda: self._watched(state, args, kwargs))
         if self.guard and torch.is_grad_enabled():
             self.backward.follow(output, args, kwargs, state)
         return output
+
+    def _watched(self, state: "State", args: Any, kwargs: Any) -> Any:
+        output = self._run(args, kwargs)
+        return output if self._fine(output) else self._mend(output, state, args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
         if self.before is not None:
@@ -231,9 +226,7 @@ def remove(root: nn.Module) -> None:
     for module in modules(root):
         watch = module.__dict__.get("forward")
         if isinstance(watch, Watch) and watch.root is root:
-            del module.__dict__["forward"]
-            if watch.before is not None:
-                module.__dict__["forward"] = watch.before
+            give_back(module, watch.before)
 
 
 def unwatched(module: nn.Module) -> Any:

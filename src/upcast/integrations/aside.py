@@ -5,6 +5,7 @@ upcast were not there.
 """
 
 import contextlib
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -122,7 +123,8 @@ def undone_if_it_fails(root: nn.Module) -> Iterator[None]:
             for name, copied in copies.items():  # in place: hooks know these very dictionaries
                 attributes[name].clear()
                 attributes[name].update(copied)
-            state.clear()
+            for name in state.keys() - attributes.keys():  # a module is never without its attributes
+                del state[name]
             state.update(attributes)
         raise
 
@@ -136,4 +138,9 @@ def wrap(module: ModuleType, wrappers: Mapping[str, Callable[..., Any]]) -> None
     """Wrap the functions of these names in ``module``, all of them or, where one is missing, none."""
     found = [(*wrapt.resolve_path(module, name), wrapper) for name, wrapper in wrappers.items()]
     for parent, attribute, original, wrapper in found:
-        wrapt.apply_patch(parent, attribute, wrapt.FunctionWrapper(original, wrapper))
+        if not _wrapped_with(inspect.getattr_static(parent, attribute), wrapper):  # as far as an interrupted call came
+            wrapt.apply_patch(parent, attribute, wrapt.FunctionWrapper(original, wrapper))
+
+
+def _wrapped_with(function: Any, wrapper: Callable[..., Any]) -> bool:
+    return isinstance(function, wrapt.FunctionWrapper) and function._self_wrapper is wrapper

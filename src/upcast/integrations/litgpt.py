@@ -251,8 +251,9 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
         model.set_kv_cache(batch_size=1, max_seq_length=size, device=fabric.device)
         placed["fixed_kv_cache_size"] = fixed_kv_cache_size
     llm.preprocessor.device = fabric.device
-    for name, value in placed.items():
-        setattr(llm, name, value)
+    with aside.undone_if_it_fails(llm):
+        for name, value in placed.items():
+            setattr(llm, name, value)
 
 
 def load_by_environment(folder: Path) -> Any:

@@ -9,7 +9,6 @@ import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,9 +61,9 @@ def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _within(
-    block: Callable[[Any], AbstractContextManager[None]], original: Callable[..., Any], model_of: Callable[[Any], Any]
+    call: Callable[[Any, Callable[[], Any]], Any], original: Callable[..., Any], model_of: Callable[[Any], Any]
 ) -> Callable[..., Any]:
-    """Return ``original``, run within ``block(gpt)`` where its first argument's model is a fused GPT.
+    """Return ``original``, run by ``call(gpt, ...)`` where its first argument's model is a fused GPT.
 
     Where torch.compile traces it (LitGPT's ``--compile``), the fused forwards run as they are: they are faster than
     what would be compiled, and whether a value fits float16 is asked of numbers, which a graph does not have.
@@ -74,8 +73,7 @@ def _within(
     def run(gpt: nn.Module, compiling: bool, *args: Any, **kwargs: Any) -> Any:
         if compiling or own is not original:
             _say_once(gpt)
-        with block(gpt):
-            return own(*args, **kwargs)
+        return call(gpt, lambda: own(*args, **kwargs))
 
     eager: Callable[..., Any] = torch.compiler.disable(run)
 

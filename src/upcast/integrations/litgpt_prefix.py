@@ -7,12 +7,12 @@ prompt; within `keeping` they stay, and longer ones take over what they hold.
 
 import operator
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from upcast import scopes
 from upcast.forward import Forward
 from upcast.watch import unwatched
 
@@ -99,18 +99,13 @@ def forget(cache: Any) -> None:
     cache.__dict__.pop(_MARK, None)
 
 
-@contextmanager
-def keeping(gpt: nn.Module) -> Iterator[None]:
-    """Within the block, this thread gives up no cache of ``gpt``: it wants longer ones, or a new prompt."""
+def keeping(gpt: nn.Module, function: Callable[[], Any]) -> Any:
+    """Return what ``function`` gives; meanwhile this thread gives up no cache of ``gpt``.
+
+    It wants longer ones, or a new prompt.
+    """
     held = held_of(gpt)
-    before = getattr(_kept, "held", None)
-    _kept.held = held
-    try:
-        yield
-    finally:
-        _kept.held = before
-        if held is not None:
-            held.left = []
+    return scopes.within(held or Held(), "left", [], lambda: scopes.within(_kept, "held", held, function))
 
 
 def kept(held: Held | None) -> bool:

@@ -6,15 +6,14 @@ module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-lev
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upcast import autocast, kernels
+from upcast import autocast, kernels, scopes
 from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import Root, calls, originals
@@ -38,15 +37,9 @@ _AT_ONCE = 16  # positions of all rows that go through all blocks in one call
 _wanted = threading.local()  # .last: the GPT of which this thread needs the last position only
 
 
-@contextmanager
-def last_position(gpt: nn.Module) -> Iterator[None]:
-    """Within the block, this thread reads only the last position of ``gpt``'s logits."""
-    before = getattr(_wanted, "last", None)
-    _wanted.last = gpt
-    try:
-        yield
-    finally:
-        _wanted.last = before
+def last_position(gpt: nn.Module, function: Callable[[], Any]) -> Any:
+    """Return what ``function`` gives, of which this thread reads only the last position of ``gpt``'s logits."""
+    return scopes.within(_wanted, "last", gpt, function)
 
 
 def wants_last(gpt: nn.Module) -> bool:

@@ -7,15 +7,15 @@ else one rounded tensor at a time.
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, patching
+from upcast import checkpoint, config, patching, scopes
 from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
@@ -141,7 +141,7 @@ def current() -> Loading | None:
 
 def not_ours() -> AbstractContextManager[None]:
     """Within the block, what the library loads is its own."""
-    return _at_work(None)
+    return scopes.attribute(_local, "loading", None)
 
 
 def hook(load: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]) -> Callable[..., Any]:
@@ -187,21 +187,11 @@ def _loaded(loading: Loading, load: Callable[[], Any]) -> Any:
     One load at a time: while it builds a model, Transformers exchanges functions of torch and its own for all threads,
     and what another load finds and puts back may be the exchanged ones.
     """
-    with _turn, outside_inference_mode(), float32_by_default(), _at_work(loading):
+    with _turn, outside_inference_mode(), float32_by_default(), scopes.attribute(_local, "loading", loading):
         result = load()
         model = result[0] if isinstance(result, tuple) else result  # (model, info) with output_loading_info=True
         loading.adopt(model)
     return result
-
-
-@contextmanager
-def _at_work(loading: Loading | None) -> Iterator[None]:
-    before = current()
-    _local.loading = loading
-    try:
-        yield
-    finally:
-        _local.loading = before
 
 
 def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -228,15 +218,6 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
 
 
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
-
-
-@contextmanager
-def _requested(request: Loading) -> Iterator[None]:
-    _local.request = request
-    try:
-        yield
-    finally:
-        _local.request = None
 
 
 def from_pretrained(
@@ -282,7 +263,7 @@ def from_pretrained(
 
         _also_transformers()
     ours.install()
-    with _requested(Loading(kv_cache, policy, keep, trainable, strict=True)):
+    with scopes.attribute(_local, "request", Loading(kv_cache, policy, keep, trainable, strict=True)):
         result = model_class.from_pretrained(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if isinstance(model, nn.Module) and not any(isinstance(p, HalfWeight) for p in model.parameters()):

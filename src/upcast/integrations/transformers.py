@@ -10,15 +10,13 @@ import functools
 import inspect
 import json
 import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-import wrapt
 from torch import Tensor
 
 from upcast import checkpoint, huge_pages, overwriting
@@ -70,9 +68,7 @@ def install() -> None:
 def activate(module: ModuleType) -> None:
     """Make ``PreTrainedModel.from_pretrained`` of ``transformers.modeling_utils`` give patched models."""
     model_class: Any = module.PreTrainedModel
-    if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
-        return
-    wrappers = {"PreTrainedModel.from_pretrained": loading.hook(_load)}
+    wrappers = {"PreTrainedModel.from_pretrained": _from_pretrained}
     if _takes_arriving(model_class):
         wrappers["PreTrainedModel._load_pretrained_model"] = _load_pretrained_model
     if hasattr(model_class, "load_adapter"):
@@ -98,6 +94,9 @@ def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     if _takes_arriving(PreTrainedModel):
         return wrapped(*args, **{**options, "dtype": torch.float32})
     return wrapped(*args, **{**options, "torch_dtype": "auto"})
+
+
+_from_pretrained = loading.hook(_load)
 
 
 def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
@@ -130,7 +129,7 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
         )
         for name, tensor in tensors.items()
     }
-    with _ONE_BY_ONE if parts else nullcontext():
+    with _one_by_one() if parts else nullcontext():
         return wrapped(*call.args, **call.kwargs)
 
 
@@ -147,36 +146,30 @@ def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Any, kwargs: An
         return wrapped(*args, **kwargs)
 
 
-class _OneByOne:
-    """Has Transformers read parts when it needs them: its threads would hold all of them beside what they make.
+@contextmanager
+def _one_by_one() -> Iterator[None]:
+    """Have Transformers read parts when it needs them: its threads would hold all of them beside what they make.
 
-    It asks a variable of the environment, which is put back when the last of several loads at once has ended.
+    It asks a variable of the environment. One load of ours at a time (`loading`) sets it.
     """
+    before = os.environ.get(_NO_THREADS)
+    try:
+        os.environ[_NO_THREADS] = "1"
+        yield
+        _put_back(before)
+    except BaseException:
+        _put_back(before)
+        raise
 
-    def __init__(self) -> None:
-        self._lock, self._count = threading.Lock(), 0
-        self._before: str | None = None
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._count:
-                self._before = os.environ.get(_NO_THREADS)
-                os.environ[_NO_THREADS] = "1"
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._count -= 1
-            if self._count:
-                return
-            if self._before is None:
-                os.environ.pop(_NO_THREADS, None)
-            else:
-                os.environ[_NO_THREADS] = self._before
+def _put_back(variable: str | None) -> None:
+    if variable is None:
+        os.environ.pop(_NO_THREADS, None)
+    else:
+        os.environ[_NO_THREADS] = variable
 
 
 _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
-_ONE_BY_ONE = _OneByOne()
 
 
 def _check(settings: Any) -> None:

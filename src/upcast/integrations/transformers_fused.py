@@ -52,7 +52,8 @@ def remove(root: nn.Module) -> None:
 def _leave_caches_alone(module: nn.Module) -> None:
     for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:
         del module._forward_pre_hooks[key]
-        module._forward_pre_hooks_with_kwargs.pop(key, None)
+    for key in module._forward_pre_hooks_with_kwargs.keys() - module._forward_pre_hooks.keys():
+        del module._forward_pre_hooks_with_kwargs[key]
 
 
 def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

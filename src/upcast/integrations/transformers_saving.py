@@ -56,24 +56,32 @@ def _written_as(config: Any, dtype: str) -> Iterator[None]:
         with _naming(config, dtype):
             return config.save_pretrained(*args, **kwargs)
 
-    config.__dict__["save_pretrained"] = save_pretrained
     try:
+        config.__dict__["save_pretrained"] = save_pretrained
         yield
-    finally:
         config.__dict__.pop("save_pretrained", None)
+    except BaseException:
+        config.__dict__.pop("save_pretrained", None)
+        raise
 
 
 @contextmanager
 def _naming(config: Any, dtype: str) -> Iterator[None]:
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
     before = [(part, name, part.__dict__[name]) for part in parts if part is not None for name in _names(part)]
-    for part, name, _ in before:
-        part.__dict__[name] = dtype
     try:
+        for part, name, _ in before:
+            part.__dict__[name] = dtype
         yield
-    finally:
-        for part, name, value in before:
-            part.__dict__[name] = value
+        _name_again(before)
+    except BaseException:
+        _name_again(before)
+        raise
+
+
+def _name_again(before: list[tuple[Any, str, Any]]) -> None:
+    for part, name, value in before:
+        part.__dict__[name] = value
 
 
 def _names(config: Any) -> list[str]:
