@@ -55,17 +55,17 @@ def came(tmp_path_factory: pytest.TempPathFactory) -> Came:
     return ask
 
 
-@pytest.mark.parametrize(("form", "name"), rows(""), ids=": ".join)
+@pytest.mark.parametrize(("form", "name"), rows(""))
 def test_what_happens_to_the_file_does_not_reach_the_model(came: Came, form: str, name: str) -> None:
     assert came("")[f"{form}: {name}"] == " went well"
 
 
-@pytest.mark.parametrize(("form", "name"), rows("no lease"), ids=": ".join)
+@pytest.mark.parametrize(("form", "name"), rows("no lease"))
 def test_without_a_lease_this_process_copies_before_it_writes(came: Came, form: str, name: str) -> None:
     assert came("no lease")[f"{form}: {name}"] == " went well"
 
 
-@pytest.mark.parametrize(("form", "name"), rows("no list"), ids=": ".join)
+@pytest.mark.parametrize(("form", "name"), rows("no list"))
 def test_where_memory_cannot_be_exchanged_the_write_is_refused(came: Came, form: str, name: str) -> None:
     want = " went well" if name in IN_ONE_STEP else "nothing is written. Write to another name beside it"
     assert want in came("no list")[f"{form}: {name}"]
