@@ -77,7 +77,7 @@ def test_what_float16_does_not_hold_stays_as_the_model_made_it(capsys: pytest.Ca
     got, cache = by_hand(model, torch.no_grad)
     assert relative_error(got, want) < 1e-3
     assert [type(layer.keys).__name__ for layer in cache.layers] == ["HalfWeight", "Tensor"]
-    assert capsys.readouterr().err.count("a layer of the KV cache stays in float32") == 1
+    assert capsys.readouterr().err.count("the KV cache of layer 1 stays in float32") == 1
 
 
 def filled(model: Any, which: str = "growing") -> Any:
@@ -252,8 +252,8 @@ def test_caches_of_other_kinds_are_left_alone() -> None:
     model = upcast.patch(lively("grouped heads"))
     cache = transformers.DynamicCache(config=model.config)
     cache.offloading = True
-    upcast.integrations.transformers_cache.narrow(cache)
+    upcast.integrations.transformers_cache.narrow(cache, set())
     assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
     windows = transformers.StaticCache(config=lively("sliding windows").config, max_cache_len=8)
-    upcast.integrations.transformers_cache.narrow(windows)
+    upcast.integrations.transformers_cache.narrow(windows, set())
     assert {type(layer).__name__ for layer in windows.layers} == {"StaticSlidingWindowLayer"}

@@ -124,7 +124,7 @@ def test_a_value_beyond_float16_widens_one_layer(capsys: pytest.CaptureFixture[s
     got, cache = generated(model)
     assert relative_error(got, want) < 1e-3
     assert [type(layer.keys).__name__ for layer in cache.layers] == ["HalfWeight", "Tensor"]
-    assert capsys.readouterr().err.count("a layer of the KV cache goes to float32") == 1
+    assert capsys.readouterr().err.count("the KV cache of layer 1 goes to float32") == 1
 
 
 OPERATIONS: dict[str, Callable[[Any], object]] = {

@@ -186,7 +186,7 @@ def test_a_decoded_value_beyond_float16_widens_one_layer(capsys: pytest.CaptureF
     assert [type(layer.keys).__name__ for layer in cache.layers] == ["Tensor", "HalfWeight"]
     assert [layer.keys.shape[2] for layer in cache.layers] == [8, 8]
     assert calls(source) == [0, 1]
-    assert capsys.readouterr().err.count("a layer of the KV cache goes to float32") == 1
+    assert capsys.readouterr().err.count("the KV cache of layer 0 goes to float32") == 1
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

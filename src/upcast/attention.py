@@ -16,6 +16,13 @@ from upcast.kernels import transforms
 from upcast.ops import handles
 from upcast.widening import call_widened
 
+# The largest root mean square of one position's keys or values, over all heads, that is for float16. What rounding
+# changes in the scores grows with the keys; how much of it reaches the logits, with the share that values have in the
+# residual stream. Up to here logits differ by at most 1e-3, measured on models of random weights, which feel it most;
+# SmolLM2's largest are 3.5 and 3.6.
+KEY_LIMIT, VALUE_LIMIT = 4.0, 8.0
+WHY_FLOAT32 = "its keys or values are too large for float16's precision, or beyond 65504, where it ends"
+
 
 @handles(F.scaled_dot_product_attention)
 def _attention(

@@ -69,8 +69,9 @@ def patch(
         policy: which op classes run in float32: ``"safe"`` (all of them), ``"sensitive"``, ``"none"``, any other policy
             string, an `upcast.Policy`, what `upcast.search` returned, or the path of a saved one.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
-        kv_cache: what a LitGPT model's ``set_kv_cache`` makes unless it is given a dtype: ``"float16"`` (half the
-            bytes; a layer whose values do not fit goes to float32, and says so) or ``"float32"``. None: the policy's.
+        kv_cache: how keys and values are kept, by a LitGPT model unless ``set_kv_cache`` is given a dtype, and by
+            Transformers': ``"float16"`` (half the bytes; a layer whose keys or values are too large for it goes to
+            float32, and says so; now and then a sampled token differs) or ``"float32"``. None: the policy's.
         guard: raise an UpcastError that names the first module and operation when the result is not finite; in
             training also when the loss or a gradient is not, and with the step. The gradient of the result is held
             until the backward pass ends.

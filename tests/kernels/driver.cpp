@@ -137,8 +137,19 @@ void test_attention(int64_t group, int64_t time, int64_t start, int64_t width, i
     Buffer<uint16_t> cache(kv.size);
     fill(q), fill(kv);
     const Append append = {kv.data, heads * length * width, length * width, width, cache.data, heads * length * width,
-                           length * width, width, false, heads, length, 0, width};
-    if (LEVEL.overflows(append, 0, heads * length)) expect("overflow", 1, 0, heads, length, width);
+                           length * width, width, false, heads, length, 0, width, 0};
+    if (LEVEL.refuses(append, 0, length)) expect("overflow", 1, 0, heads, length, width);
+    double largest = 0; // of the positions' mean squares
+    for (int64_t t = 0; t < length; ++t) {
+        double squares = 0;
+        for (int64_t i = 0; i < heads * width; ++i) squares += pow(kv[i / width * length * width + t * width + i % width], 2);
+        largest = fmax(largest, squares / static_cast<double>(heads * width));
+    }
+    Append limited = append;
+    for (double factor : {0.99, 1.01}) {
+        limited.limit = static_cast<float>(sqrt(largest) * factor);
+        if (LEVEL.refuses(limited, 0, length) != (factor < 1)) expect("limit", 1, 0, heads, length, width);
+    }
     LEVEL.append(append, 0, heads * length);
     Attention a = {};
     a.queries = q.data, a.query_head = time * width, a.query_time = width, a.keys = a.values = cache.data;

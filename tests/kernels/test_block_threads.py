@@ -27,7 +27,7 @@ def arguments() -> tuple[Any, ...]:
     sizes = (native.WHOLE, HEADS, HEADS, HEAD, *kinds, HEAD**-0.5, 0.0, 0, 0, 0)
     matrices = (half(3 * WIDTH, WIDTH), *[None] * 5, half(WIDTH, WIDTH), None, half(HIDDEN, WIDTH), None)
     matrices += (half(HIDDEN, WIDTH), None, half(WIDTH, HIDDEN), None)
-    plan = (*sizes, *matrices, *norm, *norm, *no_norm, *no_norm, *no_norm, *no_norm)
+    plan = (*sizes, *matrices, *norm, *norm, *no_norm, *no_norm, *no_norm, *no_norm, 0.0, 0.0)
     x = torch.randn(1, TIME, WIDTH, generator=generator)
     return x, angles.cos(), angles.sin(), None, None, plan
 

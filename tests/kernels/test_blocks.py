@@ -66,19 +66,28 @@ def test_one_call_gives_what_many_give(count: int, batch: int, last: int | None,
     assert torch.equal(x, before)
 
 
+NARROW: dict[str, tuple[float, tuple[float, float]]] = {  # what scales the keys, and the limits of keys and values
+    "beyond float16": (1e6, (0.0, 0.0)),
+    "large keys": (10.0, (4.0, 0.0)),
+    "large values": (1.0, (0.0, 1e-3)),
+}
+
+
+@pytest.mark.parametrize("why", NARROW)
 @pytest.mark.parametrize("narrow", [0, 1, 2, 3])
-def test_a_cache_that_is_too_narrow_stops_them(narrow: int) -> None:
+def test_a_cache_that_is_too_narrow_stops_them(narrow: int, why: str) -> None:
     x, cos, sin = inputs(1)
     steps = stack(4, 1, torch.float16)
     place, keys, values, plan = steps[narrow]
     large = [*plan]
-    large[NORM_K : NORM_K + 5] = (torch.full((WIDTH,), 1e6), None, 1, 1e-5, 0.0)
+    scale, large[-2:] = NARROW[why]
+    large[NORM_K : NORM_K + 5] = (torch.full((WIDTH,), scale), None, 1, 1e-5, 0.0)
     steps[narrow] = (place, keys, values, tuple(large))
-    before = keys.clone()
+    before = values.clone() if why == "large values" else keys.clone()
     want = one_by_one(x, cos, sin, stack(4, 1, torch.float16)[:narrow])
     reached, done = call(x, cos, sin, steps)
     assert done == narrow
-    assert torch.equal(keys, before)
+    assert torch.equal(values if why == "large values" else keys, before)
     torch.testing.assert_close(reached, want, rtol=1e-4, atol=1e-4)
     steps[narrow] = (place, keys.float(), values.float(), tuple(large))
     _, rest = call(reached, cos, sin, steps[narrow:])

@@ -190,6 +190,26 @@ def test_kv_append_saturation(isa: str, value: float, fits: bool, place: int) ->
         assert torch.equal(cache.nan_to_num(1.0, 2.0, 3.0), expected.nan_to_num(1.0, 2.0, 3.0))
 
 
+@pytest.mark.parametrize("layout", ["heads first", "positions first"])
+@pytest.mark.parametrize(("size", "fits"), [(3.99, True), (4.01, False), (9000.0, False), (float("nan"), True)])
+def test_kv_append_within_a_limit(isa: str, size: float, fits: bool, layout: str) -> None:
+    for batch, heads, time, width in [(1, 1, 1, 64), (2, 3, 7, 33), (1, 9, 700, 5)]:
+        for at in (0, time - 1):
+            new = torch.randn(batch, time, heads, width).clamp(-2, 2).transpose(1, 2)
+            row = torch.randn(heads, width)
+            new[-1, :, at] = row * (size / row.square().mean().sqrt())
+            new = new.contiguous() if layout == "heads first" else new
+            for dtype in (torch.float16, torch.float32):
+                cache = torch.zeros(batch, heads, time + 3, width, dtype=dtype)
+                expected = cache.clone()
+                taken = fits or dtype == torch.float32
+                assert reference.kv_append(expected, new, 2, 4.0) is taken
+                assert native.kv_append(cache, new, 2, 4.0) is taken
+                assert torch.equal(cache.nan_to_num(9.0), expected.nan_to_num(9.0))
+                assert bool(cache.any()) is taken
+                assert native.kv_append(cache, new, 2)
+
+
 def test_every_float_is_rounded_to_half_as_torch_does(isa: str) -> None:
     bits = torch.randint(-(2**31), 2**31 - 1, (1, 1, 1000, 77), dtype=torch.int64).to(torch.int32)
     new = bits.view(torch.float32).clone()

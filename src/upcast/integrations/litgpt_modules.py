@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from upcast import autocast, console, kernels, selective
+from upcast.attention import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
 from upcast.forward import Forward
 from upcast.genuine import Root, bound, calls, forwards, observed, originals
 from upcast.integrations.litgpt_positions import Place, first_of_run, is_causal, positions
 from upcast.integrations.litgpt_prefix import CacheReset, forget
-from upcast.kernels import transforms
+from upcast.kernels import reference, transforms
 
 SCORES = "scaled_dot_product_attention"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -184,7 +185,7 @@ class CacheBuilder(Fused):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> Any:
-        """Return a KVCache as LitGPT does; one in float16 keeps its dtype until a value does not fit."""
+        """Return a KVCache as LitGPT does; one in float16 keeps its dtype until keys or values do not fit."""
         attn = self.module
         cache = type(attn).build_kv_cache(
             attn, batch_size, max_seq_length, rope_cache_length, device, self.dtype if dtype is None else dtype
@@ -200,10 +201,7 @@ class CacheBuilder(Fused):
         """Turn ``cache`` to float32, and have all later ones of this layer made so."""
         cache.k, cache.v = cache.k.float(), cache.v.float()
         self.dtype = torch.float32
-        console.say(
-            f"the KV cache of layer {self.module.block_idx} goes to float32: it met a value beyond 65504, where "
-            "float16 ends"
-        )
+        console.say(f"the KV cache of layer {self.module.block_idx} goes to float32: {WHY_FLOAT32}")
 
 
 class FusedCache(Fused):
@@ -228,7 +226,7 @@ class FusedCache(Fused):
         cache = self.module
         if cache.k.dtype == torch.float16 and k.dtype == torch.float32 and not autocast.enabled():
             keys, values = k.half(), v.half()
-            if not _overflowed(k, keys) and not _overflowed(v, values):
+            if not _refused(k, keys, KEY_LIMIT) and not _refused(v, values, VALUE_LIMIT):
                 all_keys, all_values = self.unfused(input_pos, keys, values)
                 return all_keys.float(), all_values.float()
             self.builder.widen(cache)
@@ -249,8 +247,8 @@ def _attention_roots(attention: type) -> list[Root]:
     return [*forwards(attention), *calls(KVCache)]
 
 
-def _overflowed(wide: Tensor, half: Tensor) -> bool:
-    return bool((half.isinf() & wide.isfinite()).any())
+def _refused(wide: Tensor, half: Tensor, limit: float) -> bool:
+    return bool((half.isinf() & wide.isfinite()).any()) or reference.beyond(wide, limit)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -371,10 +369,10 @@ class FusedAttention(Fused):
 
     @staticmethod
     def _appended(cache: Any, batch: int, k: Tensor, v: Tensor, at: int) -> bool:
-        """Write k and v; False if a value does not fit, and is to be written again."""
+        """Write k and v; False if they do not fit, and are to be written again."""
         forget(cache)
         append = kernels.active().kv_append
-        return bool(append(cache.k[:batch], k, at) and append(cache.v[:batch], v, at))
+        return bool(append(cache.k[:batch], k, at, KEY_LIMIT) and append(cache.v[:batch], v, at, VALUE_LIMIT))
 
 
 def plain_cache(cache: Any, config: Any) -> bool:

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from upcast.attention import KEY_LIMIT, VALUE_LIMIT
 from upcast.integrations.litgpt_divided import DividedBlock
 from upcast.integrations.litgpt_modules import (
     SCORES,
@@ -48,7 +49,7 @@ class Step:
         return positions(self.size, self.ring, self.capped, start, time, maxp1)
 
     def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
-        """Return the block's output for x (B, T, C), widening its cache if a value asks for it.
+        """Return the block's output for x (B, T, C), widening its cache if keys or values ask for it.
 
         With ``last``, of so many last positions at least.
         """
@@ -120,7 +121,7 @@ def step_of(block: Any, index: int) -> Step | None:
     sizes = (config.n_head, config.n_query_groups, config.head_size, config.norm_qk_type == "default")
     kinds = (config.parallel_residual, config.shared_attention_norm, native.ACTIVATIONS[mlp[0]])
     scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
-    rest = tuple(item for group in (*matrices, *norms) if group for item in group)
+    rest = tuple(item for group in (*matrices, *norms, (KEY_LIMIT, VALUE_LIMIT)) if group for item in group)
     rope = None if config.rope_indices is None else config.rope_indices[index]
     step = (attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
     return DividedStep(divided, *step) if divided else Step(*step)

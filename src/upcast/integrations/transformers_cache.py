@@ -2,9 +2,10 @@
 
 ``generate`` makes its cache itself, so the layers of a cache change their class on the way into a patched model. They
 store float16 and hand out `HalfWeight`: float32 to the model's code, float16 to the attention kernel. A prompt's first
-attention sees its own float32 keys and values. A layer that meets a value beyond 65504, or anything else that a twin
-does not cover, becomes Transformers' own layer again. A model that is given no cache makes one of its own, in float32;
-it is narrowed when it comes back with the next token. Pickled, a twin is Transformers' own layer with float32 tensors.
+attention sees its own float32 keys and values. A layer that meets keys or values that are not for float16, or anything
+else that a twin does not cover, becomes Transformers' own layer again; so are those that take its place in later caches
+of the model. A model that is given no cache makes one of its own, in float32; it is narrowed when it comes back with
+the next token. Pickled, a twin is Transformers' own layer with float32 tensors.
 """
 
 import copy
@@ -19,15 +20,18 @@ import torch
 from torch import Tensor
 
 from upcast import autocast, console, kernels
+from upcast.attention import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
 from upcast.genuine import Root, is_own, originals
 from upcast.half_weight import HalfWeight
-from upcast.kernels import transforms
+from upcast.kernels import reference, transforms
 from upcast.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
 _handed_out = Fallbacks("a KV cache")  # what is widened of a cache are rows in use, not weights: counted apart
-_wide: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
-_WHY = "it met a value beyond 65504, where float16 ends"
+_beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
+Place = tuple[str, int]  # what the cache is of, "" or "cross-attention", and the layer's index
+# What a twin's model knows of its caches: the places that are not for float16, and where the twin is.
+_homes: weakref.WeakKeyDictionary[Any, tuple[set[Place], Place]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
@@ -62,26 +66,28 @@ def _kind_of_twins(kind: type) -> Any:
     return twin
 
 
-def narrow(cache: Any, compiled: bool = False) -> None:
+def narrow(cache: Any, wide: set[Place], part: str = "", *, compiled: bool = False) -> None:
     """Turn the layers of a cache to their float16 twins, with what they hold; other layers and caches stay.
 
-    ``compiled``: the model's call is compiled. Then static layers stay too: torch.compile takes their tensors as they
-    are, and cannot follow the question whether new rows fit.
+    Those at the places ``wide`` stay too, and twins that cannot go on add theirs. ``compiled``: the model's call is
+    compiled. Then static layers stay too: torch.compile takes their tensors as they are, and cannot follow the question
+    whether new rows fit.
     """
-    for part in (getattr(cache, "self_attention_cache", None), getattr(cache, "cross_attention_cache", None)):
-        if part is not None:
-            narrow(part, compiled)
+    for name, inner in (("", "self_attention_cache"), ("cross-attention", "cross_attention_cache")):
+        if getattr(cache, inner, None) is not None:
+            narrow(getattr(cache, inner), wide, name, compiled=compiled)
     if getattr(cache, "offloading", True) or not twins():  # an offloading cache moves its tensors itself
         return
     if not is_own(type(cache), type(cache).__name__, "transformers"):  # a cache of the user's may do anything
         return
-    for layer in cache.layers:
+    for index, layer in enumerate(cache.layers):
         kind: type = type(layer)
         twin = twins().get(kind)
         if compiled and not hasattr(layer, "crop"):
-            _wide.add(layer)  # the models inside of this one are asked too
-        if twin is None or layer in _wide or not originals(_roots, kind).intact():
+            _beyond.add(layer)  # the models inside of this one are asked too
+        if twin is None or layer in _beyond or (part, index) in wide or not originals(_roots, kind).intact():
             continue
+        _homes[layer] = wide, (part, index)
         if not layer.is_initialized:
             layer.__class__ = twin
         elif hasattr(layer, "crop"):  # static ones have their addresses
@@ -99,10 +105,9 @@ def _adopt(layer: Any, twin: type) -> None:
     held = layer.keys, layer.values
     if not all(_storable(states) and not states.requires_grad for states in held):
         return
-    keys, values = map(_half, held)
+    keys, values = _half(layer.keys, KEY_LIMIT), _half(layer.values, VALUE_LIMIT)
     if keys is None or values is None:
-        _wide.add(layer)
-        console.say(f"a layer of the KV cache stays in float32: {_WHY}")
+        _keep_wide(layer, "stays in")
         return
     layer.__class__ = twin
     layer.keys, layer.values = _out(keys), _out(values)
@@ -129,20 +134,20 @@ class _Twin:
         """Store (B, H, T, D) keys and values in float16 and return all rows."""
         own = torch.compiler.is_compiling() or originals(_roots, self.original).intact()
         if not own or not all(map(_storable, (key_states, value_states))) or not self._holds_halves():
-            return self._give_up(key_states, value_states, cache_kwargs, "")
+            return self._give_up(key_states, value_states, cache_kwargs)
         stored = self._store(key_states, value_states, cache_kwargs)
         if stored is None:
-            _wide.add(self)
-            return self._give_up(key_states, value_states, cache_kwargs, _WHY)
+            _keep_wide(self, "goes to")
+            return self._give_up(key_states, value_states, cache_kwargs)
         return stored
 
     def _holds_halves(self) -> bool:
         """Whether keys and values are float16, or now are: someone may have assigned others that float16 holds."""
-        for name in ("keys", "values"):
+        for name, limit in (("keys", KEY_LIMIT), ("values", VALUE_LIMIT)):
             held = self.__dict__.get(name)
             if held is None or isinstance(held, HalfWeight) or not held.numel():
                 continue
-            half = _half(held) if _storable(held) and not held.requires_grad else None
+            half = _half(held, limit) if _storable(held) and not held.requires_grad else None
             if half is None:
                 return False
             setattr(self, name, _out(half))
@@ -184,7 +189,7 @@ class _Twin:
         plain = {name: value.widened() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
         return copyreg._reconstructor, (self.original, object, None), plain  # type: ignore[attr-defined]
 
-    def _give_up(self, keys: Tensor, values: Tensor, settings: Any, why: str) -> tuple[Tensor, Tensor]:
+    def _give_up(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
         original = self.original
         if not torch.compiler.is_compiling():  # which cannot follow this: the twin then does what its original does
@@ -194,8 +199,6 @@ class _Twin:
             held = getattr(self, name, None)
             if isinstance(held, HalfWeight):
                 setattr(self, name, held.stored if self.dtype == torch.float16 else held.widened())
-        if why:
-            console.say(f"a layer of the KV cache goes to float32: {why}")
         full: tuple[Tensor, Tensor] = original.update(self, keys, values, settings)
         return full
 
@@ -207,10 +210,22 @@ def _storable(states: Tensor) -> bool:
     return plain and not (torch.is_grad_enabled() and states.requires_grad)
 
 
-def _half(states: Tensor) -> Tensor | None:
-    """Return ``states`` in float16, or None if a finite value does not fit."""
+def _half(states: Tensor, limit: float) -> Tensor | None:
+    """Return ``states`` in float16, or None if a finite value does not fit, or a position is beyond the limit."""
     half = states.half()
-    return None if bool((half.isinf() & states.isfinite()).any()) else half
+    return None if bool((half.isinf() & states.isfinite()).any()) or reference.beyond(states, limit) else half
+
+
+def _keep_wide(layer: Any, how: str) -> None:
+    """Have the layer, and what takes its place in later caches of its model, be float32; the first time say so."""
+    _beyond.add(layer)
+    wide, place = _homes.get(layer, (set(), ("", -1)))  # a cache made without a config adds its layers itself
+    if place in wide:
+        return
+    wide.add(place)
+    part, index = place
+    which = "a layer" if index < 0 else f"layer {index}{part and f' ({part})'}"
+    console.say(f"the KV cache of {which} {how} float32: {WHY_FLOAT32}")
 
 
 def _out(stored: Tensor) -> HalfWeight:
@@ -267,8 +282,8 @@ class _Growing(_Twin):
         before: int = self.get_seq_length()  # type: ignore[attr-defined]
         after = before + keys.shape[2]
         buffers = self._room(keys, values, before, after)
-        for buffer, new in ((buffers.keys, keys), (buffers.values, values)):
-            if not kernels.active().kv_append(buffer, new, before):
+        for buffer, new, limit in ((buffers.keys, keys, KEY_LIMIT), (buffers.values, values, VALUE_LIMIT)):
+            if not kernels.active().kv_append(buffer, new, before, limit):
                 return None
         self.advance(after)
         self.dtype, self.device, self.is_initialized = torch.float32, keys.device, True
@@ -312,7 +327,7 @@ class _Sliding(_Twin):
     """DynamicSlidingWindowLayer: the window is kept in float16; its rows are returned in float32, with the new ones."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
-        if _half(keys) is None or _half(values) is None:
+        if _half(keys, KEY_LIMIT) is None or _half(values, VALUE_LIMIT) is None:
             return None
         full: tuple[Tensor, Tensor] = self.original.update(self, keys, values, settings)
         self.keys, self.values = _out(self.keys.half()), _out(self.values.half())
@@ -323,7 +338,7 @@ class _Static(_Twin):
     """StaticLayer: allocated once in float16."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
-        halves = _half(keys), _half(values)
+        halves = _half(keys, KEY_LIMIT), _half(values, VALUE_LIMIT)
         if halves[0] is None or halves[1] is None:
             return None
         if not self.is_initialized:

@@ -16,7 +16,7 @@ from torch import nn
 
 from upcast import autocast
 from upcast.integrations import aside, transformers_saving
-from upcast.integrations.transformers_cache import narrow
+from upcast.integrations.transformers_cache import Place, narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
 from upcast.integrations.transformers_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
 from upcast.kernels import transforms
@@ -29,6 +29,7 @@ def install(root: nn.Module, kv_cache: str) -> None:
     if library is None:  # then no module of ``root`` can be of Transformers
         return
     transformers_saving.install(library)
+    hook = _Narrow()
     for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
         for module in modules(model):
             if "forward" not in module.__dict__:
@@ -36,8 +37,8 @@ def install(root: nn.Module, kv_cache: str) -> None:
         for layer in modules(model):  # once what is inside is known
             if "forward" not in layer.__dict__ and _is_layer(layer):
                 layer.__dict__["forward"] = FusedDecoderLayer(layer)
-        if kv_cache == "float16" and not any(hook is _narrow for hook in model._forward_pre_hooks.values()):
-            model.register_forward_pre_hook(_narrow, with_kwargs=True)
+        if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
+            model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def remove(root: nn.Module) -> None:
@@ -50,21 +51,31 @@ def remove(root: nn.Module) -> None:
 
 
 def _leave_caches_alone(module: nn.Module) -> None:
-    for key in [key for key, hook in module._forward_pre_hooks.items() if hook is _narrow]:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if _is_ours(hook)]:
         del module._forward_pre_hooks[key]
     for key in module._forward_pre_hooks_with_kwargs.keys() - module._forward_pre_hooks.keys():
         del module._forward_pre_hooks_with_kwargs[key]
 
 
-def _narrow(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-    cache = kwargs.get("past_key_values")
-    if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
-        return
-    try:
-        narrow(cache, _is_compiled(model))
-    except Exception as error:  # each layer is Transformers' own or ours, and works as it is
-        _leave_caches_alone(model)
-        aside.say_once(f"the KV cache stays in float32: {aside.describe(error)}")
+class _Narrow:
+    """What the models within one patched root call before they run; ``wide`` is what `narrow` leaves in float32."""
+
+    def __init__(self) -> None:
+        self.wide: set[Place] = set()
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
+            return
+        try:
+            narrow(cache, self.wide, compiled=_is_compiled(model))
+        except Exception as error:  # each layer is Transformers' own or ours, and works as it is
+            _leave_caches_alone(model)
+            aside.say_once(f"the KV cache stays in float32: {aside.describe(error)}")
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, _Narrow)
 
 
 def _is_compiled(model: nn.Module) -> bool:

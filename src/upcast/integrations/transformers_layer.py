@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import autocast, kernels
+from upcast.attention import KEY_LIMIT, VALUE_LIMIT
 from upcast.errors import UpcastError
 from upcast.genuine import Originals, Root, calls, originals
 from upcast.integrations.litgpt_modules import Fused, float32, fuses
@@ -141,7 +142,7 @@ def _plan(layer: Any) -> tuple[Any, ...] | None:
         return None
     heads, groups = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
     sizes = (heads, groups, attn.head_dim, "q_norm" in attn._modules, False, False)
-    rest = [item for group in (*matrices, *norms) if group for item in group]
+    rest = [item for group in (*matrices, *norms, (KEY_LIMIT, VALUE_LIMIT)) if group for item in group]
     return (*sizes, native.ACTIVATIONS[gated.activation], attn.scaling, 0.0, 0), tuple(rest)
 
 

@@ -269,13 +269,13 @@ def attention(
     return out.transpose(1, 2)
 
 
-def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
+def kv_append(cache: Tensor, new: Tensor, start: int, limit: float = 0.0) -> bool:
     """Write new (B, Hkv, T, D) float32 to positions start .. start + T - 1 of cache (B, Hkv, S, D).
 
     The cache is float16 or float32. False, and the cache unchanged, if a finite value would become
-    infinite in float16.
+    infinite in float16, or if a position's root mean square over all heads is beyond ``limit`` (0: any may be).
     """
-    written: bool = _native.kv_append(_describe(cache), _describe(_heads(new)), start, _threads())
+    written: bool = _native.kv_append(_describe(cache), _describe(_heads(new)), start, limit, _threads())
     return written
 
 
@@ -292,10 +292,10 @@ def block(
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
     x: (B, T, C) float32, contiguous. cos, sin: ([B,] T, n) float32. keys, values: the cache (B, Hkv, S, D), both
-    float16 or both float32, or None. plan: part, sizes, matrices and norms in the order that `py_block` lists; any part
-    but WHOLE gives a branch alone, without residual. last: of how many last positions a whole block gives the output,
-    while the cache gets all. Returns (B, last or T, C) float32, or None if a finite value would become infinite in the
-    float16 cache; nothing else was written then.
+    float16 or both float32, or None. plan: part, sizes, matrices, norms, limits of keys and values, in the order that
+    `py_block` lists; any part but WHOLE gives a branch alone, without residual. last: of how many last positions a
+    whole block gives the output, while the cache gets all. Returns (B, last or T, C) float32, or None where `kv_append`
+    would refuse the keys or the values; nothing but the cache was written then.
     """
     shape = x.shape if last is None else (x.shape[0], last, x.shape[2])
     out = _empty(*shape, dtype=_float32, device=_CPU)
@@ -314,8 +314,8 @@ def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None 
 
     x: (B, T, C) float32, contiguous. places: (start, write, cos, sin) each. blocks: (index of its place, keys or None,
     values or None, a plan without start and write) each. last: of how many last positions the last block gives the
-    output. Returns (output, number of blocks done). Fewer than there are, if a value of the next one would become
-    infinite in its float16 cache; the output is then what that one takes.
+    output. Returns (output, number of blocks done). Fewer than there are, if `kv_append` would refuse keys or values of
+    the next one; the output is then what that one takes.
     """
     odd, even = _empty(x.shape, dtype=_float32, device=_CPU), _empty(x.shape, dtype=_float32, device=_CPU)
     out = odd if len(blocks) % 2 else even  # what the one before does not write to

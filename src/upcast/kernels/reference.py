@@ -82,10 +82,21 @@ def attention(
     return torch.softmax(scores, dim=-1) @ values
 
 
-def kv_append(cache: Tensor, new: Tensor, start: int) -> bool:
-    """Write new (B, Hkv, T, D) into cache at start, unless a finite value would become infinite there."""
+def beyond(new: Tensor, limit: float) -> bool:
+    """Whether a position of new (B, H, T, D) has a finite root mean square over all heads of more than ``limit``."""
+    squares = new.square().mean(dim=(1, 3))
+    return bool(((squares > limit * limit) & squares.isfinite()).any())
+
+
+def kv_append(cache: Tensor, new: Tensor, start: int, limit: float = 0.0) -> bool:
+    """Write new (B, Hkv, T, D) into cache at start, unless a finite value would become infinite there.
+
+    Nor if, in float16, a position is beyond ``limit``.
+    """
     stored = new.to(cache.dtype)
     if bool((stored.isinf() & new.isfinite()).any()):
+        return False
+    if limit > 0 and cache.dtype == torch.float16 and beyond(new, limit):
         return False
     cache[:, :, start : start + new.shape[2]] = stored
     return True

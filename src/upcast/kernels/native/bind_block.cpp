@@ -182,7 +182,9 @@ bool read_norms(Arguments &args, Block &b) {
            args.norm(b.post_mlp, b.width) && args.norm(b.norm_q, query) && args.norm(b.norm_k, key) && check_part(b);
 }
 
-constexpr Py_ssize_t SIZES = 11, MATRICES = 14, NORMS = 30; // items of a plan
+bool read_limits(Arguments &args, Block &b) { return args.number(b.key_limit) && args.number(b.value_limit); }
+
+constexpr Py_ssize_t SIZES = 11, MATRICES = 14, NORMS = 30, LIMITS = 2; // items of a plan
 
 // The items of a tuple of `count`; they live as long as it does.
 bool read_items(PyObject *tuple, PyObject **items, Py_ssize_t count) {
@@ -194,8 +196,8 @@ bool read_items(PyObject *tuple, PyObject **items, Py_ssize_t count) {
 
 // A place: (start, write, cos, sin). A block: (index of its place, keys | None, values | None, plan without a position).
 bool read_block(PyObject *places, PyObject *tuple, Block &block) {
-    PyObject *items[3 + SIZES + MATRICES + NORMS], *place[4];
-    if (!read_items(tuple, items, 3 + SIZES + MATRICES + NORMS)) return false;
+    PyObject *items[3 + SIZES + MATRICES + NORMS + LIMITS], *place[4];
+    if (!read_items(tuple, items, 3 + SIZES + MATRICES + NORMS + LIMITS)) return false;
     Arguments each(items);
     int64_t index;
     Tensor cosine("cos"), sine("sin"), keys("keys"), values("values");
@@ -205,7 +207,7 @@ bool read_block(PyObject *places, PyObject *tuple, Block &block) {
     Arguments at(place);
     if (!read_position(at, block) || !at.tensor(cosine) || !at.tensor(sine)) return false;
     return read_sizes(each, block) && read_matrices(each, block) && read_norms(each, block) &&
-           check_angles(cosine, sine, block) && check_caches(keys, values, block);
+           read_limits(each, block) && check_angles(cosine, sine, block) && check_caches(keys, values, block);
 }
 
 class Blocks {
@@ -221,9 +223,9 @@ class Blocks {
 
 // block(out, x, cos, sin, keys | None, values | None, threads, part, heads, groups, head width, norm heads, parallel,
 //       shared, activation, scale, softcap, window, start, write, 7 matrices (weight, bias), 6 norms (weight, bias, kind,
-//       eps, offset)) -> 0 done, 1 a value does not fit the float16 cache
+//       eps, offset), limits of keys and values) -> 0 done, 1 the float16 cache does not take them
 PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!take_count("block", count, 9 + SIZES + MATRICES + NORMS)) return nullptr;
+    if (!take_count("block", count, 9 + SIZES + MATRICES + NORMS + LIMITS)) return nullptr;
     Arguments each(args);
     Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");
     Block block = {};
@@ -231,8 +233,8 @@ PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!each.tensor(out) || !each.tensor(x) || !each.tensor(cosine) || !each.tensor(sine)) return nullptr;
     if (!each.tensor(keys, true) || !each.tensor(values, true) || !each.threads(threads)) return nullptr;
     if (!check_activations(out, x, block) || !read_sizes(each, block) || !read_position(each, block)) return nullptr;
-    if (!read_matrices(each, block) || !read_norms(each, block) || !check_angles(cosine, sine, block)) return nullptr;
-    if (!check_caches(keys, values, block)) return nullptr;
+    if (!read_matrices(each, block) || !read_norms(each, block) || !read_limits(each, block)) return nullptr;
+    if (!check_angles(cosine, sine, block) || !check_caches(keys, values, block)) return nullptr;
     const Level &level = current_level();
     BlockOutcome outcome;
     {
@@ -243,8 +245,8 @@ PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return PyLong_FromLong(outcome == BlockOutcome::overflow);
 }
 
-// blocks(out, x, odd, even, threads, places, blocks) -> how many were done; the next one, if there is one, has a value
-// that does not fit its float16 cache. The blocks but the last one write to `odd` and `even` in turn.
+// blocks(out, x, odd, even, threads, places, blocks) -> how many were done; the next one, if there is one, has keys or
+// values that its float16 cache does not take. The blocks but the last one write to `odd` and `even` in turn.
 PyObject *py_blocks(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!take_count("blocks", count, 7)) return nullptr;
     Arguments each(args);

@@ -190,13 +190,14 @@ PyObject *py_rope(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return finish(Outcome::done);
 }
 
-// kv_append(cache, new, start, threads) -> bool
+// kv_append(cache, new, start, limit, threads) -> bool; limit 0 for none
 PyObject *py_kv_append(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Tensor cache("cache"), added("new");
     Append call = {};
     int threads;
-    if (!take_count("kv_append", count, 4) || !read_tensor(args[0], cache) || !read_tensor(args[1], added)) return nullptr;
-    if (!read_integer(args[2], call.start) || !read_threads(args[3], threads)) return nullptr;
+    if (!take_count("kv_append", count, 5) || !read_tensor(args[0], cache) || !read_tensor(args[1], added)) return nullptr;
+    if (!read_integer(args[2], call.start) || !read_float(args[3], call.limit)) return nullptr;
+    if (!read_threads(args[4], threads)) return nullptr;
     if (!require_type(added, Type::float32) || !check_heads(added) || !check_cache(cache)) return nullptr;
     if (cache.shape[0] != added.shape[0] || cache.shape[1] != added.shape[1] || cache.shape[3] != added.shape[3]) {
         refuse("new does not fit the cache; they must be (B, Hkv, T, D) and (B, Hkv, S, D). Check the shapes.");

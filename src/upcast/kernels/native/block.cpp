@@ -187,10 +187,10 @@ class Run {
     bool append() {
         const int64_t heads = rows() * b_.groups, head = b_.time * b_.head_width;
         const Append keys = {own_.keys, b_.groups * head, head, b_.head_width, b_.keys, b_.key_batch, b_.key_head,
-                             b_.key_stride, b_.wide, b_.groups, b_.time, b_.write, b_.head_width};
+                             b_.key_stride, b_.wide, b_.groups, b_.time, b_.write, b_.head_width, b_.key_limit};
         const Append values = {new_values(), b_.time * qkv_width(), b_.head_width, qkv_width(), b_.values,
                                b_.value_batch, b_.value_head, b_.value_stride, b_.wide, b_.groups, b_.time, b_.write,
-                               b_.head_width};
+                               b_.head_width, b_.value_limit};
         return launch_append(level_, keys, heads, threads_) && launch_append(level_, values, heads, threads_);
     }
 

@@ -46,12 +46,13 @@ struct Block {
     void *keys, *values;
     int64_t key_batch, key_head, key_stride, value_batch, value_head, value_stride;
     bool wide; // the cache is float32, otherwise float16
+    float key_limit, value_limit; // the limits of Append
     int64_t start, write; // the position of the first query, and where the cache takes it
     float scale, softcap;
     int64_t window;
 };
 
-// overflow: a finite value would become infinite in the float16 cache; nothing but the cache was written.
+// overflow: the float16 cache does not take keys or values; nothing but the cache was written.
 enum class BlockOutcome { done, no_memory, overflow };
 
 BlockOutcome launch_block(const Level &level, const Block &block, int threads);

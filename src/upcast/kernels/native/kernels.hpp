@@ -93,6 +93,7 @@ struct Append {
     int64_t to_batch, to_head, to_time;
     bool wide; // the cache is float32, otherwise float16
     int64_t heads, time, start, width;
+    float limit; // the largest root mean square of a position that a float16 cache takes, over all heads; 0 for any
 
     UPCAST_ALWAYS_INLINE const float *from_row(int64_t row) const {
         return from + row / time / heads * from_batch + row / time % heads * from_head + row % time * from_time;
@@ -151,7 +152,7 @@ struct Level {
     void (*norm)(const Norm &, int64_t begin, int64_t end);
     void (*gated)(const Gated &, int64_t begin, int64_t end);
     void (*rope)(const Rope &, int64_t begin, int64_t end);
-    bool (*overflows)(const Append &, int64_t begin, int64_t end);
+    bool (*refuses)(const Append &, int64_t begin, int64_t end); // for positions of all batch entries
     void (*append)(const Append &, int64_t begin, int64_t end);
     AttentionPlan (*plan_attention)(const Attention &, int threads);
     void (*attention)(const Attention &, const AttentionPlan &, float *scratch, float *partials, int unit);

@@ -68,18 +68,18 @@ void launch_range(void (*kernel)(const Args &, int64_t, int64_t), const Args &ar
     parallel(call.tasks, range_task<Args>, &call);
 }
 
-struct OverflowCall {
+struct RefuseCall {
     const Level &level;
     const Append &args;
-    int64_t rows;
+    int64_t positions;
     int tasks;
     bool found;
 };
 
-void overflow_task(void *context, int index) {
-    OverflowCall &call = *static_cast<OverflowCall *>(context);
-    const int64_t begin = call.rows * index / call.tasks, end = call.rows * (index + 1) / call.tasks;
-    if (call.level.overflows(call.args, begin, end)) __atomic_store_n(&call.found, true, __ATOMIC_RELAXED);
+void refuse_task(void *context, int index) {
+    RefuseCall &call = *static_cast<RefuseCall *>(context);
+    const int64_t begin = call.positions * index / call.tasks, end = call.positions * (index + 1) / call.tasks;
+    if (call.level.refuses(call.args, begin, end)) __atomic_store_n(&call.found, true, __ATOMIC_RELAXED);
 }
 
 constexpr int MOST_SURVEYORS = 64;
@@ -178,9 +178,10 @@ void launch_rope(const Level &level, const Rope &args, int64_t rows, int threads
 }
 
 bool launch_append(const Level &level, const Append &args, int64_t rows, int threads) {
-    if (!args.wide) {
-        OverflowCall check = {level, args, rows, tasks_for(rows, rows * args.width, threads), false};
-        parallel(check.tasks, overflow_task, &check);
+    if (!args.wide && rows > 0) {
+        const int64_t positions = rows / args.heads;
+        RefuseCall check = {level, args, positions, tasks_for(positions, rows * args.width, threads), false};
+        parallel(check.tasks, refuse_task, &check);
         if (check.found) return false;
     }
     launch_range(level.append, args, rows, rows * args.width, threads);

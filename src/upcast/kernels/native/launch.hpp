@@ -19,7 +19,7 @@ void launch_norm(const Level &level, const Norm &args, int threads);
 void launch_gated(const Level &level, const Gated &args, int threads);
 void launch_rope(const Level &level, const Rope &args, int64_t rows, int threads);
 
-// False, and nothing written, if a finite value would become infinite in the cache's float16.
+// False, and nothing written, if a finite value would become infinite in the cache's float16, or is beyond its limit.
 bool launch_append(const Level &level, const Append &args, int64_t rows, int threads);
 
 Outcome launch_attention(const Level &level, const Attention &args, int threads);

@@ -11,7 +11,7 @@ namespace UPCAST_NS {
 
 static const Level LEVEL = {
     UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
-    rope,              overflows,   append, plan_attention, attention, attention_join, survey,
+    rope,              refuses,   append, plan_attention, attention, attention_join, survey,
 };
 
 } // namespace UPCAST_NS

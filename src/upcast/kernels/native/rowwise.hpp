@@ -119,18 +119,25 @@ static void rope(const Rope &a, int64_t begin, int64_t end) {
     }
 }
 
-// Whether a finite value of rows [begin, end) of a.from would become infinite in float16.
-static bool overflows(const Append &a, int64_t begin, int64_t end) {
+// Whether of positions [begin, end), which are [batch, time], float16 cannot hold a finite value, or one is beyond a.limit.
+static bool refuses(const Append &a, int64_t begin, int64_t end) {
+    const float most = a.limit * a.limit * static_cast<float>(a.heads) * static_cast<float>(a.width);
     vi found = {};
-    for (int64_t row = begin; row < end; ++row) {
-        const float *from = a.from_row(row);
-        each_vector(a.width, [&](int64_t i, int count) {
-            const vf magnitude = vabs(load_upto(from + i, count));
-            // 65520 is halfway between 65504 and the next step, and rounds up.
-            found |= (magnitude >= 65520.0f) & (magnitude < __builtin_inff());
-        });
-    }
     bool any = false;
+    for (int64_t at = begin; at < end; ++at) {
+        vf squares = {};
+        for (int64_t head = 0; head < a.heads; ++head) {
+            const float *from = a.from + at / a.time * a.from_batch + head * a.from_head + at % a.time * a.from_time;
+            each_vector(a.width, [&](int64_t i, int count) {
+                const vf v = load_upto(from + i, count), magnitude = vabs(v);
+                // 65520 is halfway between 65504 and the next step, and rounds up.
+                found |= (magnitude >= 65520.0f) & (magnitude < __builtin_inff());
+                squares += v * v;
+            });
+        }
+        const float total = sum(squares);
+        any = any || (a.limit > 0 && total > most && total < __builtin_inff());
+    }
     for (int i = 0; i < LANES; ++i) any = any || found[i] != 0;
     return any;
 }
