@@ -129,14 +129,10 @@ def test_files_beside_the_weights_are_as_they_are_at_the_end(
         patch.setattr(Partial, "copy", copy)
         with pytest.raises(KeyboardInterrupt):
             convert.convert(source)
-    (source / "tokenizer.json").unlink()
+    (source / "prompt_style.yaml").unlink()
     convert.convert(source)
-    assert sorted(os.listdir(tmp_path / "source-float16")) == [
-        "lit_model.pth",
-        "model_config.yaml",
-        "prompt_style.yaml",
-        "upcast.json",
-    ]
+    twin = ["lit_model.pth", "model_config.yaml", "tokenizer.json", "upcast.json"]
+    assert sorted(os.listdir(tmp_path / "source-float16")) == twin
     assert (tmp_path / "source-float16" / "model_config.yaml").read_text() == "name: small\n"
 
 
@@ -219,6 +215,13 @@ def test_a_lock_that_its_holder_deleted_is_taken_anew(tmp_path: Path, monkeypatc
             pass
         assert path.exists()
     assert not path.exists()
+
+
+def test_the_lock_of_a_run_that_was_killed_goes_with_the_next_one(source: Path) -> None:
+    for said in ("verified", "is there already"):  # killed before the twin had its name, and after
+        partial_of(source).with_name(f"{NAME}.lock").touch()
+        assert said in convert.convert(source)
+        assert sorted(os.listdir(source.parent)) == ["source", "source-float16"]
 
 
 def test_where_there_is_no_fcntl(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
