@@ -9,7 +9,6 @@ import sys
 import termios
 import zipfile
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -194,7 +193,7 @@ def test_killed_half_way_it_goes_on(tmp_path: Path, python: Run, where: list[str
     resumed = content(twin_of(folder))["lit_model.pth"]
     convert.convert(folder, tmp_path / "in one go")
     assert zipfile.ZipFile(twin_of(folder) / "lit_model.pth").testzip() is None
-    assert len(resumed) == len(content(tmp_path / "in one go")["lit_model.pth"])
+    assert resumed == content(tmp_path / "in one go")["lit_model.pth"]
     with torch.inference_mode():
         assert torch.equal(upcast.load_litgpt(twin_of(folder))(IDS), upcast.load_litgpt(folder)(IDS))
 
@@ -217,20 +216,6 @@ def test_another_source_starts_anew(tmp_path: Path, python: Run) -> None:
     convert.convert(folder)
     twin = torch.load(twin_of(folder) / "lit_model.pth")
     assert all(torch.equal(twin[name].float(), (2 * tensor).float()) for name, tensor in state.items())
-
-
-def test_what_was_lost_from_the_disk_is_found(tmp_path: Path, python: Run) -> None:
-    folder = checkpoint(tmp_path)
-    assert python("-c", KILLED, str(folder), "9").returncode == -9
-    weights = tmp_path / "checkpoint-float16.partial" / "lit_model.pth"
-    with weights.open("r+b") as file:  # as after a loss of power: the journal says more than the file holds
-        file.seek(next(e for e in zipfile.ZipFile(weights).infolist() if e.filename.endswith("/data/0")).header_offset)
-        file.seek(200, os.SEEK_CUR)
-        file.write(bytes(64))
-    with pytest.raises(upcast.UpcastError, match=r"what was read back is not what was written .*Bad CRC-32"):
-        convert.convert(folder)
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint"]
-    convert.convert(folder)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
@@ -297,18 +282,6 @@ def test_the_same_folder_and_a_taken_one_are_refused(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "taken"]
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
-    folder = checkpoint(tmp_path)
-    partial = tmp_path / "checkpoint-float16.partial"
-    partial.mkdir()
-    handle = os.open(partial, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(upcast.UpcastError, match="another process is writing"):
-        convert.convert(folder)
-    os.close(handle)
-    convert.convert(folder)
-
-
 LIMITED = """
 import resource, sys
 from upcast import cli, convert
@@ -324,14 +297,6 @@ def test_no_room(tmp_path: Path, python: Run, limit: int) -> None:
     result = python("-c", LIMITED, str(folder), str(limit))
     assert result.returncode == 2, result.stderr
     assert "has no room for it" in result.stderr
-    assert os.listdir(tmp_path) == ["checkpoint"]
-
-
-def test_no_room_is_found_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = checkpoint(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10))
-    with pytest.raises(upcast.UpcastError, match=r"the twin needs .* has no room .*No space left on device"):
-        convert.convert(folder)
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 

@@ -85,7 +85,11 @@ def _run(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from upcast.convert import convert
 
-    print(convert(arguments.checkpoint_dir, arguments.output))
+    try:
+        print(convert(arguments.checkpoint_dir, arguments.output))
+    except KeyboardInterrupt:
+        print("upcast: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
     return 0
 
 

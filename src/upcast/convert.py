@@ -1,46 +1,35 @@
 """``python -m upcast convert``: a float16 twin of a LitGPT checkpoint, written tensor by tensor.
 
-The twin grows in ``OUTPUT.partial``: the weights' file is laid out first, then filled in place, with a journal of
-what is done, so that an interrupted conversion goes on where it was. It takes its final name when every checksum has
-been read back. What is rounded and what is not is decided by `upcast.planning`, as for a model in memory.
+The twin grows in ``OUTPUT.partial`` (`upcast.partial`): the weights' file is laid out first, then filled in place, with
+a journal of what is done, so that an interrupted conversion goes on where it was. It takes its final name when every
+checksum has been read back. What is rounded and what is not is decided by `upcast.planning`, as for a model in memory.
 """
 
 import errno
-import fcntl
-import json
+import filecmp
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from upcast import checkpoint, console, huge_pages, torch_file
 from upcast.errors import UpcastError
-from upcast.layout import is_plain, memory, plain
-from upcast.planning import CONVERT, IN_FLOAT16, WIDEN, Change, Plan, change_of, settle
+from upcast.layout import memory, plain
+from upcast.partial import LAYING_OUT, MANIFEST, OWN, PLAN, WEIGHTS, Partial, journal_line, read_json, set_mode
+from upcast.planning import CONVERT, IN_FLOAT16, KEEP, WIDEN, Change, Plan, change_of, settle
 from upcast.rounding import Rounding, write_half
 from upcast.slot import Slot
+from upcast.source import Source, beside, checkpoint_folder, identity_of
 
-WEIGHTS, CONFIG, MANIFEST, JOURNAL = "lit_model.pth", "model_config.yaml", "upcast.json", "upcast.journal"
-NOT_COPIED = (
-    ".pth",
-    ".pt",
-    ".bin",
-    ".safetensors",
-    ".ckpt",
-    ".gguf",
-    ".lora",
-    ".adapter",
-    ".adapter_v2",
-    ".index.json",
-)
+ROW = 1000  # bytes of the disk for what is noted about a tensor: in the plan, the journal, the manifest and the archive
+BLOCK = 4096  # bytes of the disk that a file may take beyond its own
 
 
 @dataclass(frozen=True)
@@ -67,39 +56,52 @@ def convert(folder: Path, output: Path | None = None) -> str:
         UpcastError: nothing to read, no space, or ``output`` is there already or being written by another process.
             Nothing has appeared under the name ``output`` then.
     """
-    folder = _checkpoint_folder(folder)
-    output = folder.with_name(f"{folder.name}-float16") if output is None else output.resolve()
-    source = _identity(folder)
-    if _is_twin_of(output, source):
-        return f"{output} is there already, converted from this checkpoint: nothing to do"
-    _check_free(folder, output)
-    weights = checkpoint.read(folder / WEIGHTS)
-    in_place = checkpoint.is_mappable(folder / WEIGHTS) and all(map(is_plain, weights.values()))
-    if _is_float16(weights) and in_place:
-        return _nothing(folder)
-    partial = output.with_name(f"{output.name}.partial")
-    with _alone(partial):
-        progress = console.Progress(_work(weights))
-        try:
-            items = _started(partial, source, weights, progress) or _survey(weights, progress)
-            if all(item.action != CONVERT for item in items) and in_place:
-                partial.rmdir()
-                return _nothing(folder)
-            if not (partial / MANIFEST).is_file():
-                _lay_out(partial, source, items, weights)
-            changes = _fill(partial, items, weights, progress)
-            _verify(partial, weights, progress)
-            _finish(folder, partial, output, source, changes)
-            huge_pages.settle(output / WEIGHTS)
-        finally:
-            progress.close()
-    plan = Plan(folder.name, tuple(changes))
-    console.say(f"converted {folder.name}", plan)
-    return _report(plan, output)
+    folder = checkpoint_folder(folder)
+    partial = Partial(_followed(folder.with_name(f"{folder.name}-float16") if output is None else output))
+    with partial.errors_told():
+        done = None if partial.lock.exists() else _already(folder, partial.output)
+        if done is not None:
+            return done
+        source = Source.read(folder)
+        if source.is_float16 and source.is_usable:
+            return _nothing(folder, True)
+        partial.needed = sum(2 * tensor.numel() for tensor in source.weights.values())  # the survey will know better
+        with partial.alone():  # and ask again: the run before this one may have ended meanwhile
+            return _already(folder, partial.output) or _twin(source, partial)
 
 
-def _nothing(folder: Path) -> str:
-    return f"{folder} is float16 already: nothing to convert, it is mapped and shared as it is"
+def _twin(source: Source, partial: Partial) -> str:
+    """Write the twin, or the rest of it, and return the report."""
+    progress = console.Progress(_work(source.weights))
+    try:
+        changes = _whole(partial, source)
+        if changes is None:
+            planned = _planned(partial, source, progress)
+            items = planned or _survey(source, progress)
+            halves = any(item.action in IN_FLOAT16 for item in items)
+            if not any(item.action == CONVERT for item in items) and (not halves or source.is_usable):
+                partial.clear()
+                return _nothing(source.folder, halves)
+            _lay_out(partial, source, items, goes_on=planned is not None)
+            changes = _fill(partial, source, items, progress)
+            _verify(partial, source, progress)
+            _gather(partial, source, items, changes)
+        else:
+            _verify(partial, source, progress)
+        partial.finish(source.folder)
+    finally:
+        progress.close()
+    with suppress(OSError):  # the twin stands; this makes it faster
+        huge_pages.settle(partial.output / WEIGHTS)
+    plan = Plan(source.folder.name, tuple(changes))
+    console.say(f"converted {source.folder.name}", plan)
+    return _report(plan, partial.output)
+
+
+def _nothing(folder: Path, halves: bool) -> str:
+    if halves:
+        return f"{folder} is float16 already: nothing to convert, it is mapped and shared as it is"
+    return f"{folder} has no weight that float16 can hold: nothing to convert"
 
 
 def _work(weights: dict[str, Tensor]) -> int:
@@ -110,96 +112,96 @@ def _work(weights: dict[str, Tensor]) -> int:
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
-def _checkpoint_folder(folder: Path) -> Path:
-    """Return the folder, looked for where LitGPT looks: as it is, then under ``checkpoints``."""
-    found = next((each for each in (folder, "checkpoints" / folder) if each.is_dir()), None)
-    if found is None:
-        raise UpcastError(f"no folder {folder}; convert takes a LitGPT checkpoint folder. Check the path.")
-    for name in (CONFIG, WEIGHTS):
-        if not (found / name).is_file():
-            raise UpcastError(
-                f"no file {found / name}; a LitGPT checkpoint folder holds {CONFIG} and {WEIGHTS}. "
-                "Check the path, or run `litgpt download`."
-            )
-    return found.resolve()
+def _followed(output: Path) -> Path:
+    """Return where the links in ``output`` lead."""
+    try:
+        return output.resolve()
+    except (OSError, RuntimeError) as error:
+        raise UpcastError(f"{output} leads nowhere ({error}). Name another folder with --output.") from None
 
 
-def _check_free(folder: Path, output: Path) -> None:
-    """Refuse an output that is the checkpoint itself, or that is taken."""
+def _already(folder: Path, output: Path) -> str | None:
+    """Return what to say when ``output`` is the twin; refuse it when it is the checkpoint itself, or taken."""
     if output == folder:
         raise UpcastError(
             f"the output {output} is the checkpoint itself; nothing is overwritten. Name another folder with --output."
         )
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if read_json(output / MANIFEST).get("source") == identity_of(folder) and zipfile.is_zipfile(output / WEIGHTS):
+        others = [path.name for path in beside(folder) if not _is_same(path, output / path.name)]
+        but = f". Not as in the checkpoint: {', '.join(others)}" if others else ""
+        return f"{output} is there already, converted from this checkpoint: nothing to do{but}"
+    if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UpcastError(
             f"{output} is there already, and is not a twin of this checkpoint as it is now; nothing is overwritten. "
             "Delete it, or name another folder with --output."
         )
-
-
-@contextmanager
-def _alone(partial: Path) -> Iterator[None]:
-    """Hold ``partial`` for this process."""
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UpcastError(f"{partial} cannot be made ({error.strerror}). Name another folder with --output.") from None
-    handle = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UpcastError(f"another process is writing {partial}; one at a time may. Wait for it to end.") from None
-    finally:
-        os.close(handle)
-
-
-def _is_float16(weights: dict[str, Tensor]) -> bool:
-    halves = [t.dtype == torch.float16 for t in weights.values() if t.dim() >= 2 and t.is_floating_point()]
-    return bool(halves) and all(halves)
-
-
-def _identity(folder: Path) -> dict[str, Any]:
-    """Return what tells whether the source is still the same."""
-    found = (folder / WEIGHTS).stat()
-    return {"folder": folder.name, "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
-
-
-def _is_twin_of(output: Path, source: dict[str, Any]) -> bool:
-    content = _json(output / MANIFEST)
-    return content.get("source") == source and (output / WEIGHTS).is_file()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """Return the content of a JSON file; an empty one where there is none that can be read."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-# --- the four steps ---------------------------------------------------------------------------------------------------
-
-
-def _started(
-    partial: Path, source: dict[str, Any], weights: dict[str, Tensor], progress: console.Progress
-) -> list[Item] | None:
-    """Return the items of an interrupted conversion of this source, if there is one; else make room for a new one."""
-    content = _json(partial / MANIFEST)
-    if content.get("source") == source and content.get("upcast") == version("upcast"):
-        progress.advance(sum(tensor.nbytes for tensor in weights.values()))
-        return [Item(**item) for item in content["tensors"]]
-    for path in partial.iterdir():
-        path.unlink()
     return None
 
 
-def _survey(weights: dict[str, Tensor], progress: console.Progress) -> list[Item]:
+def _is_same(one: Path, other: Path) -> bool:
+    return other.is_file() and filecmp.cmp(one, other, shallow=False)
+
+
+# --- what an earlier run left -----------------------------------------------------------------------------------------
+
+
+def _whole(partial: Partial, source: Source) -> list[Change] | None:
+    """Return what was done, if a run was stopped after the manifest: only the final name is missing then."""
+    content = partial.read(MANIFEST)
+    if not source.is_of(content) or not zipfile.is_zipfile(partial.weights):
+        return None
+    try:
+        rows = {row["name"]: row for row in content["tensors"]}
+        return [
+            _change(name, tensor, rows[name]["action"], rows[name]["reason"], _rounding(rows[name], "to_zero"))
+            for name, tensor in source.weights.items()
+        ]
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _planned(partial: Partial, source: Source, progress: console.Progress) -> list[Item] | None:
+    """Return the items of an interrupted conversion of this source, if there is one."""
+    content = partial.read(PLAN)
+    if not source.is_of(content):
+        return None
+    try:
+        items = [Item(**row) for row in content["tensors"]]
+        firsts = {item.name for item in items if item.twin is None}
+    except (KeyError, TypeError):
+        return None
+    sound = all(item.action in (*IN_FLOAT16, WIDEN, KEEP) and (item.twin or item.name) in firsts for item in items)
+    if not sound or [item.name for item in items] != list(source.weights):
+        return None
+    progress.phase("resuming")
+    progress.advance(sum(tensor.nbytes for tensor in source.weights.values()))
+    return items
+
+
+def _plan(source: Source, items: Sequence[Item]) -> dict[str, Any]:
+    return {**source.mark, "tensors": [asdict(item) for item in items]}
+
+
+def _is_laid_out(path: Path, sizes: Sequence[int]) -> bool:
+    """Whether there is a file with room for storages of these sizes."""
+    try:
+        return [place.bytes for place in torch_file.places(path)] == sizes
+    except FileNotFoundError:
+        return False
+    except OSError:
+        raise
+    except Exception:  # damaged archives fail in many ways
+        return False
+
+
+# --- the steps --------------------------------------------------------------------------------------------------------
+
+
+def _survey(source: Source, progress: console.Progress) -> list[Item]:
     """Decide about every tensor; only the one that is looked at stays in memory."""
     progress.phase("surveying")
     items = []
-    for slot, action, reason, _, twin in settle([Slot(name, t, True, []) for name, t in weights.items()], ()):
+    for slot, action, reason, _, twin in settle([Slot(name, t, True, []) for name, t in source.weights.items()], ()):
         items.append(Item(slot.name, action, reason, twin.name if twin else None))
         for read in filter(None, (slot, twin)):
             checkpoint.give_back_pages(read.tensor)
@@ -207,110 +209,133 @@ def _survey(weights: dict[str, Tensor], progress: console.Progress) -> list[Item
     return items
 
 
-def _lay_out(partial: Path, source: dict[str, Any], items: Sequence[Item], weights: dict[str, Tensor]) -> None:
-    """Make the new file, with room for all of it, and note what is to be done."""
+def _dtype(item: Item, tensor: Tensor) -> torch.dtype:
+    return torch.float16 if item.action in IN_FLOAT16 else torch.float32 if item.action == WIDEN else tensor.dtype
+
+
+def _lay_out(partial: Partial, source: Source, items: Sequence[Item], goes_on: bool) -> None:
+    """Note what is to be done, and make the new file with room for all of it; or find both there."""
     state: dict[str, Tensor] = {}
     for item in items:
-        tensor = weights[item.name]
-        dtype = torch.float16 if item.action in IN_FLOAT16 else torch.float32 if item.action == WIDEN else tensor.dtype
+        tensor = source.weights[item.name]
         # never touched: torch.empty gives addresses, and memory only to who writes
-        made = state[item.twin] if item.twin else torch.empty(memory(tensor).shape, dtype=dtype)
+        made = state[item.twin] if item.twin else torch.empty(memory(tensor).shape, dtype=_dtype(item, tensor))
         state[item.name] = made if memory(tensor) is tensor else made.as_strided(tensor.shape, tensor.stride())
-    needed = sum(memory(state[item.name]).nbytes for item in items if not item.twin)
+    sizes = [memory(state[item.name]).nbytes for item in items if not item.twin]
+    files = [sum(sizes), *(path.stat().st_size for path in beside(source.folder))]
+    partial.needed = sum(size + BLOCK for size in [*files, *[0] * len(OWN)]) + ROW * len(items)
+    if goes_on and _is_laid_out(partial.weights, sizes):
+        return
     try:
-        if shutil.disk_usage(partial).free < needed:
+        partial.begin(_plan(source, items))
+        if shutil.disk_usage(partial.folder).free + partial.bytes_held() < partial.needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        torch_file.lay_out(partial / WEIGHTS, state)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(partial)
-        raise UpcastError(
-            f"the twin needs {console.megabytes(needed)}, and {partial.parent} has no room for it "
-            f"({str(error).splitlines()[0]}). Free some space, or name a folder elsewhere with --output."
-        ) from None
-    content = {"upcast": version("upcast"), "source": source, "tensors": [asdict(item) for item in items]}
-    _write_json(partial / MANIFEST, content)
+        with partial.appearing(WEIGHTS, LAYING_OUT) as fresh:
+            torch_file.lay_out(fresh, state)
+            set_mode(fresh, (source.folder / WEIGHTS).stat().st_mode | 0o600)
+    except OSError:
+        partial.clear()
+        raise
 
 
-def _fill(partial: Path, items: Sequence[Item], weights: dict[str, Tensor], progress: console.Progress) -> list[Change]:
-    """Write every tensor that the journal does not know, and the checksums; return what was done to each."""
-    done = _read_journal(partial / JOURNAL)
-    if done:
-        console.say(f"going on with {partial.name}: {len(done)} of {len(items)} tensors are written")
+def _fill(partial: Partial, source: Source, items: Sequence[Item], progress: console.Progress) -> list[Change]:
+    """Write every tensor that the journal does not know, and the checksums; return what was done to each.
+
+    What the journal knows is compared with the file: after a loss of power it may say more than the disk holds.
+    """
+    known = {name: entry for name, entry in partial.entries().items() if _is_sound(entry)}
+    if known:
+        console.say(f"going on with {partial.folder.name}: {len(known)} of {len(items)} tensors are written")
     progress.phase("converting")
-    targets = torch_file.mapped_for_writing(partial / WEIGHTS)
-    with (partial / JOURNAL).open("a") as journal:
+    places = iter(torch_file.places(partial.weights))
+    written: dict[str, dict[str, Any]] = {}
+    with partial.weights.open("r+b") as file, partial.journal.open("a") as journal:
         for item in items:
-            if item.name not in done and item.twin is None:
-                done[item.name] = _write_tensor(item, weights[item.name], targets[item.name])
-                journal.write(json.dumps({"name": item.name, **done[item.name]}) + "\n")
-                journal.flush()
-            progress.advance(weights[item.name].nbytes)
-    del targets
-    torch_file.seal(partial / WEIGHTS, [done[item.name]["crc32"] for item in items if item.twin is None])
-    return [_change(item, weights[item.name], done[item.twin or item.name]) for item in items]
+            if item.twin is None:
+                place, entry = next(places), known.get(item.name)
+                if entry is None or entry["crc32"] != torch_file.checksum(file, place):
+                    entry = _write_tensor(item, source.weights[item.name], file, place)
+                    journal.write(journal_line(entry))
+                    journal.flush()
+                written[item.name] = entry
+            progress.advance(source.weights[item.name].nbytes)
+    torch_file.seal(partial.weights, [entry["crc32"] for entry in written.values()])
+    return [
+        _change(
+            item.name,
+            source.weights[item.name],
+            item.action,
+            item.reason,
+            _rounding(written[item.twin or item.name], "flushed"),
+        )
+        for item in items
+    ]
 
 
-def _write_tensor(item: Item, source: Tensor, target: Tensor) -> dict[str, Any]:
-    """Write one tensor to the mapped file; return its checksum and what rounding lost."""
-    source, target, rounding = memory(source), memory(target), Rounding()
+def _write_tensor(item: Item, source: Tensor, file: BinaryIO, place: torch_file.Place) -> dict[str, Any]:
+    """Write one tensor to its place; return its checksum and what rounding lost."""
+    source = memory(source)
+    target, rounding = torch.empty(source.shape, dtype=_dtype(item, source)), Rounding()
     if item.action == CONVERT:
         rounding = write_half(source, target)
     else:
         target.copy_(plain(source))
-    crc = torch_file.checksum(target)
-    for mapped in (source, target):
-        checkpoint.give_back_pages(mapped)
-    return {"crc32": crc, "max_error": rounding.max_error, "flushed": rounding.flushed}
+    crc = torch_file.write(file, place, target)
+    checkpoint.give_back_pages(source)
+    return {"name": item.name, "crc32": crc, "max_error": rounding.max_error, "flushed": rounding.flushed}
 
 
-def _read_journal(path: Path) -> dict[str, dict[str, Any]]:
-    """Return name -> entry for what was written; a last line that was cut short counts for nothing."""
-    done: dict[str, dict[str, Any]] = {}
-    whole = path.read_text().rpartition("\n")[0] if path.is_file() else ""
-    for line in whole.splitlines():
-        entry = json.loads(line)
-        done[entry.pop("name")] = entry
-    path.write_text(whole + "\n" if whole else "")
-    return done
+def _is_sound(entry: dict[str, Any]) -> bool:
+    kinds = {"crc32": int, "max_error": float, "flushed": int}
+    return all(isinstance(entry.get(key), kind) for key, kind in kinds.items())
 
 
-def _change(item: Item, tensor: Tensor, entry: dict[str, Any]) -> Change:
-    rounding = Rounding(max_error=entry["max_error"], flushed=entry["flushed"])
-    return change_of(Slot(item.name, tensor, True, []), item.action, item.reason, rounding)
+def _rounding(row: dict[str, Any], flushed: str) -> Rounding:
+    return Rounding(max_error=float(row["max_error"]), flushed=int(row[flushed]))
 
 
-def _verify(partial: Path, weights: dict[str, Tensor], progress: console.Progress) -> None:
+def _change(name: str, tensor: Tensor, action: str, reason: str, rounding: Rounding) -> Change:
+    return change_of(Slot(name, tensor, True, []), action, reason, rounding)
+
+
+def _verify(partial: Partial, source: Source, progress: console.Progress) -> None:
     """Read the new file back: every checksum, and the same keys and shapes as the source."""
     progress.phase("verifying")
     try:
-        torch_file.check(partial / WEIGHTS, progress.advance)
-        state = checkpoint.read(partial / WEIGHTS)
-        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in weights.items()}:
+        torch_file.check(partial.weights, progress.advance)
+        state = checkpoint.read(partial.weights)
+        if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in source.weights.items()}:
             raise zipfile.BadZipFile("its names and shapes are not those of the source")
-    except (zipfile.BadZipFile, UpcastError) as error:
-        shutil.rmtree(partial)
+    except OSError:
+        raise
+    except Exception as error:  # damaged archives fail in many ways
+        partial.clear()
         raise UpcastError(
             f"what was read back is not what was written ({error}); a twin must be whole. Check the disk, and convert "
             "again: the broken file is deleted."
         ) from None
 
 
-def _finish(folder: Path, partial: Path, output: Path, source: dict[str, Any], changes: Sequence[Change]) -> None:
-    """Copy the other files, write the manifest, and give the folder its final name."""
-    if _identity(folder) != source:
-        shutil.rmtree(partial)
-        raise UpcastError(f"{folder / WEIGHTS} changed while it was converted; it must stay as it is. Convert again.")
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.endswith(NOT_COPIED) and path.name not in (MANIFEST, JOURNAL):
-            shutil.copy2(path, partial / path.name)
-    journal = _read_journal(partial / JOURNAL)
-    rows = [_manifest_row(change, journal.get(change.name)) for change in changes]
-    _write_json(partial / MANIFEST, {"upcast": version("upcast"), "source": source, "tensors": rows})
-    (partial / JOURNAL).unlink()
-    partial.rename(output)
+def _gather(partial: Partial, source: Source, items: Sequence[Item], changes: Sequence[Change]) -> None:
+    """Copy the other files, and write the manifest: from here on the twin is whole."""
+    if identity_of(source.folder) != source.identity:
+        partial.clear()
+        raise UpcastError(
+            f"{source.folder / WEIGHTS} changed while it was converted; it must stay as it is. Convert again."
+        )
+    others = beside(source.folder)
+    names, there = {path.name for path in others}, set(partial.names()) - set(OWN)
+    if not names <= set(partial.read(PLAN).get("beside", ())):  # what is ours is in the plan before it is in the folder
+        partial.write(PLAN, {**_plan(source, items), "beside": sorted(names | there)})
+    partial.delete(there - names)
+    for path in others:
+        partial.copy(path)
+    crcs = {name: entry["crc32"] for name, entry in partial.entries().items()}
+    rows = [_manifest_row(change, crcs.get(change.name)) for change in changes]
+    partial.write(MANIFEST, {**source.mark, "tensors": rows})
 
 
-def _manifest_row(change: Change, entry: dict[str, Any] | None) -> dict[str, Any]:
+def _manifest_row(change: Change, crc: int | None) -> dict[str, Any]:
     return {
         "name": change.name,
         "shape": list(change.shape),
@@ -319,18 +344,8 @@ def _manifest_row(change: Change, entry: dict[str, Any] | None) -> dict[str, Any
         "reason": change.reason,
         "max_error": change.rounding.max_error,
         "to_zero": change.rounding.flushed,
-        "crc32": f"{entry['crc32']:08x}" if entry else None,
+        "crc32": f"{crc:08x}" if crc is not None else None,
     }
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is there whole or not at all, also after a loss of power."""
-    fresh = path.with_name(path.name + ".new")
-    with fresh.open("w") as file:
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
 
 
 def _report(plan: Plan, output: Path) -> str:
