@@ -4,7 +4,9 @@ Top-level and standard library only, so that it costs nothing: while UPCAST is u
 it set torch is not, until the program itself imports one of the libraries below.
 """
 
+import contextlib
 import os
+import sys
 import warnings
 from types import ModuleType
 
@@ -37,11 +39,12 @@ def start() -> None:
     _started.append(True)  # site may read a .pth file twice
     try:
         import wrapt
-    except ImportError:
-        warnings.warn("UPCAST is set, but wrapt is missing: nothing is patched. Install upcast again.", stacklevel=1)
-        return
-    for target in TARGETS:
-        wrapt.register_post_import_hook(_activate, target)
+
+        for target in TARGETS:
+            wrapt.register_post_import_hook(_activate, target)
+    except Exception as error:  # a broken one fails in any way, and site would print a traceback at every start
+        why = f"{type(error).__name__}: {error}"
+        _warn(f"UPCAST is set, but wrapt cannot be used ({why}): nothing is patched. Install upcast again.")
 
 
 def started() -> bool:
@@ -58,5 +61,13 @@ def _activate(module: ModuleType) -> None:
     except Exception as error:
         if str(error) not in _failures:  # one library has several modules that we wait for
             _failures.add(str(error))
-            message = f"upcast is not active for {module.__name__}: {error}"
-            warnings.warn(message, RuntimeWarning, stacklevel=1)
+            _warn(f"upcast is not active for {module.__name__}: {error}")
+
+
+def _warn(message: str) -> None:
+    """Warn; where warnings are errors, say it: a hook of ours raises nothing in somebody's program."""
+    try:
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    except RuntimeWarning:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error, or a closed one
+            sys.stderr.write(f"upcast: {message}\n")

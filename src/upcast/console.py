@@ -1,5 +1,6 @@
 """What upcast says: aligned tables, byte counts, and its one line per patched model."""
 
+import contextlib
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -57,9 +58,16 @@ def say(line: str, detail: object = None) -> None:
         return
     verbose = config.read().verbose
     if verbose >= 1:
-        print(f"upcast: {line}", file=sys.stderr)
+        _write(f"upcast: {line}")
     if verbose >= 2 and detail is not None:
-        print(detail, file=sys.stderr)
+        _write(str(detail))
+
+
+def _write(text: str) -> None:
+    """Write to standard error where there is one: what was done stands, whether somebody hears of it or not."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):  # a closed one, or a full disk behind it
+            print(text, file=sys.stderr)
 
 
 class Progress:
@@ -70,7 +78,10 @@ class Progress:
         self._what, self._bar = "", self._make_bar()
 
     def _make_bar(self) -> Any:
-        if config.read().verbose == 0 or not sys.stderr.isatty():
+        try:
+            if config.read().verbose == 0 or not sys.stderr.isatty():
+                return None
+        except (AttributeError, ValueError):  # there is none, or a closed one
             return None
         try:
             from tqdm import tqdm

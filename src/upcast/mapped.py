@@ -49,6 +49,15 @@ class _Piece:
     size: int
     tensors: list[Tensor]
 
+    def align(self) -> None:
+        """Begin earlier where numbers of different sizes share the bytes, so that each lies at a multiple of its own.
+
+        Elsewhere a tensor fills its storage, as a saver of tied weights wants to see.
+        """
+        if any((tensor.data_ptr() - self.address) % tensor.element_size() for tensor in self.tensors):
+            room = self.offset % _ALIGNMENT
+            self.offset, self.address, self.size = self.offset - room, self.address - room, self.size + room
+
     def move(self, memory: Tensor) -> None:
         """Have the tensors look at ``memory``, which holds the same bytes."""
         storage = memory.untyped_storage()
@@ -128,8 +137,9 @@ def _united(pieces: list["_Piece"]) -> list["_Piece"]:
             last.size = max(last.size, piece.offset + piece.size - last.offset)
             last.tensors += piece.tensors
         else:
-            room = piece.offset % _ALIGNMENT  # in front: numbers of another size may lie in between
-            united.append(_Piece(piece.offset - room, piece.address - room, piece.size + room, piece.tensors))
+            united.append(piece)
+    for piece in united:
+        piece.align()
     return united
 
 

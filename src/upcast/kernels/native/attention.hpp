@@ -175,7 +175,7 @@ static void attention_part(const Attention &a, const AttentionPlan &plan, Attent
     for (int r = 0; r < rows; ++r) {
         const int64_t time = (first + r) / a.group, h = kv * a.group + (first + r) % a.group;
         const float *q = a.queries + b * a.query_batch + h * a.query_head + time * a.query_time;
-        memcpy(own.queries + r * a.width, q, sizeof(float) * static_cast<size_t>(a.width));
+        if (a.width) memcpy(own.queries + r * a.width, q, sizeof(float) * static_cast<size_t>(a.width));
         joined[r * step + a.value_width] = -__builtin_inff();
         joined[r * step + a.value_width + 1] = 0.0f;
     }

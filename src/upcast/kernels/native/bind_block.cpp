@@ -74,7 +74,18 @@ bool check_activations(const Tensor &out, const Tensor &x, Block &block) {
     return true;
 }
 
+// Floats that lie between the operations, as `Workspace` has them, and rows of a matrix: products must not overflow.
+bool check_room(const Block &b) {
+    const double rows = static_cast<double>(b.batch) * static_cast<double>(b.time);
+    const double heads = (static_cast<double>(b.heads) + 2 * static_cast<double>(b.groups)) * static_cast<double>(b.head_width);
+    const double width = 5 * static_cast<double>(b.width) + 4 * heads + 2 * static_cast<double>(b.gate.rows);
+    return (rows < MOST_ELEMENTS && heads < MOST_ELEMENTS && rows * width < MOST_ELEMENTS) ||
+           refuse("the block is larger than any memory; B * T rows of all heads may have up to 2^46 numbers. Check the "
+                  "shapes.");
+}
+
 bool check_matrices(const Block &b) {
+    if (!check_room(b)) return false;
     const int64_t heads = b.heads * b.head_width, groups = b.groups * b.head_width;
     const bool known = b.heads > 0 && b.groups > 0 && b.head_width > 0 && b.heads % b.groups == 0;
     const bool apart = b.key.weight || b.value.weight;

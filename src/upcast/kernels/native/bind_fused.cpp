@@ -46,8 +46,8 @@ bool check_cache(const Tensor &cache) {
 
 bool fits(const Tensor &cache, int64_t start, int64_t time) {
     if (start >= 0 && time <= cache.shape[2] && start <= cache.shape[2] - time) return true;
-    PyErr_Format(error_class(), "positions %lld to %lld do not lie in %s, which holds %lld; make the cache longer.",
-                 static_cast<long long>(start), static_cast<long long>(start + time - 1), cache.name,
+    PyErr_Format(error_class(), "%lld positions from %lld on do not lie in %s, which holds %lld; make the cache longer.",
+                 static_cast<long long>(time), static_cast<long long>(start), cache.name,
                  static_cast<long long>(cache.shape[2]));
     return false;
 }

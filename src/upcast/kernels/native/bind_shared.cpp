@@ -70,6 +70,7 @@ bool check_places(const Tensor &x, const Tensor &places, const Tensor &counters)
 }
 
 void add_rows(const float *rows, int64_t count, int64_t stride, int64_t width, float *sum) {
+    if (width == 0) return;
     memcpy(sum, rows, sizeof(float) * static_cast<size_t>(width));
     for (int64_t row = 1; row < count; ++row) {
         const float *each = rows + row * stride;
@@ -104,7 +105,7 @@ PyObject *py_add_up(PyObject *, PyObject *const *args, Py_ssize_t count) {
     {
         Released released;
         const int64_t width = x.count(), stride = places.shape[1], ranks = counters.shape[0];
-        memcpy(places.as<float>() + rank * stride, x.data, sizeof(float) * static_cast<size_t>(width));
+        if (width) memcpy(places.as<float>() + rank * stride, x.data, sizeof(float) * static_cast<size_t>(width));
         late = meet(counters.as<int64_t>(), ranks, rank, turn, most);
         if (late < 0) add_rows(places.as<const float>(), ranks, stride, width, x.as<float>());
     }

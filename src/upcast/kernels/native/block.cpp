@@ -102,7 +102,7 @@ class Run {
     // The rows of the last positions of every sequence, copied to `out`.
     const float *keep_last(const float *rows, float *out) const {
         const int64_t part = b_.last * b_.width, skipped = (b_.time - b_.last) * b_.width;
-        for (int64_t i = 0; i < b_.batch; ++i)
+        for (int64_t i = 0; i < b_.batch && part; ++i)
             memcpy(out + i * part, rows + i * b_.time * b_.width + skipped, sizeof(float) * static_cast<size_t>(part));
         return out;
     }

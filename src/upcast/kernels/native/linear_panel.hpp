@@ -128,7 +128,7 @@ static LinearPlan plan_panel(const Linear &a, int threads) {
 // Rows [begin, end) of x, columns k0 to k0 + depth.
 static void copy_x(const Linear &a, int64_t begin, int64_t end, int64_t k0, int64_t depth, float *copy, int64_t ld) {
     const size_t bytes = sizeof(float) * static_cast<size_t>(depth);
-    for (int64_t m = begin; m < end; ++m) memcpy(copy + (m - begin) * ld, a.x + m * a.ldx + k0, bytes);
+    for (int64_t m = begin; m < end && bytes; ++m) memcpy(copy + (m - begin) * ld, a.x + m * a.ldx + k0, bytes);
 }
 
 // One panel against rows [begin, end) of a block of x, in tiles of nearly equal height.

@@ -106,7 +106,7 @@ static void rope_row(const Rope &a, const float *x, const float *cosine, const f
             store_upto(out + half + i, high * cos_high + low * sin_high, count);
         });
     }
-    memcpy(out + a.turned, x + a.turned, sizeof(float) * static_cast<size_t>(a.width - a.turned));
+    if (a.turned < a.width) memcpy(out + a.turned, x + a.turned, sizeof(float) * static_cast<size_t>(a.width - a.turned));
 }
 
 static void rope(const Rope &a, int64_t begin, int64_t end) {
@@ -146,7 +146,7 @@ static void append(const Append &a, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
         const float *from = a.from_row(row);
         if (a.wide) {
-            memcpy(a.to_row<float>(row), from, sizeof(float) * static_cast<size_t>(a.width));
+            if (a.width) memcpy(a.to_row<float>(row), from, sizeof(float) * static_cast<size_t>(a.width));
             continue;
         }
         uint16_t *to = a.to_row<uint16_t>(row);

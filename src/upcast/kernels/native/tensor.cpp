@@ -109,11 +109,19 @@ bool read_tuple(PyObject *object, Tensor &tensor) {
     return read_integers(shape, tensor.shape, tensor.ndim) && read_integers(strides, tensor.strides, tensor.ndim);
 }
 
-// What both routes must deliver before anything may be dereferenced.
+// What both routes must deliver before anything may be dereferenced. An empty tensor may have sizes of any length beside
+// its 0; products of them with those of others must not overflow.
 bool check_memory(const Tensor &tensor) {
+    double elements = 1;
     for (int i = 0; i < tensor.ndim; ++i) {
+        if (tensor.shape[i] > 0) elements *= static_cast<double>(tensor.shape[i]);
         if (tensor.shape[i] >= 0 && tensor.strides[i] >= 0) continue;
         PyErr_Format(error, "%s has a negative size or stride; the kernels take neither. Copy it.", tensor.name);
+        return false;
+    }
+    if (elements > MOST_ELEMENTS) {
+        PyErr_Format(error, "%s has sizes beyond any memory; the kernels take products of sizes up to 2^46. Check its "
+                     "shape.", tensor.name);
         return false;
     }
     if (tensor.count() == 0) return true;

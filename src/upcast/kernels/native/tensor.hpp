@@ -10,6 +10,9 @@ namespace upcast {
 
 enum class Type { other, float16, float32, int32, int64 };
 
+// More than any memory holds. Of what multiplies up to it no offset in bytes overflows.
+constexpr double MOST_ELEMENTS = static_cast<double>(int64_t(1) << 46);
+
 struct Tensor {
     static constexpr int MOST_DIMS = 8;
     const char *name; // in error messages
