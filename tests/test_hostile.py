@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import upcast
 from tests.conftest import Run
 from tests.hostile import LITGPT, ONE, PATTERNS, POLICIES, SHARDED
 from upcast import UpcastError, checkpoint, commands, config, planning
@@ -119,3 +120,13 @@ def test_a_compressed_archive_may_hold_more_than_its_size(tmp_path: Path) -> Non
     (tmp_path / "other.pth").write_bytes(b"x" * 100_000)
     with pytest.raises(UpcastError, match=r"other\.pth: tensors such as one of \(1000, 500\) repeat"):
         checkpoint.checked(state, tmp_path / "other.pth")
+
+
+def test_diffusers_read_no_shard_outside(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    index = tmp_path / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.parent.mkdir()
+    (index.parent / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    index.write_text('{"metadata": {}, "weight_map": {"a": "in.safetensors", "b": "../../b.safetensors"}}')
+    with pytest.raises(UpcastError, match=r"index\.json: it names '\.\./\.\./b.*lie in its folder"):
+        upcast.from_pretrained(diffusers.UNet2DModel, tmp_path, subfolder="unet")

@@ -26,6 +26,27 @@ def check_inside(settings: Any) -> None:
             raise UpcastError(f"{_index_of(settings)}: {_outside(name)}")
 
 
+def check_folder(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """The same, for loaders of which upcast does not see what they have read: every index of a local folder."""
+    folder = _folder(args, kwargs)
+    for path in [] if folder is None else sorted(folder.glob("*.index.json")):
+        try:
+            content = json.loads(text_file.read(path, "index", LARGEST))
+        except (ValueError, RecursionError):
+            continue  # the library may not want it, or says so
+        entries = content.get("weight_map") if isinstance(content, dict) else None
+        for name in entries.values() if isinstance(entries, dict) else ():
+            if not _is_inside(name):
+                raise UpcastError(f"{path}: {_outside(name)}")
+
+
+def _folder(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Path | None:
+    """Return the local folder that a call of ``from_pretrained`` names."""
+    given = (*args, *(kwargs.get(name) for name in ("pretrained_model_name_or_path", "model_id")))
+    found = (each for each in given if isinstance(each, (str, Path)) and os.path.isdir(each))
+    return next((Path(each, kwargs.get("subfolder") or "") for each in found), None)
+
+
 def _is_inside(name: object) -> bool:
     if not isinstance(name, str):
         return False
@@ -56,8 +77,7 @@ def read_from(file: str | Path) -> Iterator[None]:
 @contextmanager
 def loaded_from(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None]:
     """Have what the library cannot load from a local folder say which file it was."""
-    given = (*args, *(kwargs.get(name) for name in ("pretrained_model_name_or_path", "model_id")))
-    folder = next((each for each in given if isinstance(each, (str, Path)) and os.path.isdir(each)), None)
+    folder = _folder(args, kwargs)
     try:
         yield
     except UpcastError:
@@ -65,10 +85,10 @@ def loaded_from(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None
     except Exception as error:
         if folder is None:
             raise
-        culprit = _broken(Path(folder, kwargs.get("subfolder") or ""))
+        culprit = _broken(folder)
         if culprit is None and str(folder) in str(error):
             raise
-        named = f"{folder}: config.json" if Path(folder, "config.json").exists() else f"{folder}"
+        named = f"{folder}: config.json" if (folder / "config.json").exists() else f"{folder}"
         why = culprit or f"{named} and what lies beside it cannot be loaded ({describe(error)})"
         raise UpcastError(f"{why}; {_SAVED}") from error
 

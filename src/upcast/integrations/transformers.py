@@ -93,6 +93,7 @@ def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     options = loading.without_dtype(kwargs)
     if _takes_arriving(PreTrainedModel):
         return wrapped(*args, **{**options, "dtype": torch.float32})
+    shards.check_folder(args, kwargs)
     return wrapped(*args, **{**options, "torch_dtype": "auto"})
 
 
