@@ -24,7 +24,7 @@ help:
 	@echo "make test-versions    Transformers 4.51.3 and 4.57.6 in environments of their own (about 5 minutes)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
-	@echo "make fuzz         random shapes, strides and values for a minute"
+	@echo "make fuzz         random shapes, strides and values for a minute, damaged files for another"
 	@echo "make format       format and sort imports"
 
 setup: $(STAMP)

@@ -20,13 +20,14 @@ sanitize: | $(KERNEL_BUILD)
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number || exit 1; done
 
-# Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all.
+# Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all; damaged files as long.
 fuzz: | $(KERNEL_BUILD)
 	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)"; do set -- $$level; number=$$1; shift; \
 	  echo "kernel fuzz, level $$number"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 8 )) || exit 1; done
 	$(PYTHON) tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
+	$(PYTHON) -m tests.fuzz_files $(FUZZ_SECONDS)
 
 test-aarch64: | $(KERNEL_BUILD)
 	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is missing; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }

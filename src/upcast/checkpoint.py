@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import pickle
 import zipfile
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from upcast import overwriting
 from upcast.errors import UpcastError
 from upcast.huge_pages import Memory
 from upcast.layout import bounds, is_plain, plain
+from upcast.layout import memory as numbers
 from upcast.planning import CONVERT, decide
 from upcast.rounding import Rounding, to_half
 from upcast.slot import Slot
@@ -27,25 +29,77 @@ def read(path: Path) -> dict[str, Tensor]:
     Raises:
         UpcastError: the file is missing, truncated, or holds anything but tensors (nothing of it is executed).
     """
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises for some names
         raise UpcastError(f"no file {path}; a checkpoint folder holds one. Check the path, or download the model.")
     try:
+        _check_archive(path)
         loaded = _load(path)
     except pickle.UnpicklingError as error:
         raise UpcastError(
             f"{path} holds more than tensors, and loading it could run code; upcast reads state dicts only. "
             f"Save model.state_dict() instead. ({_first_line(error)})"
         ) from None
+    except UpcastError:
+        raise
     except Exception as error:  # what is no checkpoint fails in as many ways as an unpickler has opcodes
         raise UpcastError(
             f"{path} cannot be read, it may be truncated; it must be a whole file written by torch.save. "
             f"Download or convert it again. ({_first_line(error)})"
         ) from None
     state = loaded.get("model", loaded) if isinstance(loaded, dict) else loaded
+    return checked(state, path)
+
+
+def checked(state: object, path: Path) -> dict[str, Tensor]:
+    """Return what a file held, if that is a state dict.
+
+    Raises:
+        UpcastError: it is anything else, or its tensors are larger than the file.
+    """
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UpcastError(f"{path} is not a state dict: a dictionary of names and tensors. Save model.state_dict().")
+    if not all(isinstance(name, str) for name in state):
+        raise UpcastError(f"{path} is not a state dict: some of its names are no text. Save model.state_dict().")
+    _check_room(state, path)
     overwriting.watch_what_was_read(path, state.values())
     return state
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive whose entries share bytes: they would be read, and unpacked, once for each."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.compress_size for entry in archive.infolist()) > path.stat().st_size:
+                raise UpcastError(f"{path}: its entries overlap; torch.save writes one after another. Save it again.")
+
+
+def _check_room(state: dict[str, Tensor], path: Path) -> None:
+    """Refuse tensors that come to more than the file has: a few bytes can say that they are a terabyte.
+
+    Tied tensors count once. A part of one that is a tensor too is no reason, and a few small ones are none.
+    """
+    views = {(t.data_ptr(), t.shape, t.stride()): t for t in state.values() if t.layout == torch.strided}
+    sizes = {name: numbers(tensor).nbytes for name, tensor in views.items() if not tensor.is_meta}
+    if sum(sizes.values()) > 2 * _room(path) + _SMALL:
+        largest = max(sizes, key=lambda view: sizes[view])
+        raise UpcastError(
+            f"{path}: tensors such as one of {tuple(largest[1])} repeat the same numbers, and together are larger than "
+            "the file; a file holds its numbers once. Save contiguous copies."
+        )
+
+
+_SMALL = 1 << 20
+_DENSEST = 1032  # how many bytes one of a deflated entry can stand for
+
+
+def _room(path: Path) -> int:
+    """Return how many bytes of numbers a file can hold."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        size += sum(min(entry.file_size, _DENSEST * entry.compress_size) for entry in packed)
+    return size
 
 
 def _load(path: Path) -> object:

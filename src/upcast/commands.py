@@ -1,6 +1,7 @@
 """``python -m upcast diagnose`` and ``certify``: on a checkpoint folder of LitGPT or Transformers."""
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -116,10 +117,13 @@ def load(folder: Path) -> tuple[Any, Any]:
     Raises:
         UpcastError: it is neither.
     """
-    if (folder / "model_config.yaml").is_file():
-        return _litgpt(folder)
-    if (folder / "config.json").is_file():
-        return _transformers(folder)
+    from upcast.integrations import shards
+
+    with shards.loaded_from((folder,), {}):
+        if os.path.isfile(folder / "model_config.yaml"):
+            return _litgpt(folder)
+        if os.path.isfile(folder / "config.json"):
+            return _transformers(folder)
     raise UpcastError(
         f"{folder} is no checkpoint folder; it must hold model_config.yaml and lit_model.pth (LitGPT) or config.json "
         "(Transformers). Check the path."

@@ -108,9 +108,10 @@ def rank_of(environ: Mapping[str, str] = os.environ) -> Rank:
 
 def _number(name: str, environ: Mapping[str, str], default: str) -> int:
     value = environ.get(name, default)
-    if not value.isdecimal():
+    if not value.isdecimal() or len(value) > 9:
         raise UpcastError(
-            f"{name}={value!r} in the environment; it must be a number. Start the processes with torchrun."
+            f"{name}={value[:40]!r} in the environment; it must be a number of at most 9 digits. "
+            "Start the processes with torchrun."
         )
     return int(value)
 
@@ -142,5 +143,5 @@ def _checked(variable: Variable, value: str) -> str:
     try:
         variable.check(value)
     except UpcastError as error:
-        raise UpcastError(f"{variable.name}={value!r} in the environment: {error}") from None
+        raise UpcastError(f"{variable.name}={value[:200]!r} in the environment: {error}") from None
     return value

@@ -33,5 +33,7 @@ def check(root: nn.Module, saved: dict[str, Any]) -> None:
 
 
 def _shown(architecture: dict[str, Any]) -> str:
-    count, digest = architecture.get("parameters", 0), architecture.get("hash", "")
-    return f"a {architecture.get('model', 'model')} of {count:,} parameters (architecture {digest})"
+    """Return an architecture for people; that of a file may hold anything."""
+    model, count, digest = (architecture.get(key) for key in ("model", "parameters", "hash"))
+    number = f"{count:,}" if isinstance(count, int) else "unknown"
+    return f"a {str(model)[:100]} of {number} parameters (architecture {str(digest)[:100]})"

@@ -62,7 +62,7 @@ def read_ahead(path: Path) -> None:
     Only a file of which the system holds next to nothing, and that fits: what is in small pages already stays so, and
     the readers of an archive leave small pages all over it.
     """
-    if _HUGE is None:
+    if _HUGE is None or not os.access(path, os.R_OK):  # its reader will say so
         return
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from upcast.errors import UpcastError
-from upcast.slot import Slot, matches
+from upcast.pattern import matches
+from upcast.slot import Slot
 from upcast.tree import named_modules
 
 _INFERENCE = (

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from upcast import console, layout, learning
 from upcast.parts import Part, parts_of, roots_of
+from upcast.pattern import matches
 from upcast.rounding import Rounding, measure, survey
-from upcast.slot import Slot, matches
+from upcast.slot import Slot
 from upcast.targets import prepare, slots
 
 CONVERT = "convert"  # rounded to float16
@@ -195,6 +196,9 @@ def change_of(slot: Slot, action: str, reason: str, rounding: Rounding) -> Chang
     return Change(slot.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
 
 
+_ALIKE = 16  # weights that may begin alike and differ
+
+
 class Twins:
     """Finds weights that are bitwise equal, so that they can share one storage."""
 
@@ -208,7 +212,8 @@ class Twins:
         for other in earlier:
             if _bits_equal(other.tensor, tensor):
                 return other
-        earlier.append(slot)
+        if len(earlier) < _ALIKE:  # or a file of weights that begin alike would take the square of its size in time
+            earlier.append(slot)
         return None
 
 

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from upcast import pattern, text_file
 from upcast.errors import UpcastError
 
 CLASSES = {
@@ -40,6 +41,8 @@ POLICIES = {
 }
 DTYPES = ("float16", "float32")
 _SETTINGS = ("kv_cache", "storage")
+LONGEST = 1 << 16  # characters of a policy
+LARGEST = 1 << 22  # bytes of a saved one, which may tell how it was found
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Policy:
         return _parse(text)
 
     def __str__(self) -> str:
-        parts = [show(self.classes), *(f"{pattern}={show(classes)}" for pattern, classes in self.overrides)]
+        parts = [show(self.classes), *(f"{where}={show(classes)}" for where, classes in self.overrides)]
         for name in _SETTINGS:
             if getattr(self, name) != "float16":
                 parts.append(f"{name}={getattr(self, name)}")
@@ -82,8 +85,8 @@ class Policy:
     def at(self, module: str) -> frozenset[str]:
         """Return the classes that are upcast in the module of this dotted name."""
         classes = self.classes
-        for pattern, other in self.overrides:
-            if inside(module, pattern):
+        for where, other in self.overrides:
+            if pattern.matches(module, where):
                 classes = other
         return classes
 
@@ -111,29 +114,6 @@ def show(classes: frozenset[str]) -> str:
     return named[0] if named else "+".join(name for name in CLASSES if name in classes)
 
 
-def inside(module: str, pattern: str) -> bool:
-    """Whether the module of this dotted name is one that ``pattern`` names, or inside one.
-
-    A pattern has * and ? as in file names, and ranges of numbers: ``transformer.h.11..28``.
-    """
-    expression, ranges = _compiled(pattern)
-    parts = module.split(".")
-    for i in range(1, len(parts) + 1):
-        match = expression.fullmatch(".".join(parts[:i]))
-        if match and all(low <= int(n) <= high for n, (low, high) in zip(match.groups(), ranges, strict=True)):
-            return True
-    return False
-
-
-@lru_cache(maxsize=1024)
-def _compiled(pattern: str) -> tuple[re.Pattern[str], tuple[tuple[int, int], ...]]:
-    """Return a regular expression with a group per range, and the ranges."""
-    pieces = re.split(r"(\d+)\.\.(\d+)", pattern)
-    texts = [re.escape(text).replace(r"\*", ".*").replace(r"\?", ".") for text in pieces[::3]]
-    ranges = tuple((int(low), int(high)) for low, high in zip(pieces[1::3], pieces[2::3], strict=True))
-    return re.compile(r"(\d+)".join(texts)), ranges
-
-
 def resolve(value: object, *, check: Any = None) -> Policy:
     """Return the policy that a user means: a Policy, a policy string, or the path of a saved one.
 
@@ -150,7 +130,7 @@ def resolve(value: object, *, check: Any = None) -> Policy:
         fields = read(Path(str(value).strip()))
         if check is not None:
             check(fields)
-        return _parse(fields["policy"])
+        return _told_of(value, fields)
     if isinstance(value, str):
         return _parse(value)
     policy = getattr(value, "policy", None)  # what upcast.search and upcast.diagnose return
@@ -164,21 +144,22 @@ def resolve(value: object, *, check: Any = None) -> Policy:
     )
 
 
+def _told_of(path: str | Path, fields: dict[str, Any]) -> Policy:
+    try:
+        return _parse(fields["policy"])
+    except UpcastError as error:
+        raise UpcastError(f"policy file {path}: {error}") from None
+
+
 def read(path: Path) -> dict[str, Any]:
     """Return the fields of a saved policy."""
-    try:
-        text = path.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UpcastError(
-            f"policy file {path}: {error}; it must be a JSON file that upcast saved. Check the path."
-        ) from None
-    return _fields(text, str(path))
+    return _fields(text_file.read(path, "policy file", LARGEST), f"policy file {path}")
 
 
 def _fields(text: str, where: str) -> dict[str, Any]:
     try:
         fields = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UpcastError(
             f"{where} is no JSON ({error}); it must be a policy that upcast saved. Save it again."
         ) from None
@@ -192,6 +173,11 @@ def _fields(text: str, where: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=256)
 def _parse(text: str) -> Policy:
+    if len(text) > LONGEST:
+        raise UpcastError(f"a policy of {len(text):,} characters; it has at most {LONGEST:,}. Use fewer patterns.")
+    odd = next((at for at, letter in enumerate(text) if not (letter.isprintable() or letter.isspace())), None)
+    if odd is not None:
+        raise _fault(text, odd, f"{text[odd]!r} cannot be printed", "a policy is text; type it anew")
     parts = [(match.start(), match.group()) for match in re.finditer(r"[^;]+", text) if match.group().strip()]
     if not parts:
         raise _fault(text, 0, "no policy", f"a policy begins with {_valid()}")
@@ -203,17 +189,25 @@ def _parse(text: str) -> Policy:
         key, equals, value = part.partition("=")
         if not equals or not key.strip():
             raise _fault(
-                text, start, f"{part!r} is not PATTERN=CLASSES", "a module pattern, kv_cache or storage, and ="
+                text, start, f"{_short(part)} is not PATTERN=CLASSES", "a module pattern, kv_cache or storage, and ="
             )
         at, value = _stripped(start + len(key) + 1, value)
         key = key.strip()
         if key not in _SETTINGS:
+            _check_pattern(text, start, key)
             overrides.append((key, _classes(text, at, value)))
         elif value in DTYPES:
             settings[key] = value
         else:
-            raise _fault(text, at, f"{key} is {value!r}", f"valid are {', '.join(DTYPES)}")
+            raise _fault(text, at, f"{key} is {_short(value)}", f"valid are {', '.join(DTYPES)}")
     return Policy(classes, tuple(overrides), **settings)
+
+
+def _check_pattern(text: str, start: int, key: str) -> None:
+    try:
+        pattern.compiled(key)
+    except UpcastError as error:
+        raise _fault(text, start, "no pattern", str(error).removesuffix(".")) from None
 
 
 def _stripped(start: int, part: str) -> tuple[int, str]:
@@ -237,11 +231,11 @@ def _no_class(text: str, at: int, word: str) -> UpcastError:
     if word[:length] in PRESETS or word[:length] in CLASSES:  # a good name, and then something that is no +
         length += len(word[length:]) - len(word[length:].lstrip())
         return _fault(
-            text, at + length, f"{word[length:]!r} follows {word[:length].strip()!r}", f"valid are {_valid()}"
+            text, at + length, f"{_short(word[length:])} follows {word[:length].strip()!r}", f"valid are {_valid()}"
         )
     close = difflib.get_close_matches(word.lower(), [*PRESETS, *CLASSES], n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return _fault(text, at, f"{word!r} is no op class", f"{hint}valid are {_valid()}")
+    return _fault(text, at, f"{_short(word)} is no op class", f"{hint}valid are {_valid()}")
 
 
 def _valid() -> str:
@@ -249,4 +243,17 @@ def _valid() -> str:
 
 
 def _fault(text: str, at: int, found: str, remedy: str) -> UpcastError:
-    return UpcastError(f"policy {text!r}: {found} (character {at + 1}).\n    {text}\n    {' ' * at}^\n{remedy}.")
+    """Return the error that shows ``text``, or of a long one the part around character ``at``, and points there."""
+    first = at - _SHOWN // 2 if len(text) > 2 * _SHOWN and at > _SHOWN else 0
+    part = text[first : first + 2 * _SHOWN]
+    line = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in part)
+    return UpcastError(
+        f"policy {_short(text)}: {found} (character {at + 1}).\n    {line}\n    {' ' * (at - first)}^\n{remedy}."
+    )
+
+
+_SHOWN = 100
+
+
+def _short(text: str) -> str:
+    return repr(text) if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]!r}..."

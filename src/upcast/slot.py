@@ -1,6 +1,5 @@
 """One tensor of a model: what it is called, where it is held, and whether it learns."""
 
-import fnmatch
 import weakref
 from dataclasses import dataclass
 
@@ -29,9 +28,3 @@ def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     setattr(module, name, tensor)
     if isinstance(module, nn.RNNBase):
         module._flat_weight_refs = [None if each is None else weakref.ref(each) for each in module._flat_weights]
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Whether a pattern names this tensor or a module that holds it: 'lm_head', '*.norm*', 'h.0.mlp.fc.weight'."""
-    parts = name.split(".")
-    return any(fnmatch.fnmatchcase(".".join(parts[:i]), pattern) for i in range(1, len(parts) + 1))

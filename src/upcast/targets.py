@@ -11,7 +11,8 @@ from torch import nn
 from upcast import learning
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
-from upcast.slot import Slot, matches
+from upcast.pattern import matches
+from upcast.slot import Slot
 from upcast.tree import named_modules
 
 

@@ -17,7 +17,8 @@ from upcast.errors import UpcastError
 from upcast.forward import Forward, give_back
 from upcast.half_weight import HalfWeight
 from upcast.integrations.litgpt_modules import Fused
-from upcast.policy import Policy, inside
+from upcast.pattern import matches
+from upcast.policy import Policy
 from upcast.selective import STORED, Frame, Observer, Session, current, mark, mark_of, module_class
 from upcast.shortcut import LinearForward
 from upcast.tree import modules, named_modules
@@ -91,7 +92,7 @@ def check(root: nn.Module, policy: Policy) -> None:
     """Raise UpcastError if an override of ``policy`` names no module of ``root``."""
     names = [name for name, _ in named_modules(root)]
     for pattern, _ in policy.overrides:
-        if not any(inside(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise UpcastError(
                 f"policy {str(policy)!r}: pattern {pattern!r} matches no module of {type(root).__name__}; an override "
                 f"names a module, such as {names[-1]!r}. Correct the pattern."

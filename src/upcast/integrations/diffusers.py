@@ -13,7 +13,7 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
-from upcast.integrations import aside, loading
+from upcast.integrations import aside, loading, shards
 from upcast.integrations.aside import NotOurs
 
 
@@ -37,6 +37,7 @@ def activate(module: ModuleType) -> None:
 
 def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     loading.check_arguments(kwargs)
+    shards.check_folder(args, kwargs)
     return wrapped(*args, **loading.without_dtype(kwargs))
 
 

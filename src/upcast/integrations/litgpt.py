@@ -13,7 +13,7 @@ from torch import Tensor
 from upcast import checkpoint, config, huge_pages, patching
 from upcast import policy as policies
 from upcast.errors import UpcastError
-from upcast.integrations import aside, litgpt_fused, loading
+from upcast.integrations import aside, litgpt_config, litgpt_fused, loading
 from upcast.integrations.aside import NotOurs
 from upcast.modes import float32_by_default, ordinary, outside_inference_mode
 
@@ -66,8 +66,7 @@ def load_litgpt(
         litgpt_fused.check(kv_cache)
     folder = Path(checkpoint_dir)
     with _plainly():
-        model = _build(_read_config(folder))
-        weights = read_for(model, folder / "lit_model.pth", whole=mesh is None)
+        model, weights = _read_folder(folder, whole=mesh is None)
         if mesh is None:
             fill(model, weights, kv_cache, policy, guard, heal, keep, trainable)
             return model.eval()
@@ -98,11 +97,24 @@ def read_for(model: torch.nn.Module, path: Path, whole: bool = True) -> dict[str
 
     ``whole``: this process will read all of them.
     """
-    if whole and path.is_file():
-        huge_pages.read_ahead(path)
-    weights = checkpoint.read(path)
+    weights = _read_weights(path, whole)
     _check_fits(model, weights, path)
     return weights
+
+
+def _read_weights(path: Path, whole: bool) -> dict[str, Tensor]:
+    if whole and path.is_file():
+        huge_pages.read_ahead(path)
+    return checkpoint.read(path)
+
+
+def _read_folder(folder: Path, whole: bool = True) -> tuple[Any, dict[str, Tensor]]:
+    """Return the folder's model, without memory, and its mapped weights."""
+    fields, path = litgpt_config.read(folder), folder / litgpt_config.WEIGHTS
+    weights = _read_weights(path, whole)
+    model = litgpt_config.build(folder, fields, weights)
+    _check_fits(model, weights, path)
+    return model, weights
 
 
 def fill(
@@ -128,30 +140,6 @@ def fill(
         patching.adopt(model, known, kv_cache, policy, guard, heal, keep, trainable)
 
 
-def _read_config(folder: Path) -> Any:
-    from litgpt import Config
-
-    path = folder / "model_config.yaml"
-    if not path.is_file():
-        raise UpcastError(
-            f"no file {path}; a LitGPT checkpoint folder holds model_config.yaml and lit_model.pth. "
-            "Check the path, or run `litgpt download`."
-        )
-    try:
-        return Config.from_file(path)
-    except Exception as error:
-        raise UpcastError(
-            f"{path} is not a LitGPT config ({error}); it must be the file that LitGPT wrote. Download it again."
-        ) from None
-
-
-def _build(settings: Any) -> Any:
-    from litgpt import GPT
-
-    with torch.device("meta"):
-        return GPT(settings)
-
-
 def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:
     """Refuse a checkpoint of another config, before anything is converted."""
     expected = model.state_dict()
@@ -162,12 +150,22 @@ def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) 
         for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
+    wrong += [f"{name} is {tensor.dtype} on {tensor.device}" for name, tensor in weights.items() if not _dense(tensor)]
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        listed = "; ".join(each[:300] for each in wrong[:3])
         raise UpcastError(
-            f"{path}: {'; '.join(wrong[:3])}{more}; weights and model_config.yaml must belong together. "
+            f"{path}: {listed}{more}; weights and model_config.yaml must belong together. "
             "Download or convert the checkpoint again."
         )
+
+
+def _dense(tensor: Tensor) -> bool:
+    """Whether a tensor holds a model's numbers: LitGPT would convert integers, and copy from nothing."""
+    return tensor.layout == torch.strided and not tensor.is_meta and tensor.dtype in _FLOATS
+
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 # --- UPCAST=1 -------------------------------------------------------------------------------------------------------
@@ -261,7 +259,7 @@ def load_by_environment(folder: Path) -> Any:
     settings = config.read()
     options: dict[str, Any] = {"policy": settings.policy, "kv_cache": settings.kv_cache}
     if settings.keep or settings.trainable:
-        options["keep"], options["trainable"] = loading.patterns(_build(_read_config(folder)))
+        options["keep"], options["trainable"] = loading.patterns(_read_folder(folder)[0])
     return load_litgpt(folder, **options)
 
 

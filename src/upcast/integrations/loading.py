@@ -20,13 +20,14 @@ from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.huge_pages import Memory
-from upcast.integrations import aside, litgpt_fused
+from upcast.integrations import aside, litgpt_fused, shards
 from upcast.integrations.aside import NotOurs
 from upcast.layout import plain, to_float32
 from upcast.modes import float32_by_default, outside_inference_mode
+from upcast.pattern import matches
 from upcast.planning import CONVERT, WRAP, decide
 from upcast.rounding import Rounding, to_half
-from upcast.slot import Slot, matches
+from upcast.slot import Slot
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -263,7 +264,8 @@ def from_pretrained(
 
         _also_transformers()
     ours.install()
-    with scopes.attribute(_local, "request", Loading(kv_cache, policy, keep, trainable, strict=True)):
+    request = Loading(kv_cache, policy, keep, trainable, strict=True)
+    with shards.loaded_from(args, kwargs), scopes.attribute(_local, "request", request):
         result = model_class.from_pretrained(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if isinstance(model, nn.Module) and not any(isinstance(p, HalfWeight) for p in model.parameters()):

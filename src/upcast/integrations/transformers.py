@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast import checkpoint, huge_pages, overwriting
-from upcast.integrations import aside, loading, transformers_saving
+from upcast import checkpoint, huge_pages
+from upcast.integrations import aside, loading, shards, transformers_saving
 from upcast.integrations.aside import NotOurs
 from upcast.integrations.loading import Loading
 from upcast.layout import plain
@@ -93,6 +93,7 @@ def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any
     options = loading.without_dtype(kwargs)
     if _takes_arriving(PreTrainedModel):
         return wrapped(*args, **{**options, "dtype": torch.float32})
+    shards.check_folder(args, kwargs)
     return wrapped(*args, **{**options, "torch_dtype": "auto"})
 
 
@@ -106,11 +107,13 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     call = inspect.signature(wrapped).bind(*args, **kwargs)
     model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
     _check(call.arguments["load_config"])
+    shards.check_inside(call.arguments["load_config"])
     mesh = call.arguments["load_config"].device_mesh
     ours.divided = mesh is not None
     if mesh is None:
         for file in files or ():
-            huge_pages.read_ahead(Path(file))
+            with shards.read_from(file):
+                huge_pages.read_ahead(Path(file))
     else:
         ours.memory = None  # what a rank gets is cut and copied once more
     tensors = _read(files, call.arguments["load_config"].weights_only) if state is None else state
@@ -235,14 +238,14 @@ def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
 
     tensors: dict[str, Tensor] = {}
     for file in files or ():
-        if str(file).endswith(".safetensors"):
-            found = _mapped(file)
-        elif checkpoint.is_mappable(Path(file)):
-            found = load_state_dict(file, "cpu", weights_only)
-        else:  # the library would map it all the same
-            found = torch.load(file, map_location="cpu", weights_only=weights_only)
-        overwriting.watch_what_was_read(file, found.values())
-        tensors |= found
+        with shards.read_from(file):
+            if str(file).endswith(".safetensors"):
+                found = _mapped(file)
+            elif checkpoint.is_mappable(Path(file)):
+                found = load_state_dict(file, "cpu", weights_only)
+            else:  # the library would map it all the same
+                found = torch.load(file, map_location="cpu", weights_only=weights_only)
+            tensors |= checkpoint.checked(found, Path(file))
     return tensors
 
 
