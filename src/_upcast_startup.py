@@ -67,7 +67,7 @@ def _activate(module: ModuleType) -> None:
 def _warn(message: str) -> None:
     """Warn; where warnings are errors, say it: a hook of ours raises nothing in somebody's program."""
     try:
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
+        warnings.warn(message, RuntimeWarning, stacklevel=1)
     except RuntimeWarning:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no standard error, or a closed one
             sys.stderr.write(f"upcast: {message}\n")

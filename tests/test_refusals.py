@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import upcast
-from tests.conftest import half_weights
+from tests.conftest import Run, half_weights
 from tests.test_patching import Net, snapshot
 from upcast import targets
 from upcast.half_weight import HalfWeight
@@ -155,3 +155,26 @@ def test_an_llm_without_a_model() -> None:
     litgpt = pytest.importorskip("litgpt")
     with pytest.raises(upcast.UpcastError, match=r"loaded with distribute=None. Call llm\.distribute\(\) first"):
         upcast.patch(litgpt.LLM(model=None))
+
+
+SILENT: dict[str, str] = {
+    "closed": "sys.stderr.close()",
+    "none": "sys.stderr = None",
+    "closed descriptor": "os.close(2)",
+    "read only": "sys.stderr = open(os.devnull)",
+}
+
+
+@pytest.mark.parametrize("stderr", SILENT)
+def test_without_a_standard_error_everything_is_done_all_the_same(python: Run, stderr: str) -> None:
+    program = f"""
+import os, sys, torch, upcast
+model = torch.nn.Linear(9, 7)
+{SILENT[stderr]}
+upcast.patch(model)
+print(type(model.weight).__name__, len(upcast.report(model)) > 50)
+model.weight.data_ptr()
+print(type(upcast.unpatch(model).weight).__name__)
+"""
+    result = python("-c", program)
+    assert result.stdout.split() == ["HalfWeight", "True", "Parameter"], result.stderr

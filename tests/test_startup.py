@@ -68,6 +68,28 @@ def test_a_failure_inside_a_hook_warns_and_breaks_nothing(python: Run) -> None:
     assert result.stderr.count("upcast is not active for litgpt.api: division by zero") == 1
 
 
+BREAKING = {
+    "a wrong value": ({"UPCAST": "maybe"}, "", "upcast is not active"),
+    "a broken wrapt": ({"UPCAST": "1"}, "1 / 0", "wrapt cannot be used (ZeroDivisionError: division by zero)"),
+    "a wrapt of another kind": ({"UPCAST": "1"}, "register_post_import_hook = None", "wrapt cannot be used (TypeError"),
+    "no wrapt": ({"UPCAST": "1"}, "raise ImportError('none')", "wrapt cannot be used (ImportError: none)"),
+}
+
+
+@pytest.mark.parametrize("strictness", ["default", "error"])
+@pytest.mark.parametrize("case", BREAKING)
+def test_nothing_breaks_a_start_or_an_import(python: Run, tmp_path: Path, case: str, strictness: str) -> None:
+    variables, wrapt, said = BREAKING[case]
+    if wrapt:
+        (tmp_path / "wrapt.py").write_text(wrapt)
+    program = "import litgpt.api; print('fine')" if not wrapt else "print('fine')"
+    path = {"PYTHONPATH": str(tmp_path)} if wrapt else {}
+    result = python("-W", strictness, "-W", "ignore::DeprecationWarning", "-c", program, **variables, **path)
+    assert result.stdout.strip() == "fine", result.stderr
+    assert result.stderr.count(said) == 1
+    assert "Traceback" not in result.stderr
+
+
 def test_child_processes_inherit_it(python: Run) -> None:
     child = TARGET.format("os")
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
