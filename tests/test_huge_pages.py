@@ -186,3 +186,12 @@ def test_small_and_empty_files_are_left_alone(tmp_path: Path) -> None:
     for size in (0, 1, 4097):
         (tmp_path / "small").write_bytes(bytes(size))
         huge_pages.read_ahead(tmp_path / "small")
+
+
+def test_an_interruption_of_reading_ahead_is_what_is_heard(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(huge_pages.ctypes, "CDLL", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        huge_pages.read_ahead(on_disk)

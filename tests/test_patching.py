@@ -4,6 +4,7 @@ import copy
 import inspect
 import threading
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -358,3 +359,32 @@ def test_in_place_scaling_is_rounded_once_or_goes_to_float32(capsys: pytest.Capt
     assert torch.equal(model.weight, want.float() * 1e9)
     assert capsys.readouterr().err.count("float32 parameters") == 1
     assert "float32 since then: 1 weights" in upcast.report(model)
+
+
+def test_of_several_threads_one_patches() -> None:
+    """All of them have looked at the model before the first changes it."""
+    for _ in range(10):
+        model = torch.nn.Sequential(*[torch.nn.Linear(33, 33) for _ in range(20)]).eval()
+        plain = rounded(model)
+        start, refused = threading.Barrier(6), []
+
+        def work(model: torch.nn.Module = model, start: Any = start, refused: list[str] = refused) -> None:
+            start.wait()
+            try:
+                upcast.patch(model)
+            except upcast.UpcastError as error:
+                refused.append(str(error))
+
+        threads = [threading.Thread(target=work) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(refused) == 5
+        assert all("another thread" in line or "patched already" in line for line in refused), refused
+        x = torch.randn(2, 33)
+        assert relative_error(model(x), plain(x)) < 1e-6
+        assert len(half_weights(model)) == 20
+        upcast.unpatch(model)
+        assert not half_weights(model)
+        assert all("forward" not in vars(module) for module in model.modules())

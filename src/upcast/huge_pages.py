@@ -68,9 +68,13 @@ def read_ahead(path: Path) -> None:
         size = os.fstat(file.fileno()).st_size
         if size < PAGE or size > _free_bytes() // 2:
             return
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) as whole:
+        whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        try:
             if _cached_bytes(whole) > size // 16:
                 return
+        finally:
+            with contextlib.suppress(BufferError):  # an interruption still holds it, and is what shall be heard
+                whole.close()
         for start in range(0, size, PAGE):  # one by one: what is looked at counts as this process's memory
             with mmap.mmap(file.fileno(), min(PAGE, size - start), access=mmap.ACCESS_READ, offset=start) as page:
                 with contextlib.suppress(OSError):

@@ -68,8 +68,8 @@ def put(tensors: Places) -> None:
 def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, install: Callable[[], None]) -> None:
     """Put ``tensors`` into ``root`` and call ``install``; all of it, or the originals are back and nothing is left."""
     record.originals, record.thread = originals, threading.get_ident()
+    _claim(root, record)
     try:
-        root.__dict__[RECORD] = record
         put(tensors)
         install()
         record.originals = None  # from here on the model is patched
@@ -77,6 +77,16 @@ def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, i
         if record.originals is not None:
             take_back(root, originals)
         raise
+
+
+def _claim(root: nn.Module, record: Record) -> None:
+    """Put ``record`` on the model in one step: of several threads that have all come this far, one goes on."""
+    standing = root.__dict__.setdefault(RECORD, record)
+    if standing is not record:
+        standing.settle(root)
+        raise UpcastError(
+            f"another thread has just patched this {type(root).__name__}; one patch is enough. Use the model as it is."
+        )
 
 
 def take_back(root: nn.Module, originals: Places) -> None:
