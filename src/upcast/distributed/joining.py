@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -109,8 +110,17 @@ def abandon(mesh: DeviceMesh) -> None:
 
 def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
     host = place.rank == 0 and not place.served
+    listening = _listening(place) if host else None
     try:
-        store = TCPStore(place.address, place.port, place.ranks, host, span, wait_for_workers=False)
+        store = TCPStore(
+            place.address,
+            place.port,
+            place.ranks,
+            host,
+            span,
+            wait_for_workers=False,
+            master_listen_fd=None if listening is None else listening.detach(),
+        )
     except (RuntimeError, ValueError) as error:
         what = "cannot open the store" if host else "cannot reach the store of rank 0"
         raise UpcastError(
@@ -118,6 +128,17 @@ def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
             f"({str(error).splitlines()[0]}); rank 0 must run there. Check MASTER_ADDR, MASTER_PORT and the firewall."
         ) from None
     return PrefixStore(f"upcast/{place.attempt}", store)
+
+
+def _listening(place: config.Rank) -> socket.socket | None:
+    """Return a socket that listens at MASTER_ADDR and at no other address of this host, as torch's own would.
+
+    None where the name leads to no address of this host, as through a forwarded port: then torch listens at all.
+    """
+    with contextlib.suppress(OSError):
+        for family, _, _, _, address in socket.getaddrinfo(place.address, place.port, type=socket.SOCK_STREAM):
+            return socket.create_server(address, family=family, backlog=place.ranks + 128)
+    return None
 
 
 def _wait_for_all(store: Any, place: config.Rank, timeout: float) -> None:
