@@ -20,12 +20,17 @@ def of(root: nn.Module) -> dict[str, Any]:
     return {"model": type(root).__name__, "parameters": count, "hash": digest.hexdigest()[:16]}
 
 
-def check(root: nn.Module, saved: dict[str, Any]) -> None:
-    """Raise UpcastError if a saved policy's fields name another architecture than that of ``root``."""
+def check(root: nn.Module, saved: dict[str, Any], loaded: bool = True) -> None:
+    """Raise UpcastError if a saved policy's fields name another architecture than that of ``root``.
+
+    Not ``loaded``: a library may tie some of its weights yet, so that they count once.
+    """
     theirs, ours = saved.get("architecture"), of(root)
     if theirs is None or theirs == ours:
         return
     theirs = theirs if isinstance(theirs, dict) else {}
+    if not loaded and theirs.get("model") == ours["model"] and theirs.get("parameters", 0) < ours["parameters"]:
+        return
     raise UpcastError(
         f"the saved policy {saved['policy']!r} was measured on {_shown(theirs)}, and this is {_shown(ours)}; what is "
         "enough for one architecture need not be for another. Run upcast.search on this model."

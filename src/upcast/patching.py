@@ -37,7 +37,7 @@ from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
 from upcast.store import Fallbacks
-from upcast.targets import prepare, slots
+from upcast.targets import check_patterns, prepare, slots
 from upcast.tracking import Selection
 from upcast.transaction import Places, Record, places, take_back
 
@@ -218,6 +218,13 @@ def adopt(
     return record
 
 
+def check(root: nn.Module, policy: Choice, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> None:
+    """Raise what `adopt` would of a model whose weights a loader is about to read, where that can be known by then."""
+    kernels.active()
+    check_patterns(root, slots(root), keep, trainable)
+    tracking.check(root, policies.resolve(policy, check=functools.partial(fingerprint.check, root, loaded=False)))
+
+
 def _prepared(
     model: object,
     policy: Choice,
@@ -234,7 +241,6 @@ def _prepared(
     policies.resolve(policy)
     took_back(model)
     root, found = prepare(model, keep, trainable, optimizers=trial)
-    learning.check(root, found, trainable)
     chosen = policies.resolve(policy, check=functools.partial(fingerprint.check, root))
     tracking.check(root, chosen)
     if kv_cache is not None:

@@ -247,7 +247,6 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     if done:
         return _of_parts(model, done, keep, trainable)
     root, found = prepare(model, keep, trainable)
-    learning.check(root, found, trainable)
     return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + remarks(root))
 
 

@@ -46,22 +46,24 @@ def prepare(
         )
     for slot in found:
         _check_tensor(slot, name)
-    _check_patterns("keep", keep, found, name)
-    _check_patterns("trainable", trainable, found, name)
-    learning.mark(root, found, trainable)
+    check_patterns(root, found, keep, trainable)
     if not optimizers:
         _check_optimizers(found, keep)
     return root, found
 
 
-def _check_patterns(kind: str, patterns: Sequence[str], found: Sequence[Slot], model: str) -> None:
+def check_patterns(root: nn.Module, found: Sequence[Slot], keep: Sequence[str], trainable: Sequence[str]) -> None:
+    """Raise UpcastError for a pattern that names nothing, and for what cannot be trained; mark what learns."""
     names = [slot.name for slot in found if slot.is_parameter]
-    for pattern in patterns:
+    for kind, pattern in (*(("keep", each) for each in keep), *(("trainable", each) for each in trainable)):
         if not any(matches(each, pattern) for each in names):
             raise UpcastError(
-                f"{kind} pattern {pattern!r} matches no parameter of {model}; a pattern names a parameter or a module, "
-                f"such as {names[-1] if names else 'lm_head'!r}. See print(upcast.plan(model)) for the names."
+                f"{kind} pattern {pattern!r} matches no parameter of {type(root).__name__}; a pattern names a "
+                f"parameter or a module, such as {names[-1] if names else 'lm_head'!r}. See print(upcast.plan(model)) "
+                "for the names."
             )
+    learning.mark(root, found, trainable)
+    learning.check(root, found, trainable)
 
 
 def unwrap(model: object) -> nn.Module:

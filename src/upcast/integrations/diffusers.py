@@ -49,6 +49,7 @@ def _into_meta(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) 
     if call.arguments.get("hf_quantizer") is not None:
         raise NotOurs("a quantized checkpoint")
     model, state = call.arguments["model"], call.arguments["state_dict"]
+    ours.check(model)
     parameters = {name for name, _ in model.named_parameters()}
     for name in list(state):
         if name in parameters:

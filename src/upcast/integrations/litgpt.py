@@ -67,6 +67,7 @@ def load_litgpt(
     folder = Path(checkpoint_dir)
     with _plainly():
         model, weights = _read_folder(folder, whole=mesh is None)
+        patching.check(model, policy, keep, trainable)
         if mesh is None:
             fill(model, weights, kv_cache, policy, guard, heal, keep, trainable)
             return model.eval()

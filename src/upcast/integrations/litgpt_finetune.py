@@ -50,6 +50,7 @@ def _take_over(call: dict[str, Any]) -> None:
     reason = _not_float32(model)
     if reason:
         raise NotOurs(reason)
+    litgpt_scripts.check(model, "safe")
     _fill(model, _read(model, path, call.get("adapter_path")))
 
 

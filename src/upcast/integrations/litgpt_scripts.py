@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upcast import checkpoint, config
+from upcast import checkpoint, config, patching
 from upcast.forward import Attached
 from upcast.integrations import aside, litgpt, loading
 from upcast.integrations.aside import NotOurs
@@ -63,6 +63,7 @@ def load_or_step_aside(
 
 def _take_over(call: dict[str, Any]) -> None:
     model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
+    check(model, config.read().policy)
     _fill(model, litgpt.read_for(model, path))
     _compute_in_float32(call["fabric"])
 
@@ -81,6 +82,12 @@ def not_ours(fabric: Any) -> str:
         return ""
     mixed = isinstance(precision, MixedPrecision)
     return f"precision={precision.precision!r}" if mixed else f"the weights are for {type(precision).__name__}"
+
+
+def check(model: Any, policy: str) -> None:
+    """Raise what patching ``model`` as the environment asks would, before its weights are read."""
+    keep, trainable = loading.patterns(model, quietly=True)
+    patching.check(model, policy, keep, trainable)
 
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:

@@ -96,6 +96,11 @@ class Loading:
             checkpoint.give_back_pages(tensor)
         return part
 
+    def check(self, model: nn.Module) -> None:
+        """Raise what `adopt` would, before the weights of ``model`` are read."""
+        keep, trainable = (self.keep, self.trainable) if self.strict else patterns(model, quietly=True)
+        patching.check(model, self.policy, keep, trainable)
+
     def adopt(self, model: nn.Module) -> None:
         """Patch the loaded model, unless that was done while it was loaded."""
         if patching.is_patched(model):
@@ -110,7 +115,7 @@ class Loading:
         patching.adopt(model, known, self.kv_cache, self.policy, keep=self.keep, trainable=self.trainable)
 
 
-def patterns(model: nn.Module) -> tuple[Sequence[str], Sequence[str]]:
+def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Sequence[str]]:
     """Return what the environment keeps in float32 and trains of ``model``; say which pattern names nothing of it.
 
     A program may load several models, and a pattern be meant for one of them.
@@ -118,7 +123,7 @@ def patterns(model: nn.Module) -> tuple[Sequence[str], Sequence[str]]:
     settings, names = config.read(), [name for name, _ in model.named_parameters()]
     for variable, given in (("UPCAST_KEEP", settings.keep), ("UPCAST_TRAINABLE", settings.trainable)):
         for pattern in given:
-            if not _names_one(pattern, names):
+            if not quietly and not _names_one(pattern, names):
                 aside.say(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
     keep, trainable = (
         [pattern for pattern in given if _names_one(pattern, names)] for given in (settings.keep, settings.trainable)

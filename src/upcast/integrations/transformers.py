@@ -110,6 +110,7 @@ def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, k
     shards.check_inside(call.arguments["load_config"])
     mesh = call.arguments["load_config"].device_mesh
     ours.divided = mesh is not None
+    ours.check(model)
     if mesh is None:
         for file in files or ():
             with shards.read_from(file):
