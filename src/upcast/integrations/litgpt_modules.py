@@ -18,7 +18,7 @@ from upcast import autocast, console, kernels, selective
 from upcast.forward import Forward
 from upcast.genuine import Root, bound, calls, forwards, observed, originals
 from upcast.integrations.litgpt_positions import Place, first_of_run, is_causal, positions
-from upcast.integrations.litgpt_prefix import CacheReset, forget
+from upcast.integrations.litgpt_prefix import CacheReset
 from upcast.kernels import transforms
 
 SCORES = "scaled_dot_product_attention"
@@ -217,7 +217,6 @@ class FusedCache(Fused):
         cache = self.module
         if torch.compiler.is_compiling():  # then the model itself has forgotten
             return self.fused(*args, **kwargs)
-        forget(cache)
         if self.genuine():
             return self.fused(*args, **kwargs)
         cache.k, cache.v = cache.k.float(), cache.v.float()  # as whoever replaced something expects them
@@ -372,7 +371,6 @@ class FusedAttention(Fused):
     @staticmethod
     def _appended(cache: Any, batch: int, k: Tensor, v: Tensor, at: int) -> bool:
         """Write k and v; False if a value does not fit, and is to be written again."""
-        forget(cache)
         append = kernels.active().kv_append
         return bool(append(cache.k[:batch], k, at) and append(cache.v[:batch], v, at))
 

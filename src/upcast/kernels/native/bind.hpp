@@ -40,5 +40,6 @@ Fast py_survey, py_look, py_compare;                             // bind_survey.
 Fast py_unchanged, py_quiet;                                    // bind_state.cpp
 PyObject *py_all_empty(PyObject *self, PyObject *dicts);
 Fast py_meet, py_add_up;                                        // bind_shared.cpp
+Fast py_digest;                                                 // bind_digest.cpp
 
 } // namespace upcast
