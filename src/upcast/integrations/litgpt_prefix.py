@@ -6,8 +6,8 @@ the tokens' embeddings, the angles, and the caches themselves. Whoever writes to
 numpy, a tensor of ``state_dict()``, a file that is mapped), so that all of it is read, once per prompt, and checksums
 are compared. That takes about as long as one token.
 
-What is known is what was computed while no code of the user's could run: the prompt, and within `keeping` the answer to
-it. Of an answer that is streamed only the prompt counts.
+What is known is what was computed while nothing but LitGPT's own loop ran: the prompt, and within `keeping` the answer
+to it. Of an answer that is streamed only the prompt counts.
 """
 
 import threading
@@ -22,7 +22,8 @@ from upcast.forward import Forward
 from upcast.kernels import native
 from upcast.watch import unwatched
 
-_kept: Any = threading.local()  # .gpt: the model whose caches this thread wants to keep; .off: it wants to keep none
+# .gpt: the model whose caches this thread wants to keep; .caches: their ids; .off: it wants to keep none
+_kept: Any = threading.local()
 
 
 class Held:
@@ -56,17 +57,17 @@ class Held:
 
     def clear(self, caches: Sequence[Any], start: int) -> None:
         """Make the rows from ``start`` on zero that LitGPT would have."""
-        stale, self.stale = self.stale, 0
-        if stale > start:
+        if self.stale > start:
             with torch.inference_mode():  # which may write to tensors that were made in it
-                for buffer in (each for cache in caches for each in rows_of(cache)):
-                    buffer[:, :, start:stale].zero_()
+                for buffer in rows_of(caches):
+                    buffer[:, :, start : self.stale].zero_()
+        self.stale = 0
 
     def take_over(self, caches: Sequence[Any]) -> None:
         """Copy what the given-up caches hold into ``caches``, as far as it fits."""
         left, self.left = self.left, []
         count = len(self.tokens)
-        pairs = [(new, old) for news, olds in zip(caches, left, strict=False) for new, old in _buffers(news, olds)]
+        pairs = list(zip(rows_of(caches), rows_of(left), strict=False))
         if not pairs or len(left) != len(caches) or not all(_alike(new, old, count) for new, old in pairs):
             self.forget()
             return
@@ -76,19 +77,15 @@ class Held:
                 new[:, :, :count].copy_(old[:, :, :count])
 
 
-def _buffers(new: Any, old: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from zip(rows_of(new), rows_of(old), strict=False)
-
-
 def _alike(new: Tensor, old: Tensor, count: int) -> bool:
     """Whether ``count`` rows of one cache can stand in the other."""
     fits = count <= min(new.shape[2], old.shape[2]) and new.device == old.device
     return fits and (*new.shape[:2], new.shape[3], new.dtype) == (*old.shape[:2], old.shape[3], old.dtype)
 
 
-def rows_of(cache: Any) -> list[Tensor]:
-    """Return keys and values of a cache, (B, Hkv, S, D) each."""
-    return [cache.k, cache.v]
+def rows_of(caches: Sequence[Any]) -> list[Tensor]:
+    """Return keys and values of all caches, (B, Hkv, S, D) each."""
+    return [each for cache in caches for each in (cache.k, cache.v)]
 
 
 def content(tensors: Sequence[Tensor]) -> Any:
@@ -115,12 +112,13 @@ def keeping(gpt: nn.Module) -> Iterator[None]:
     if held is None or getattr(_kept, "off", False):
         yield
         return
-    before = getattr(_kept, "gpt", None)
-    _kept.gpt, held.wanted = gpt, True
+    before = getattr(_kept, "gpt", None), getattr(_kept, "caches", None)
     try:
+        _kept.caches, held.wanted = frozenset(map(id, caches_of(gpt))), True
+        _kept.gpt = gpt
         yield
     finally:
-        _kept.gpt = before
+        _kept.gpt, _kept.caches = before
         held.left = []
         seal(gpt)
 
@@ -129,8 +127,8 @@ def keeping(gpt: nn.Module) -> Iterator[None]:
 def whole_prompts(gpt: nn.Module) -> Iterator[None]:
     """Within the block, which measures how long prompts take, this thread computes all of each."""
     before = getattr(_kept, "off", False)
-    _kept.off = True
     try:
+        _kept.off = True
         yield
     finally:
         _kept.off = before
@@ -161,9 +159,9 @@ class CacheReset(Forward):
     def __call__(self) -> None:
         """Fill the cache with zeros, as LitGPT does; where its model's caches are kept, later, and what is left."""
         cache, gpt = self.module, getattr(_kept, "gpt", None)
-        if kept(gpt) and any(each is cache for each in caches_of(gpt)):
-            held = held_of(gpt)
-            held.stale = max(held.stale, cache.k.shape[2])  # type: ignore[union-attr]
+        held = held_of(gpt)
+        if held is not None and kept(gpt) and id(cache) in _kept.caches:
+            held.stale = max(held.stale, cache.k.shape[2])
             return
         type(cache).reset_parameters(cache)
 
@@ -195,6 +193,7 @@ def held_of(gpt: Any) -> Held | None:
 
 
 def caches_of(gpt: Any) -> list[Any]:
-    """Return the caches of all blocks, or none where one is missing."""
+    """Return the caches of all blocks, or none where one is missing or is not what LitGPT makes."""
     caches = [getattr(block.attn, "kv_cache", None) for block in gpt.transformer.h]
-    return [] if None in caches else caches
+    rows = [getattr(cache, name, None) for cache in caches for name in ("k", "v")]
+    return caches if all(isinstance(each, Tensor) and each.dim() == 4 for each in rows) else []

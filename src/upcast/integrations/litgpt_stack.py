@@ -95,7 +95,7 @@ class Stack:
         A ring that went around has lost the first ones.
         """
         count = len(tokens)
-        kept = [each for cache in caches_of(gpt) for each in rows_of(cache)]
+        kept = rows_of(caches_of(gpt))
         if not kept or count > min(each.shape[2] for each in kept):
             return None
         weight = self._embedding.weight
@@ -170,7 +170,8 @@ class FusedGPT(Fused):
         """Run LitGPT's own forward, over caches as LitGPT has them."""
         if not torch.compiler.is_compiling():
             self.held.forget()
-            self.held.clear(caches_of(self.module), 0)
+            if self.held.stale:
+                self.held.clear(caches_of(self.module), 0)
         return super().unfused(*args, **kwargs)
 
     def _with_caches(self, stack: Stack, idx: Tensor, first: int, maxp1: int | None) -> Any:
@@ -189,7 +190,7 @@ class FusedGPT(Fused):
         held.clear(stack.caches, start)
         x = self._blocks(stack, idx[:, start - first :], start, places)
         if x is not None and made_with is not None:
-            held.tokens, held.made_with, held.sealed = tokens, made_with, None
+            held.sealed, held.made_with, held.tokens = None, made_with, tokens
         elif x is not None and first > 0:
             self._go_on(known, first, tokens)
         if not in_one_call(self.module):
