@@ -1,16 +1,20 @@
 """LitGPT: loading without a copy, generation, and the errors of broken checkpoint folders."""
 
+import argparse
 import json
 import pickle
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import upcast
 from tests.conftest import Run, address, assert_patched, fallbacks, half_weights, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
+from upcast.targets import unwrap
 
 pytest.importorskip("litgpt")
 
@@ -27,13 +31,13 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 IDS = torch.arange(14).view(2, 7) * 9
 
 
-def float32_model(folder: Path) -> Any:
+def float32_model(folder: Path, wide: Sequence[str] = ()) -> Any:
     """The checkpoint in plain LitGPT, float32 math on float16-rounded weights."""
     from litgpt import GPT, Config
 
     model = GPT(Config.from_file(folder / "model_config.yaml")).eval()
     state = torch.load(folder / "lit_model.pth")
-    model.load_state_dict({k: v.half().float() if v.dim() >= 2 else v.float() for k, v in state.items()})
+    model.load_state_dict({k: v.float() if v.dim() < 2 or k in wide else v.half().float() for k, v in state.items()})
     return model
 
 
@@ -107,6 +111,31 @@ def test_generation_with_a_cache_equals_float32(tmp_path: Path, name: str) -> No
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("by", ["FabricPrecision", "patch"])
+def test_litgpt_s_load_checkpoint_fills_a_patched_model(tmp_path: Path, by: str, dtype: torch.dtype) -> None:
+    from lightning import Fabric
+    from litgpt import GPT, Config
+    from litgpt.utils import load_checkpoint
+
+    def spoil(state: dict[str, torch.Tensor]) -> None:
+        if dtype is not torch.float16:
+            state["transformer.h.1.mlp.proj.weight"][0, 0] = 70000.0
+
+    folder = write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"), dtype, spoil)
+    plugins = upcast.FabricPrecision() if by == "FabricPrecision" else None
+    fabric = Fabric(accelerator="cpu", devices=1, plugins=plugins)
+    model = GPT(Config.from_file(folder / "model_config.yaml"))
+    model = fabric.setup_module(model if plugins else upcast.patch(model)).eval()
+    load_checkpoint(fabric, model, folder / "lit_model.pth")
+    weights = unwrap(model).named_parameters()
+    wide = [name for name, p in weights if p.dim() > 1 and not isinstance(p, upcast.HalfWeight)]
+    assert wide == ([] if dtype is torch.float16 else ["transformer.h.1.mlp.proj.weight"])
+    with torch.inference_mode():
+        want = float32_model(folder, wide)(IDS)
+        assert relative_error(model(IDS), want) < 1e-6
+
+
 # --- UPCAST=1 ---------------------------------------------------------------------------------------------------------
 
 STORY = """
@@ -172,17 +201,24 @@ DISTRIBUTE = [
     ({"fixed_kv_cache_size": 64}, "upcast: GPT "),
     ({"precision": "16-true"}, "upcast: GPT "),
     ({"accelerator": "cpu", "devices": 1}, "upcast: GPT "),
+    ({"precision": 32}, "upcast: GPT "),
     ({"precision": "bf16-mixed"}, "unpatched: precision='bf16-mixed'"),
+    ({"precision": "bf16"}, "unpatched: precision='bf16'"),  # Fabric's short name for it
+    ({"precision": "64-true"}, "unpatched: precision='64-true'"),
+    ({"precision": 64}, "unpatched: precision=64"),
 ]
 
 WAYS = """
 import json, sys
+import torch
 from litgpt import LLM
 for arguments in json.loads(sys.argv[1]):
     print("#", file=sys.stderr)
     llm = LLM.load("EleutherAI/pythia-160m", distribute=None)
     llm.distribute(**arguments)
     llm.generate("What do Llamas eat?", top_k=1, max_new_tokens=5)
+    wanted = torch.float64 if "64" in str(arguments.get("precision")) else torch.float32
+    assert llm.model.lm_head.weight.dtype is wanted, arguments
 """
 
 
@@ -192,6 +228,47 @@ def test_distribute(story: Path, python: Run) -> None:
     _, *spoken = result.stderr.split("#\n")
     for (arguments, said), found in zip(DISTRIBUTE, spoken, strict=True):
         assert said in found, arguments
+
+
+# What pretraining and finetuning put beside the weights; torch's safe reader takes some of it.
+BESIDE: dict[str, Callable[[], Any]] = {
+    "a number": lambda: 3,
+    "a path": lambda: Path("out/pretrain"),
+    "a numpy number": lambda: np.float64(0.5),
+    "a numpy array": lambda: np.arange(3),
+    "arguments": lambda: argparse.Namespace(seed=3),
+}
+
+LOAD = """
+import json, sys
+import torch, upcast
+from litgpt import LLM
+for name in json.loads(sys.argv[1]):
+    llm = LLM.load(name)
+    patched = isinstance(llm.model.lm_head.weight, upcast.HalfWeight)
+    assert "lm_head.weight" in str(upcast.plan(llm))
+    if patched:
+        assert "lm_head.weight" in str(upcast.report(llm))
+        assert upcast.unpatch(llm) is llm
+        assert type(llm.model.lm_head.weight) is torch.nn.Parameter
+    assert llm.model(torch.arange(8)[None]).isfinite().all()
+    print(json.dumps([name, patched]))
+"""
+
+
+def test_what_lies_beside_the_weights(tmp_path: Path, python: Run) -> None:
+    names = [name.replace(" ", "_") for name in BESIDE]
+    for name, make in zip(names, BESIDE.values(), strict=True):
+        folder = write_checkpoint(tmp_path / name, small_config("pythia-160m"))
+        state = torch.load(folder / "lit_model.pth")
+        torch.save({"model": state, "hparams": {"it": make()}}, folder / "lit_model.pth")
+    result = python("-c", LOAD, json.dumps(names), UPCAST="1")
+    assert result.returncode == 0, result.stderr
+    found = dict(map(json.loads, result.stdout.splitlines()))
+    assert list(found) == names
+    assert found["a_number"]
+    for name, patched in found.items():
+        assert patched or f"{name}/lit_model.pth holds more than tensors" in result.stderr
 
 
 def test_the_environment_chooses_the_cache(story: Path, python: Run) -> None:

@@ -1,5 +1,6 @@
 """LLM.generate with prompts that begin alike: what the caches hold is not computed again, and nothing stale is used."""
 
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,9 @@ LLAMA, WINDOWS = "SmolLM2-135M-Instruct", "Gemma-3-4b-it"  # the windows of smal
 # What happens to the model between two prompts, of which the second begins like the first: all is computed again.
 CHANGES: dict[str, Callable[[Any], object]] = {
     "a weight written": lambda gpt: gpt.transformer.h[1].attn.qkv.weight.stored.mul_(2),
-    "a weight replaced": lambda gpt: gpt.load_state_dict(make(LLAMA).state_dict(), assign=True),
+    "a weight replaced": lambda gpt: gpt.load_state_dict(
+        {name: tensor * 1.5 for name, tensor in make(LLAMA).state_dict().items()}, assign=True
+    ),
     "an embedding replaced": lambda gpt: setattr(gpt.transformer, "wte", torch.nn.Embedding(320, gpt.config.n_embd)),
     "a norm's eps": lambda gpt: setattr(gpt.transformer.h[2].norm_1, "eps", 0.3),
     "caches reset": lambda gpt: [cache.reset_parameters() for cache in caches_of(gpt)],
@@ -82,7 +85,7 @@ def say(llm: Any, prompt: list[int], **options: Any) -> list[int]:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Not in inference mode, where torch does not count what is written in place."""
+    """Without gradients, and on one thread: tests of tiny models would mostly wait for the other one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with torch.no_grad():
@@ -247,9 +250,102 @@ def test_unpatch_leaves_nothing() -> None:
         assert not [name for name, value in vars(module).items() if "upcast" in f"{name} {type(value)}"]
 
 
-def test_weights_whose_changes_nobody_counts_are_computed_with_again(computed: list[int]) -> None:
+def test_weights_made_in_inference_mode_are_known_by_what_they_are(computed: list[int]) -> None:
     with torch.inference_mode():
-        llm = llm_of(upcast.patch(make(LLAMA)))
-    for _ in range(2):
-        say(llm, FIRST)
-        assert taken(computed)[0] == len(FIRST)
+        model = upcast.patch(make(LLAMA))
+    llm = llm_of(model)
+    say(llm, FIRST)
+    say(llm, FIRST)
+    assert taken(computed) == [len(FIRST), *[1] * (NEW - 1), *[1] * NEW]
+    with torch.inference_mode():
+        model.transformer.h[0].norm_1.weight.mul_(2)
+    assert say(llm, FIRST) == say(llm_of(without_fusion(model)), FIRST)
+    assert taken(computed)[0] == len(FIRST)
+
+
+def test_weights_that_are_the_same_again_are_the_same(computed: list[int]) -> None:
+    model = upcast.patch(make(LLAMA))
+    llm = llm_of(model)
+    say(llm, FIRST)
+    model.load_state_dict({name: tensor.clone() for name, tensor in model.state_dict().items()}, assign=True)
+    model.transformer.h[0].attn.qkv.weight.data.mul_(2)
+    model.transformer.h[0].attn.qkv.weight.data.mul_(0.5)
+    taken(computed)
+    say(llm, FIRST)
+    assert taken(computed) == [1] * NEW
+
+
+def test_of_a_streamed_answer_only_the_prompt_counts(computed: list[int]) -> None:
+    """Whoever reads it may write to the model between two tokens, and write back."""
+    model = upcast.patch(make(LLAMA), kv_cache="float32")
+    llm, prompt = llm_of(model), [*FIRST]
+    weight = model.transformer.h[0].norm_1.weight.data
+    for part in llm.generate(prompt, max_new_tokens=NEW, temperature=0.0, stream=True):
+        prompt += part
+        weight.mul_(2)
+    weight.mul_(0.5**NEW)
+    taken(computed)
+    answer = say(llm, [*prompt, 3])
+    assert taken(computed)[0] == NEW + 1
+    assert answer == say(llm_of(without_fusion(model)), [*prompt, 3])
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_a_stream_begins_when_it_is_read(written: bool, computed: list[int]) -> None:
+    model = upcast.patch(make(LLAMA))
+    llm = llm_of(model)
+    say(llm, FIRST)
+    taken(computed)
+    stream = llm.generate(FIRST, max_new_tokens=NEW, temperature=0.0, stream=True)
+    if written:
+        caches_of(model)[1].v.data.mul_(2)
+    answer = [token for part in stream for token in part]
+    assert taken(computed)[0] == (len(FIRST) if written else 1)
+    assert answer == say(llm_of(without_fusion(model)), FIRST)
+
+
+@pytest.mark.parametrize("more", [0, 40], ids=["the same caches", "longer caches"])
+@pytest.mark.parametrize("hooked", [False, True], ids=["fused", "watched"])
+def test_nothing_of_the_prompt_before_is_behind_the_next_one(more: int, hooked: bool) -> None:
+    model = upcast.patch(make(LLAMA))
+    llm, norm = llm_of(model), model.transformer.h[0].norm_1
+    norm.weight.data[0] = float("nan")  # and all keys and values, which LitGPT's own forward multiplies by zero
+    say(llm, [*FIRST, *FIRST])
+    norm.weight.data[0] = 1
+    if hooked:
+        norm.register_forward_hook(lambda *_: None)
+    prompt = [*FIRST[:9], *range(40, 40 + more)]
+    assert say(llm, prompt) == say(llm_of(without_fusion(model)), prompt)
+    for cache in caches_of(model):
+        assert not cache.k[:, :, len(prompt) + NEW :].any()
+        assert not cache.v[:, :, len(prompt) + NEW :].any()
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_benchmark_measures_whole_prompts(stream: bool, computed: list[int]) -> None:
+    model = upcast.patch(make(LLAMA))
+    llm = llm_of(model)
+    llm.preprocessor.encode = lambda text: torch.tensor(text if isinstance(text, list) else [1])
+    llm.preprocessor.decode = str
+    say(llm, FIRST)
+    taken(computed)
+    _, numbers = llm.benchmark(num_iterations=3, prompt=FIRST, max_new_tokens=NEW, temperature=0.0, stream=stream)
+    assert len(numbers["Seconds total"]) == 3
+    runs = 3 if stream else 6  # LitGPT generates twice for each where it does not stream
+    assert taken(computed) == [len(FIRST), *[1] * (NEW - 1)] * runs
+    say(llm, FIRST)
+    say(llm, FIRST)
+    assert taken(computed)[NEW] == 1
+
+
+@pytest.mark.parametrize("how", ["clear_kv_cache", "set_kv_cache", "generate"])
+def test_caches_that_are_given_up_go(how: str) -> None:
+    model = upcast.patch(make(LLAMA))
+    llm = llm_of(model)
+    say(llm, FIRST)
+    before = [weakref.ref(each) for cache in caches_of(model) for each in (cache, cache.k, cache.v)]
+    if how == "generate":
+        say(llm, [*FIRST, *FIRST])  # which makes longer ones
+    else:
+        getattr(model, how)(*([1, 64] if how == "set_kv_cache" else []))
+    assert not any(each() is not None for each in before)

@@ -115,6 +115,8 @@ class HalfWeight(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(types) > 1 and not all(issubclass(kind, torch.Tensor) for kind in types):
+            return NotImplemented  # what is no tensor, as one that is yet to be loaded, knows what it stands for
         if Store.dissolved:
             args, kwargs = materialize.settled(args, kwargs or {})
             if not any(isinstance(each, HalfWeight) for each in pytree.tree_leaves((args, kwargs))):

@@ -22,7 +22,7 @@ from upcast.integrations.litgpt_modules import (
     FusedLayerNorm,
     FusedRMSNorm,
 )
-from upcast.integrations.litgpt_prefix import CacheClearer, CacheReset, forget
+from upcast.integrations.litgpt_prefix import CacheClearer, CacheReset
 from upcast.integrations.litgpt_stack import FusedGPT
 from upcast.tree import modules, named_modules
 
@@ -70,7 +70,6 @@ def remove(root: nn.Module) -> None:
         for name in ("forward", "build_kv_cache", "set_kv_cache", "clear_kv_cache", "reset_parameters"):
             if isinstance(module.__dict__.get(name), (Fused, CacheClearer, CacheReset)):
                 del module.__dict__[name]
-        forget(module)
 
 
 def unfused(gpt: nn.Module) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """LitGPT's generation: of a patched model it computes the last position's logits only, and keeps its caches.
 
 `next_token` and `batched_next_token` of `litgpt.generate.base` read no other logits, and `LLM.generate` asks for caches
-for its next prompt. They are wrapped while any fused model is patched; for other models the wrappers do nothing.
-`model(x)` is not touched.
+for its next prompt, while `LLM.benchmark` measures whole ones. They are wrapped while any fused model is patched; for
+other models the wrappers do nothing. `model(x)` is not touched.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import nn
 
 from upcast import console
 from upcast.integrations.litgpt_modules import hooked
-from upcast.integrations.litgpt_prefix import keeping
+from upcast.integrations.litgpt_prefix import keeping, whole_prompts
 from upcast.integrations.litgpt_stack import FusedGPT, last_position
 from upcast.watch import unwatched
 
@@ -44,12 +44,13 @@ def leave(gpt: nn.Module) -> None:
 
 def _wrapped() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
     """Yield (owner, name, wrapper) for what is loaded of LitGPT, and is there in its version."""
-    base, api = sys.modules.get("litgpt.generate.base"), sys.modules.get("litgpt.api")
+    base, llm = sys.modules.get("litgpt.generate.base"), getattr(sys.modules.get("litgpt.api"), "LLM", None)
     for name in ("next_token", "batched_next_token"):
         if hasattr(base, name):
             yield base, name, _last_only
-    if api is not None:
-        yield api.LLM, "generate", _keeping
+    for name, wrapper in (("generate", _keeping), ("benchmark", _whole)):
+        if hasattr(llm, name):
+            yield llm, name, wrapper
 
 
 def _last_only(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,6 +59,10 @@ def _last_only(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _keeping(original: Callable[..., Any]) -> Callable[..., Any]:
     return _within(keeping, original, lambda llm: llm.model)
+
+
+def _whole(original: Callable[..., Any]) -> Callable[..., Any]:
+    return _within(whole_prompts, original, lambda llm: llm.model)
 
 
 def _within(

@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from upcast.genuine import Root
 from upcast.integrations.litgpt_modules import Fused
-from upcast.integrations.litgpt_prefix import caches_of, held_of, kept
+from upcast.integrations.litgpt_prefix import caches_of, drop, held_of, kept
 
 
 class CausalMask(Tensor):
@@ -79,6 +79,7 @@ class CacheSetter(Fused):
         return _roots, type(module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        drop(self.module)
         return self.fused(*args, **kwargs) if self.genuine() else self.unfused(*args, **kwargs)
 
     def fused(
@@ -102,7 +103,7 @@ class CacheSetter(Fused):
             gpt.mask_cache = before
             raise
         held = held_of(gpt)
-        if held is not None and kept(held):
+        if held is not None and kept(gpt):
             held.take_over(caches_of(gpt))
 
 

@@ -19,7 +19,7 @@ from upcast.attention import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
 from upcast.forward import Forward
 from upcast.genuine import Root, bound, calls, forwards, observed, originals
 from upcast.integrations.litgpt_positions import Place, first_of_run, is_causal, positions
-from upcast.integrations.litgpt_prefix import CacheReset, forget
+from upcast.integrations.litgpt_prefix import CacheReset
 from upcast.kernels import reference, transforms
 
 SCORES = "scaled_dot_product_attention"
@@ -215,7 +215,6 @@ class FusedCache(Fused):
         cache = self.module
         if torch.compiler.is_compiling():  # then the model itself has forgotten
             return self.fused(*args, **kwargs)
-        forget(cache)
         if self.genuine():
             return self.fused(*args, **kwargs)
         cache.k, cache.v = cache.k.float(), cache.v.float()  # as whoever replaced something expects them
@@ -370,7 +369,6 @@ class FusedAttention(Fused):
     @staticmethod
     def _appended(cache: Any, batch: int, k: Tensor, v: Tensor, at: int) -> bool:
         """Write k and v; False if they do not fit, and are to be written again."""
-        forget(cache)
         append = kernels.active().kv_append
         return bool(append(cache.k[:batch], k, at, KEY_LIMIT) and append(cache.v[:batch], v, at, VALUE_LIMIT))
 

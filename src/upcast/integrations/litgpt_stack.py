@@ -26,7 +26,7 @@ from upcast.integrations.litgpt_modules import (
     unwatched_call,
 )
 from upcast.integrations.litgpt_positions import first_of_run, is_causal
-from upcast.integrations.litgpt_prefix import Held, MadeWith
+from upcast.integrations.litgpt_prefix import Held, caches_of, content, in_one_call, rows_of, seal
 from upcast.integrations.litgpt_step import Angles, Step, step_of
 from upcast.integrations.members import Members
 from upcast.kernels import native, transforms
@@ -66,17 +66,35 @@ class Stack:
         self._originals = originals(_roots, *dict.fromkeys(map(type, (gpt, *modules))))
         self._configs = [*{id(each): each for each in map(_config, (gpt, *modules)) if each is not None}.values()]
         self._settings = self._set()
-        self._numbers = (*(module.eps for module in modules if "eps" in module.__dict__), *self._settings)
         self.caches = [step.cache for step in self.steps]
 
-    def made_with(self) -> MadeWith | None:
-        """Return what keys and values depend on, beside the tokens; None for an embedding that may do anything."""
+    def made_with(self) -> Any:
+        """Return what keys and values depend on, beside tokens, embeddings and angles: all that the native call takes.
+
+        None where that is not known: an embedding may do anything.
+        """
         embedding = self._embedding
-        if type(embedding) is not nn.Embedding or not unwatched_call(embedding):
+        if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not unwatched_call(embedding):
             return None
         weights = [each for step in self.steps for each in step.rest if isinstance(each, Tensor)]
-        weights += [p.memory() if isinstance(p, HalfWeight) else p for p in embedding.parameters()]
-        return MadeWith(weights, self._numbers)
+        numbers = [[each for each in step.rest if not isinstance(each, Tensor)] for step in self.steps]
+        places = [(step.sizes, step.ring, step.rope) for step in self.steps]
+        found = content(weights)
+        return found and (found, numbers, places, self._set())
+
+    def rows(self, gpt: Any, tokens: list[int]) -> Any:
+        """Return what the caches hold for ``tokens``, with their embeddings and angles; None where that is not known.
+
+        A ring that went around has lost the first ones.
+        """
+        count = len(tokens)
+        kept = rows_of(caches_of(gpt))
+        if not kept or count > min(each.shape[2] for each in kept):
+            return None
+        weight = self._embedding.weight
+        memory = weight.memory() if isinstance(weight, HalfWeight) else weight.detach()
+        embedded = memory.index_select(0, torch.tensor(tokens))
+        return content([*(each[:, :, :count] for each in kept), gpt.cos[:count], gpt.sin[:count], embedded])
 
     def in_one_call(self, x: Tensor) -> bool:
         """Whether `run` takes x (B, T, C): a whole batch, and few positions. More can be interrupted between blocks."""
@@ -105,7 +123,8 @@ class Stack:
         return self._originals.intact()
 
     def _set(self) -> tuple[Any, ...]:
-        return tuple(chain.from_iterable(config.__dict__.values() for config in self._configs))
+        values = chain.from_iterable(config.__dict__.values() for config in self._configs)
+        return tuple([str(each) if type(each) in (list, dict) else each for each in values])  # they may be written to
 
 
 class FusedGPT(Fused):
@@ -136,32 +155,57 @@ class FusedGPT(Fused):
             with contextlib.suppress(UpcastError, TypeError):
                 x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
         if x is None:
-            if input_pos is not None:
-                self.held = Held()
             return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
         self.calls += 1
         return self._logits(x, lm_head_chunk_size)
 
-    def _with_caches(self, stack: Stack, idx: Tensor, start: int, maxp1: int | None) -> Any:
+    def unfused(self, *args: Any, **kwargs: Any) -> Any:
+        """Run LitGPT's own forward, over caches as LitGPT has them."""
+        if not torch.compiler.is_compiling():
+            self.held.forget()
+            if self.held.stale:
+                self.held.clear(caches_of(self.module), 0)
+        return super().unfused(*args, **kwargs)
+
+    def _with_caches(self, stack: Stack, idx: Tensor, first: int, maxp1: int | None) -> Any:
         """Return what the last block gives for idx (B, T), without the positions that the caches hold already.
 
         None where a cache does not take these positions. Only one sequence's tokens are kept in mind.
         """
-        held, first = self.held, start
-        tokens = idx[0].tolist() if len(idx) == 1 else None
-        made_with = stack.made_with() if tokens is not None and start == 0 else None
-        if tokens is not None and made_with is not None and self._last_is_enough():
-            start = held.shared(tokens, stack.caches, made_with)
+        held, tokens = self.held, idx[0].tolist() if len(idx) == 1 else []
+        made_with = self._made_with(stack, tokens) if first == 0 else None
+        start = held.shared(tokens, made_with, self.rows) if made_with is not None else first
         batch, time = len(idx), first + idx.shape[1] - start
         places = [kind.place(start, batch, time, maxp1) for kind in stack.kinds]
         if None in places:
             return None
-        self.held = Held()  # what an interrupted step leaves counts for nothing
+        known, held.tokens = held.tokens, []  # what an interrupted step leaves counts for nothing
+        held.clear(stack.caches, start)
         x = self._blocks(stack, idx[:, start - first :], start, places)
-        if x is not None and tokens is not None:
-            held.put(start, tokens[start - first :], stack.caches, made_with)
-            self.held = held
+        if x is not None and made_with is not None:
+            held.sealed, held.made_with, held.tokens = None, made_with, tokens
+        elif x is not None and first > 0:
+            self._go_on(known, first, tokens)
+        if not in_one_call(self.module):
+            seal(self.module)
         return x
+
+    def _made_with(self, stack: Stack, tokens: list[int]) -> Any:
+        """Return what a prompt of LLM.generate is computed from; None for others, of which nothing is kept in mind."""
+        wanted, self.held.wanted = self.held.wanted, False
+        return stack.made_with() if wanted and tokens and self._last_is_enough() else None
+
+    def _go_on(self, known: list[int], start: int, tokens: list[int]) -> None:
+        """Note that ``tokens`` from ``start`` on follow what was known; nothing counts behind them."""
+        held = self.held
+        if held.sealed is not None and start >= len(known):
+            held.tokens = known  # these came later, when user code could run
+        elif held.sealed is None and in_one_call(self.module) and tokens and self._last_is_enough():
+            held.tokens = [*known[:start], *tokens] if start <= len(known) else []
+
+    def rows(self, tokens: list[int]) -> Any:
+        """Return what tells whether caches, embeddings and angles for ``tokens`` are the same; None if nothing does."""
+        return self.stack and self.stack.rows(self.module, tokens)
 
     def _blocks(self, stack: Stack, idx: Tensor, start: int, places: Sequence[Any] | None = None) -> Any:
         """Return what the last block gives for idx (B, T) at ``start``; None for an embedding that was replaced.

@@ -44,5 +44,6 @@ Fast py_hold_file, py_own;                                      // bind_files.cp
 PyObject *py_drop_part(PyObject *self, PyObject *part);
 PyObject *py_before_fork(PyObject *self, PyObject *none);
 PyObject *py_after_fork(PyObject *self, PyObject *is_child);
+Fast py_digest;                                                 // bind_digest.cpp
 
 } // namespace upcast

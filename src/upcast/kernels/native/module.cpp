@@ -113,6 +113,7 @@ PyMethodDef METHODS[] = {
     {"survey", fast(py_survey), METH_FASTCALL, nullptr},
     {"look", fast(py_look), METH_FASTCALL, nullptr},
     {"compare", fast(py_compare), METH_FASTCALL, nullptr},
+    {"digest", fast(py_digest), METH_FASTCALL, nullptr},
     {"unchanged", fast(py_unchanged), METH_FASTCALL, nullptr},
     {"quiet", fast(py_quiet), METH_FASTCALL, nullptr},
     {"all_empty", py_all_empty, METH_O, nullptr},
