@@ -22,7 +22,7 @@ from upcast.integrations.litgpt_prefix import caches_of
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 NEW = 3
-LIMITS = {"float32": 1e-4, "float16": 5e-3}
+LIMITS = {"float32": 1e-4, "float16": 2e-2}  # some edits make scores large, and with them what rounding costs
 MODELS = ("SmolLM2-135M-Instruct", "pythia-160m", "Gemma-3-4b-it")  # norms, biases, dual angles and windows
 TOKENS = [(7 * i + 3) % 300 for i in range(40)]  # a window of Gemma's holds 16
 
