@@ -68,20 +68,16 @@ def put(tensors: Places) -> None:
 def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, install: Callable[[], None]) -> None:
     """Put ``tensors`` into ``root`` and call ``install``; all of it, or the originals are back and nothing is left."""
     record.originals, record.thread = originals, threading.get_ident()
-    _claim(root, record)
     try:
-        put(tensors)
-        install()
-        record.originals = None  # from here on the model is patched
+        standing = root.__dict__.setdefault(RECORD, record)  # in one step: of several threads one goes on
+        if standing is record:
+            put(tensors)
+            install()
+            record.originals = None  # from here on the model is patched
     except BaseException:
-        if record.originals is not None:
+        if record.originals is not None and root.__dict__.get(RECORD) is record:
             take_back(root, originals)
         raise
-
-
-def _claim(root: nn.Module, record: Record) -> None:
-    """Put ``record`` on the model in one step: of several threads that have all come this far, one goes on."""
-    standing = root.__dict__.setdefault(RECORD, record)
     if standing is not record:
         standing.settle(root)
         raise UpcastError(
