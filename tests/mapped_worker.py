@@ -247,11 +247,11 @@ def leave_out(choice: str) -> None:
     import errno
 
     from upcast import mapped
-    from upcast.kernels import native
+    from upcast.kernels import held_files
 
-    native.hold_file = lambda *_: (errno.EACCES, 0, [])  # as for another user's file
+    held_files.hold_file = lambda *_: (errno.EACCES, 0, [])  # as for another user's file
     if choice != "no lease":
-        native.own = lambda *_: False  # memory cannot be exchanged under a running model
+        held_files.own = lambda *_: False  # memory cannot be exchanged under a running model
     if choice == "no list":
         mapped._MAPS = Path("/nowhere")
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from upcast.kernels import native
+from upcast.kernels import held_files, native
 from upcast.layout import bounds, is_plain, plain
 
 _MAPS = Path("/proc/self/maps")
@@ -156,7 +156,7 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
             return True
         if not native.available():
             return False
-        failed, address, parts = native.hold_file(descriptor, status.st_size, [(p.offset, p.size) for p in pieces])
+        failed, address, parts = held_files.hold_file(descriptor, status.st_size, [(p.offset, p.size) for p in pieces])
         taken = not failed
         if taken:
             _watch_forks()
@@ -174,7 +174,7 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
 def _memory(address: int, size: int, part: int) -> Tensor:
     """Return a part of a file that is held, as bytes; it is given back with the last tensor in it."""
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, native.drop_part, part).atexit = False
+    weakref.finalize(memory, held_files.drop_part, part).atexit = False
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 
@@ -182,7 +182,7 @@ def _memory(address: int, size: int, part: int) -> Tensor:
 def _watch_forks() -> None:
     """Have every child watch over what it has inherited."""
     os.register_at_fork(
-        before=native.before_fork,
-        after_in_parent=functools.partial(native.after_fork, False),
-        after_in_child=functools.partial(native.after_fork, True),
+        before=held_files.before_fork,
+        after_in_parent=functools.partial(held_files.after_fork, False),
+        after_in_child=functools.partial(held_files.after_fork, True),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from upcast.errors import UpcastError
-from upcast.kernels import native
+from upcast.kernels import held_files
 from upcast.layout import bounds
 from upcast.mapped import is_listed
 
@@ -71,7 +71,7 @@ def _about_to_write(path: object) -> None:
         return  # a new file, or one that cannot be opened
     for reference, start, end in _watched.get((status.st_dev, status.st_ino), ()):
         storage = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)  # it stays for as long as it is copied
-        if storage is not None and not native.own(start, end):
+        if storage is not None and not held_files.own(start, end):
             raise UpcastError(
                 f"{os.fsdecode(path)} holds weights of a model that is in use, and writing to it would change or end "
                 "them; nothing is written. Write to another name beside it, and then os.replace it."

@@ -81,7 +81,8 @@ class LinearForward(Forward):
 
 def _like(input: Any, weight: Any) -> Any:
     """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
-    materialize.settled((weight,), {})
+    if type(weight) is HalfWeight and weight.store.half is None:
+        materialize.settled((weight,), {})
     if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or _autocast():
         return input
     halved = type(input) is Tensor and input.dtype in (torch.float16, torch.bfloat16)

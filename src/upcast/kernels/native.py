@@ -412,37 +412,3 @@ def add_up(x: Tensor, places: Tensor, counters: Tensor, rank: int, turn: int, na
     """
     late: int = _native.add_up(_describe(x), _describe(places), _describe(counters), rank, turn, nanoseconds)
     return late
-
-
-def hold_file(descriptor: int, size: int, places: list[tuple[int, int]]) -> tuple[int, int, list[int]]:
-    """Map a file of so many bytes so that no writer reaches what lies at ``places`` (offset, size).
-
-    Returns (0, the address, a part for each place, to be given to `drop_part`), and the descriptor is the mapping's; or
-    (an error number, 0, None).
-    """
-    flat = [edge for place in places for edge in place]
-    held: tuple[int, int, list[int]] = _native.hold_file(descriptor, size, flat)
-    return held
-
-
-def drop_part(part: int) -> None:
-    """Say that nobody uses this part of a file any more; the mapping goes with its last part."""
-    _native.drop_part(part)
-
-
-def own(start: int, end: int) -> bool:
-    """Put memory of ours, with the same bytes, in the place of mapped pages; False where the system cannot.
-
-    The caller sees to it that they stay mapped, and mapped from a file, until this returns.
-    """
-    return _module is not None and bool(_module.own(start, end))
-
-
-def before_fork() -> None:
-    """Let nobody change what is held, until `after_fork`."""
-    _native.before_fork()
-
-
-def after_fork(is_child: bool) -> None:
-    """Go on; in a child, watch over what it has inherited."""
-    _native.after_fork(is_child)
