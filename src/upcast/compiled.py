@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+import wrapt
 from torch import Tensor
 from torch._decomp import register_decomposition
 from torch.utils.flop_counter import register_flop_formula
@@ -111,3 +112,13 @@ grouped_linear.register_autograd(_experts_backward, setup_context=_keep_experts)
 @register_flop_formula(torch.ops.upcast.grouped_linear)
 def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[2]
+
+
+def _opaque(lowering: Any) -> None:
+    """Tell Inductor to call these as they are: where ``CI`` is set, it refuses an operator that it could decompose."""
+    if hasattr(lowering, "make_fallback"):
+        for name in ("linear", "embedding"):
+            lowering.make_fallback(getattr(torch.ops.upcast, name).default, warn=False)
+
+
+wrapt.register_post_import_hook(_opaque, "torch._inductor.lowering")
