@@ -9,6 +9,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -101,6 +102,27 @@ def test_what_stays_held_is_shared_for_good() -> None:
         assert held[0, 0] == 7.0
     assert type(model[0].weight) is nn.Parameter
     assert relative_error(model(X), plain(X)) < 1e-5
+
+
+ELSEWHERE: dict[str, Callable[[Any], torch.Tensor]] = {
+    "numpy": torch.from_numpy,
+    "dlpack": torch.from_dlpack,
+    "buffer": lambda array: torch.frombuffer(array, dtype=torch.float32).view(40, 5),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_memory_that_torch_did_not_allocate_stays_shared(kind: str, dtype: torch.dtype) -> None:
+    """Torch does not know who else holds it."""
+    model, plain = upcast.patch(net().to(dtype)), net().to(dtype).float()
+    for each in (model, plain):
+        array = np.ones((40, 5), np.float32)
+        each[0].weight.data = ELSEWHERE[kind](array)
+        each(X.to(each[2].weight.dtype))
+        array[3:] = 2.0
+    assert torch.equal(model[0].weight, plain[0].weight)
+    assert half_weights(model)  # the others
 
 
 def lifted(weight: Any) -> None:

@@ -162,9 +162,12 @@ class Store:
 
 
 def uses(tensor: Tensor) -> int:
-    """Return how many tensors, this one counted, use its memory; where torch does not tell, more than one."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    return int(count(tensor.untyped_storage()._cdata)) - 1 if count else 2
+    """Return how many tensors, this one counted, use its memory; more than one where torch cannot tell.
+
+    Nobody counts who else holds memory that torch did not allocate: an array's, a map's, another library's.
+    """
+    storage, count = tensor.untyped_storage(), getattr(torch._C, "_storage_Use_Count", None)
+    return int(count(storage._cdata)) - 1 if count and storage.resizable() else 2
 
 
 def like(source: Tensor, dtype: torch.dtype) -> Tensor:
