@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import upcast
 from tests.litgpt_checkpoints import small_config
+from upcast import transaction
 from upcast.integrations import litgpt_fused
 from upcast.integrations.litgpt_modules import Fused
 from upcast.integrations.litgpt_stack import FusedGPT
@@ -60,7 +61,7 @@ def calls(model: nn.Module) -> int:
 def without_fusion(model: Any) -> Any:
     """A copy of a patched model that runs LitGPT's own forwards."""
     plain = copy.deepcopy(model)
-    litgpt_fused.remove(plain)
+    transaction.remove_extension(plain, litgpt_fused.LitGPTModels())
     assert not fused_of(plain)
     return plain
 

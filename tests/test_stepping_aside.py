@@ -20,6 +20,7 @@ import upcast
 from tests.conftest import half_weights
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_transformers import IDS, TEXT, make
+from upcast.errors import describe
 from upcast.integrations import aside
 
 transformers = pytest.importorskip("transformers")
@@ -405,7 +406,7 @@ def test_undoing_goes_back_to_every_dictionary() -> None:
 
 
 def test_the_line_names_the_kind_of_an_unexpected_error() -> None:
-    assert aside.describe(KeyError("weight")) == "KeyError: 'weight'"
-    assert aside.describe(ValueError()) == "ValueError"
-    assert aside.describe(upcast.UpcastError("what it says")) == "what it says"
-    assert aside.describe(RuntimeError("two\nlines")) == "RuntimeError: two lines"
+    assert describe(KeyError("weight")) == "KeyError: 'weight'"
+    assert describe(ValueError()) == "ValueError"
+    assert describe(upcast.UpcastError("what it says")) == "what it says"
+    assert describe(RuntimeError("two\nlines")) == "RuntimeError: two lines"

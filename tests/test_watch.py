@@ -168,7 +168,7 @@ def test_guard_under_safe_names_what_is_not_finite_in_float32_too() -> None:
     from litgpt import GPT
 
     model = upcast.patch(GPT(small_config("Llama-3.2-1B")).eval(), guard=True)
-    fused = model.__dict__["forward"].before
+    fused = model.__dict__["forward"].below
     with torch.inference_mode():
         model(IDS)
         assert fused.calls == 1
@@ -177,7 +177,7 @@ def test_guard_under_safe_names_what_is_not_finite_in_float32_too() -> None:
             model(IDS)
         with pytest.raises(UpcastError):
             model(IDS)
-    assert model.__dict__["forward"].before is fused
+    assert model.__dict__["forward"].below is fused
 
 
 def test_infinite_logits_that_are_meant_are_left_alone() -> None:

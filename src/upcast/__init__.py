@@ -15,6 +15,7 @@ from upcast import products as _products
 from upcast import recurrent as _recurrent
 from upcast import shallow_copy as _shallow_copy
 from upcast.ablation import Ablation, ablate
+from upcast.api import patch, patched, plan, report, unpatch
 from upcast.certify import Certificate, certify
 from upcast.diagnose import Diagnosis, diagnose
 from upcast.errors import UpcastError
@@ -22,8 +23,7 @@ from upcast.half_weight import HalfWeight
 from upcast.headroom import Headroom
 from upcast.integrations.litgpt import load_litgpt
 from upcast.integrations.loading import from_pretrained
-from upcast.patching import patch, patched, report, unpatch
-from upcast.planning import Plan, plan
+from upcast.planning import Plan
 from upcast.policy import Policy
 from upcast.search import Found, search
 

@@ -7,9 +7,8 @@ numbers, with a look at the gradients of every operation. For that the gradient 
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,9 @@ from torch.utils import _pytree as pytree
 from upcast.errors import UpcastError
 from upcast.findings import all_finite
 from upcast.forward import Attached
+from upcast.outputs import tensors
+from upcast.patching import record_of
+from upcast.trial import trial
 
 _ENGINE = Variable._execution_engine
 _REMEDY = "Look at that module and at the batch; a lower learning rate or a smaller loss keeps gradients in range."
@@ -40,9 +42,6 @@ class Step:
 
         Return which module and operation made the first gradient that is not finite.
         """
-        from upcast.patching import record_of
-        from upcast.trial import trial
-
         trace = Trace()
         self.state.restore()
         sample = pytree.tree_map_only(Tensor, _leaf, (self.args, self.kwargs))
@@ -177,22 +176,6 @@ class Trace:
     def _name(self, node: Node) -> str:
         index = bisect_left(self._last, node._sequence_nr())
         return self._names[index] if index < len(self._names) else node.name()
-
-
-def tensors(output: Any, name: str = "result") -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) of the floating-point tensors in what a model returns; mappings' keys are names."""
-    if isinstance(output, Tensor):
-        if output.is_floating_point():
-            yield name, output
-    elif isinstance(output, Mapping):
-        for key, value in output.items():
-            yield from tensors(value, str(key))
-    elif is_dataclass(output):
-        for field in fields(output):
-            yield from tensors(getattr(output, field.name), field.name)
-    elif isinstance(output, (list, tuple)):
-        for index, value in enumerate(output):
-            yield from tensors(value, f"{name}[{index}]")
 
 
 def _bad(gradient: Tensor | None) -> bool:

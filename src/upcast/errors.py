@@ -3,3 +3,9 @@
 
 class UpcastError(ValueError):
     """Something upcast refuses, with what was found, the rule and the remedy."""
+
+
+def describe(error: BaseException) -> str:
+    """Return an error in one line: an UpcastError says enough, of others the kind is told too."""
+    text = " ".join(str(error).split())[:300]
+    return text if isinstance(error, UpcastError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from upcast.errors import UpcastError
-from upcast.half_weight import HalfWeight
+from upcast.half_weight import OTHERWISE, HalfWeight
 from upcast.ops import handles
 
 
@@ -73,3 +73,6 @@ def around(inner: Tensor) -> HalfWeight:
     """
     compiles = torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
     return HalfWeight(inner) if compiles or not isinstance(inner, FakeTensor) else ImitatedWeight(inner)
+
+
+OTHERWISE["unflatten"] = around

@@ -1,16 +1,24 @@
-"""What a patched module carries as its ``forward``, and how it knows its module without keeping it alive.
+"""One stack of forwards per module: what a patched module carries in place of its class's own.
+
+`push` puts a forward on top of the one that the instance has, `remove` takes an owner's out wherever it stands, and
+leaves the others as they are: a fused forward, the tracking of a policy and a guard come and go in any order. A forward
+that users put on a module stands in the stack where it was, and is run by what is above it.
 
 A module holds its forward. If the forward held the module as well, a model that nobody needs any more would stay in
 memory until the garbage collector runs, which it may not do for gigabytes: it counts objects, not their bytes.
 """
 
 import gc
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType
 from typing import Any, ClassVar
 
 from torch import nn
 
+from upcast import scopes
 from upcast.errors import UpcastError
 
 
@@ -21,6 +29,7 @@ class _NoSourceError(UpcastError, AttributeError):
 class Attached:
     """An object that ``module`` holds, and that knows it; it copies and pickles with the module."""
 
+    owner: ClassVar[str] = "hooks"  # who put it there, and takes it away again
     weak: ClassVar[tuple[str, ...]] = ("_module",)  # attributes that are weak references to modules
 
     def __init__(self, module: nn.Module) -> None:
@@ -68,7 +77,9 @@ class Attached:
 class Forward(Attached):
     """An object called in place of a module's own ``forward``, or of another method."""
 
-    fast: ClassVar[bool] = False  # whether it is a short way for float32 models, and not what makes a policy or a watch
+    fast: ClassVar[bool] = False  # a short way for float32 models, which is left out where a policy decides dtypes
+    looks_on: ClassVar[bool] = False  # it runs what is below it, and sees what comes out
+    below: Any = None  # what the instance had in this one's place, of ours or of users; None: its class's method
 
     @property
     def __code__(self) -> CodeType:
@@ -84,12 +95,56 @@ class Forward(Attached):
         )
 
 
-def give_back(module: nn.Module, forward: Any) -> None:
-    """Give ``module`` the forward of its own that it had before, or none, in one step."""
-    if forward is not None:
-        module.__dict__["forward"] = forward
-    else:
-        del module.__dict__["forward"]
+def push(module: nn.Module, forward: Forward) -> None:
+    """Put ``forward`` on top of what ``module`` has."""
+    forward.below = module.__dict__.get("forward")
+    module.__dict__["forward"] = forward
+
+
+def stack(module: nn.Module) -> Iterator[Any]:
+    """Yield the forwards of this instance from the top down; the last may be one that users gave it."""
+    forward = module.__dict__.get("forward")
+    while forward is not None:
+        yield forward
+        forward = forward.below if isinstance(forward, Forward) else None
+
+
+def in_effect(module: nn.Module) -> Any:
+    """Return the forward that computes what this instance returns, or None: its class's."""
+    return next((each for each in stack(module) if not getattr(each, "looks_on", False)), None)
+
+
+_looking: Any = threading.local()  # .paused: blocks of `unobserved` in this thread
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Within the block, no forward of this thread looks on."""
+    with scopes.attribute(_looking, "paused", getattr(_looking, "paused", 0) + 1):
+        yield
+
+
+def observes() -> bool:
+    """Whether forwards of this thread may look on."""
+    return not getattr(_looking, "paused", 0)
+
+
+def remove(module: nn.Module, owner: str) -> None:
+    """Take the forwards, and what else stands for a method, of ``owner`` away from ``module``; all others stay."""
+    above = None
+    for each in list(stack(module)):
+        if not isinstance(each, Forward) or each.owner != owner:
+            above = each
+        elif above is not None:
+            above.below = each.below
+        elif each.below is not None:
+            module.__dict__["forward"] = each.below
+        else:
+            del module.__dict__["forward"]
+    state = module.__dict__
+    for name in [name for name, value in state.items() if isinstance(value, Attached) and value.owner == owner]:
+        if name != "forward":
+            del state[name]
 
 
 def _nothing() -> None:

@@ -28,7 +28,8 @@ HANDLERS: dict[Any, Callable[..., Any]] = {}
 """torch function -> handler with the same signature, for operations with a HalfWeight among their arguments."""
 
 OTHERWISE: dict[str, Callable[..., Any]] = {}
-"""What `upcast.widening` does with functions ("function") and operators ("operator") that have no handler."""
+"""What `upcast.widening` does with functions ("function") and operators ("operator") that have no handler, and what
+`upcast.exported` puts around the tensor inside when torch imitates a weight ("unflatten")."""
 
 # Questions about the tensor rather than about its numbers: answered by the wrapper, which knows shape and dtype.
 _METADATA = {
@@ -118,7 +119,7 @@ class HalfWeight(torch.Tensor):
         if len(types) > 1 and not all(issubclass(kind, torch.Tensor) for kind in types):
             return NotImplemented  # what is no tensor, as one that is yet to be loaded, knows what it stands for
         if Store.dissolved:
-            args, kwargs = materialize.settled(args, kwargs or {})
+            args, kwargs = settled(args, kwargs or {})
             if not any(isinstance(each, HalfWeight) for each in pytree.tree_leaves((args, kwargs))):
                 return func(*args, **kwargs)
         handler = HANDLERS.get(func)
@@ -152,9 +153,8 @@ class HalfWeight(torch.Tensor):
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], *_: Any) -> "HalfWeight":
-        from upcast.exported import around  # which needs HalfWeight
-
-        return around(inner["stored"])
+        made: HalfWeight = OTHERWISE["unflatten"](inner["stored"])
+        return made
 
     def like(self, stored: Any) -> Any:
         """Return ``stored``, a view of this one's float16 memory (or several), as a view of this weight."""
@@ -250,6 +250,21 @@ class HalfWeight(torch.Tensor):
             shape = tuple(self.shape)
         where = "stored in float16" if self.store.half is not None else "in float32"
         return f"HalfWeight(float32 {shape} {where}:\n{self.memory()})"
+
+
+def settled(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Return the arguments of a torch function with ordinary tensors in place of dissolved weights."""
+
+    def gone(value: Any) -> bool:
+        return isinstance(value, HalfWeight) and value.store.half is None and not value.reclaim()
+
+    def settle(weight: Any) -> Any:
+        return materialize.alias(weight) if gone(weight) and not materialize.become(weight) else weight
+
+    if not any(map(gone, pytree.tree_leaves((args, kwargs)))):
+        return args, kwargs
+    settled_args, settled_kwargs = pytree.tree_map_only(HalfWeight, settle, (args, kwargs))
+    return settled_args, settled_kwargs
 
 
 def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

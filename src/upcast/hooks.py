@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import console, materialize, pickling, scripted, shortcut, training
+from upcast import console, forward, materialize, pickling, scripted, shortcut, training
 from upcast.forward import Attached
 from upcast.half_weight import HalfWeight, out_of_range, parameter
 from upcast.tree import modules
@@ -14,8 +14,11 @@ from upcast.tree import modules
 _SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module, and every one inside
 
 
-def install(root: nn.Module, *, shortcuts: bool = True) -> None:
-    """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions."""
+def install(root: nn.Module, unpatch: Callable[[nn.Module], object], *, shortcuts: bool = True) -> None:
+    """Give every module that holds a HalfWeight its hooks and short ways, and ``root`` a guard on conversions.
+
+    ``unpatch`` is what a whole model is given to before it is converted.
+    """
     pickling.install(modules(root))
     for module in modules(root):
         if any(_half_weights(module._parameters)):
@@ -27,7 +30,7 @@ def install(root: nn.Module, *, shortcuts: bool = True) -> None:
     training.install(root)
     root.__dict__[_SCRIPT] = scripted.refuse_script
     for module in modules(root):
-        module.__dict__["_apply"] = GuardedApply(module, module is root)
+        module.__dict__["_apply"] = GuardedApply(module, unpatch if module is root else None)
 
 
 def remove(root: nn.Module) -> None:
@@ -95,9 +98,9 @@ class GuardedApply(Attached):
     of one the weights become ordinary parameters.
     """
 
-    def __init__(self, module: nn.Module, whole: bool) -> None:
+    def __init__(self, module: nn.Module, unpatch: Callable[[nn.Module], object] | None) -> None:
         super().__init__(module)
-        self.whole = whole
+        self.unpatch = unpatch  # of a whole model
 
     def __call__(self, function: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Apply ``function`` to the tensors of the module."""
@@ -106,25 +109,19 @@ class GuardedApply(Attached):
         if probe.device.type == "cpu" and probe.dtype == torch.float32:
             return _apply_to_others(module, function, recurse)
         wanted = str(probe.dtype if probe.dtype != torch.float32 else probe.device)
-        if self.whole:
-            _unpatch(module, wanted)
+        if self.unpatch is not None:
+            with console.silent():
+                self.unpatch(module)
+            console.say(
+                f"{type(module).__name__} is converted to {wanted}, as the program says: it is not patched any more, "
+                "and computes in that dtype"
+            )
         for _, weight in list(_half_weights(module._parameters)):  # each module inside does its own
             materialize.materialize(weight, f"the program converts them to {wanted}")
-        if getattr(module.__dict__.get("forward"), "fast", False):
-            del module.__dict__["forward"]  # it is for float32
+        for each in [each for each in forward.stack(module) if getattr(each, "fast", False)]:
+            forward.remove(module, each.owner)  # it is for float32
         module.__dict__.pop(_SCRIPT, None)
         return type(module)._apply(module, function, recurse)
-
-
-def _unpatch(root: nn.Module, wanted: str) -> None:
-    from upcast import patching  # which needs this module
-
-    with console.silent():
-        patching.unpatch(root)
-    console.say(
-        f"{type(root).__name__} is converted to {wanted}, as the program says: it is not patched any more, and "
-        "computes in that dtype"
-    )
 
 
 def _apply_to_others(root: Any, function: Callable[[Tensor], Tensor], recurse: bool) -> Any:

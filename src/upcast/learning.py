@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from upcast import extensions
 from upcast.errors import UpcastError
 from upcast.pattern import matches
 from upcast.slot import Slot
@@ -97,5 +98,5 @@ def _share(weights: Sequence[Slot]) -> float:
 
 
 def _trains(root: nn.Module) -> bool:
-    """Whether the model is in training mode; LitGPT's LLM says so by default, but is there to generate."""
-    return root.training and type(root).__name__ != "LLM"
+    """Whether the model is in training mode and can learn."""
+    return root.training and not any(each.only_generates(root) for each in extensions.registered())

@@ -7,13 +7,12 @@ follow when they are next used. It is said once per model and reason; `upcast.re
 import sys
 from collections.abc import Iterable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from upcast import console
+from upcast import console, extensions
 from upcast.errors import UpcastError
 from upcast.modes import without_overrides
 
@@ -66,7 +65,7 @@ def materialize(weight: "HalfWeight", why: str) -> None:
         UpcastError: something inside torch holds the tensor (a graph, torch.compile): it cannot be exchanged.
     """
     dissolve(weight, why)
-    if not _become(weight):
+    if not become(weight):
         raise _held(why)
 
 
@@ -88,7 +87,7 @@ def _in_use(tensor: Tensor) -> bool:
     return bool(without_overrides(Tensor._use_count, tensor) > 1)  # type: ignore[attr-defined]
 
 
-def _become(weight: "HalfWeight") -> bool:
+def become(weight: "HalfWeight") -> bool:
     """Exchange a dissolved weight for an ordinary tensor; return whether that was possible."""
     keep(weight, MEMORY)
     attributes, is_parameter = weight.attributes(), isinstance(weight, torch.nn.Parameter)
@@ -119,22 +118,6 @@ def _exchange(weight: Tensor, new: Tensor) -> bool:
     return True
 
 
-def settled(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Return the arguments of a torch function with ordinary tensors in place of dissolved weights."""
-    from upcast.half_weight import HalfWeight
-
-    def gone(value: Any) -> bool:
-        return isinstance(value, HalfWeight) and value.store.half is None and not value.reclaim()
-
-    def settle(weight: Any) -> Any:
-        return alias(weight) if gone(weight) and not _become(weight) else weight
-
-    if not any(map(gone, pytree.tree_leaves((args, kwargs)))):
-        return args, kwargs
-    settled_args, settled_kwargs = pytree.tree_map_only(HalfWeight, settle, (args, kwargs))
-    return settled_args, settled_kwargs
-
-
 def trainer(frame: FrameType) -> str | None:
     """Return why a caller's question means that the weight is to be trained, or None: it only looks."""
     return _TRAINERS.get(frame.f_globals.get("__name__", ""))
@@ -147,11 +130,12 @@ def uses_gradients(frame: FrameType) -> bool:
 
 
 def copied_by_an_adapter() -> bool:
-    """Whether the copy that is being made is PEFT's, of a module to save: it learns, or takes numbers that have."""
+    """Whether the copy that is being made is an adapter library's: it learns, or takes numbers that have."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__") in _COPYING:
+    while frame is not None and _copies(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
-    return frame is not None and frame.f_globals.get("__name__") == "peft.utils.other"
+    return frame is not None and extensions.copies_to_train(frame.f_globals.get("__name__", ""))
 
 
-_COPYING = ("copy", "upcast.half_weight", "upcast.materialize", "upcast.pickling")
+def _copies(module: str) -> bool:
+    return module == "copy" or module.startswith("upcast.")

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from upcast import materialize
+from upcast import extensions, materialize
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.ops import accessor, handles, handles_each, named
 from upcast.store import uses
 from upcast.widening import call_in_memory
-
-_SIZES = ("accelerate.utils.modeling", "compute_module_sizes")  # a report of memory that goes by dtype
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 
@@ -37,9 +35,7 @@ def _at_rest(function: Any, weight: HalfWeight, *args: Any) -> Any:
 def _dtype(weight: HalfWeight) -> torch.dtype:
     if torch.compiler.is_compiling():
         return torch.float32
-    caller = sys._getframe(2)
-    at_rest = caller.f_code.co_name == _SIZES[1] and caller.f_globals.get("__name__") == _SIZES[0]
-    return torch.float16 if at_rest else torch.float32
+    return torch.float16 if extensions.reports_sizes(sys._getframe(2)) else torch.float32
 
 
 @handles_each(

@@ -1,11 +1,10 @@
-"""patch, unpatch, patched: what becomes of a model's tensors. What changes it is `upcast.transaction`."""
+"""What becomes of a model's tensors, and what is installed beside them. What changes it is `upcast.transaction`."""
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from upcast import (
     console,
+    extensions,
     fingerprint,
     hooks,
     kernels,
@@ -22,17 +22,16 @@ from upcast import (
     pieces,
     tracking,
     transaction,
-    watch,
 )
 from upcast import policy as policies
-from upcast.errors import UpcastError
+from upcast.errors import UpcastError, describe
+from upcast.extensions import Extension
 from upcast.half_weight import OURS, HalfWeight, parameter
 from upcast.huge_pages import Memory
-from upcast.integrations import aside, litgpt_fused, transformers_fused
 from upcast.layout import to_float32
 from upcast.modes import ordinary, outside_inference_mode
 from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
-from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, remarks, settle
+from upcast.planning import KEEP, WIDEN, Change, Plan, change_of, settle
 from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
@@ -45,49 +44,22 @@ Model = TypeVar("Model")
 Choice = str | Path | Policy | object
 
 
+Watcher = Callable[[nn.Module, bool], None]
+"""Has a patched model watched; the flag says whether its policy is other than safe."""
+
+
 def patch(
     model: Model,
     *,
     policy: Choice = "safe",
     keep: Sequence[str] = (),
     kv_cache: str | None = None,
-    guard: bool = False,
-    heal: bool = False,
     trainable: Sequence[str] = (),
+    watcher: Watcher | None = None,
 ) -> Model:
-    """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
-
-    Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
-    used as they are, without a copy. Vectors and half-precision buffers become float32. A weight with a value beyond
-    65504, or one that is not finite, stays in float32. The weights are frozen: gradients flow through, not into them.
-    Where some weights are frozen and others require grad, as with adapters, those that require grad stay the float32
-    parameters that they are: an optimizer that holds them goes on.
-    While it works, up to float32's and float16's bytes exist side by side; `upcast.load_litgpt` avoids that.
-
-    Args:
-        model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline.
-        policy: which op classes run in float32: ``"safe"`` (all of them), ``"sensitive"``, ``"none"``, any other policy
-            string, an `upcast.Policy`, what `upcast.search` returned, or the path of a saved one.
-        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
-        kv_cache: how keys and values are kept, by a LitGPT model unless ``set_kv_cache`` is given a dtype, and by
-            Transformers': ``"float16"`` (half the bytes; a layer whose keys or values are too large for it goes to
-            float32, and says so; now and then a sampled token differs) or ``"float32"``. None: the policy's.
-        guard: raise an UpcastError that names the first module and operation when the result is not finite; in
-            training also when the loss or a gradient is not, and with the step. The gradient of the result is held
-            until the backward pass ends.
-        heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
-            cures it, run the step again, say so, and go on with that set.
-        trainable: patterns of what learns, of the parameters that require grad; the others are frozen. Without it, all
-            that require grad learn, unless most of the model does: that is taken for inference, and the plan says so.
-
-    Raises:
-        UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
-            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
-            Nothing has been changed then, nor when the patch is interrupted before it is whole.
-    """
+    """Do what `upcast.patch` says, with what watches the model afterwards, if anything does."""
     prepared = _prepared(model, policy, keep, kv_cache, trainable)
-    record = _patch(*prepared, guard=guard, heal=heal)
-    console.say(_summary(record), record.plan)
+    say(_patch(*prepared, watcher=watcher))
     return model
 
 
@@ -126,20 +98,6 @@ def _restored_places(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple
             restored += _places(held[id(slot.tensor)], tensor)
             present += places(held[id(slot.tensor)], slot.tensor)
     return restored, present
-
-
-@contextmanager
-def patched(
-    model: Model, *, policy: Choice = "safe", keep: Sequence[str] = (), kv_cache: str | None = None
-) -> Iterator[Model]:
-    """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
-
-    The originals stay in memory for that time, and come back wherever the block is interrupted. Arguments and errors as
-    for `patch`.
-    """
-    with borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
-        console.say(_summary(record), record.plan)
-        yield model
 
 
 @contextmanager
@@ -205,16 +163,15 @@ def adopt(
     roundings: Mapping[str, tuple[torch.dtype, Rounding]],
     kv_cache: str | None,
     policy: Choice = "safe",
-    guard: bool = False,
-    heal: bool = False,
+    watcher: Watcher | None = None,
     keep: Sequence[str] = (),
     trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     for name, tensors in mapped.hold(root):
         overwriting.watch(name, tensors)
-    record = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, guard=guard, heal=heal)
-    console.say(_summary(record), record.plan)
+    record = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
+    say(record)
     return record
 
 
@@ -237,7 +194,7 @@ def _prepared(
     """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
     kernels.active()  # an impossible choice is refused before anything changes
     if kv_cache is not None:
-        litgpt_fused.check(kv_cache)
+        policies.check_kv_cache(kv_cache)
     policies.resolve(policy)
     took_back(model)
     root, found = prepare(model, keep, trainable, optimizers=trial)
@@ -291,8 +248,7 @@ def _patch(
     known: Mapping[str, tuple[torch.dtype, Rounding]] | None = None,
     *,
     originals: Places | None = None,
-    guard: bool = False,
-    heal: bool = False,
+    watcher: Watcher | None = None,
 ) -> Record:
     """Patch ``root``, all or nothing; what is replaced comes into ``originals`` as well, before it is."""
     weights, tensors = _Weights(type(root).__name__), Places()
@@ -310,35 +266,35 @@ def _patch(
         changes[slot.name] = change
         if isinstance(new, HalfWeight):
             new.store.before = change.dtype
-    plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
+    plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + extensions.remarks(root))
     selection = None if policy.everywhere else Selection(policy)
     record = Record(plan, weights.fallbacks, policy, selection)
-    transaction.patch(root, record, tensors, originals, lambda: _install(root, record, guard, heal))
+    transaction.patch(root, record, tensors, originals, lambda: _install(root, record, watcher))
     return record
 
 
-def _install(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
+def _install(root: nn.Module, record: Record, watcher: Watcher | None) -> None:
     """Install what makes the model run under its policy: the fast ways, which are for float32, or the interception."""
     policy, selection = record.policy, record.selection
-    hooks.install(root, shortcuts=selection is None)
-    if selection is None:
-        for library in (litgpt_fused, transformers_fused):
-            _install_fast_ways(library, root, policy.kv_cache)
-    else:
-        litgpt_fused.install_caches(root, policy.kv_cache)
+    hooks.install(root, unpatch, shortcuts=selection is None)
+    for extension in extensions.registered():
+        if selection is None:
+            _install_fast_ways(extension, root, policy.kv_cache)
+        else:
+            extension.install_caches(root, policy.kv_cache)
+    if selection is not None:
         tracking.install(root, selection)
-    heal = heal and selection is not None  # safe has nothing to widen
-    if guard or heal:
-        watch.install(root, guard, heal)
+    if watcher is not None:
+        watcher(root, selection is not None)
 
 
-def _install_fast_ways(library: ModuleType, root: nn.Module, kv_cache: str) -> None:
+def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> None:
     """Give ``root`` the fused forwards for a library; where that fails it goes the ordinary way, which is as right."""
     try:
-        library.install(root, kv_cache)
+        extension.install(root, kv_cache)
     except Exception as error:
-        library.remove(root)
-        console.say(f"{type(root).__name__} runs without its fast ways ({library.__name__}): {aside.describe(error)}")
+        transaction.remove_extension(root, extension)
+        console.say(f"{type(root).__name__} runs without its fast ways for {extension.name}: {describe(error)}")
 
 
 def _widened(slot: Slot) -> Tensor:
@@ -373,13 +329,14 @@ def _restored(slot: Slot, record: Record) -> Tensor | None:
     return nn.Parameter(plain, tensor.requires_grad) if slot.is_parameter else plain
 
 
-def _summary(record: Record) -> str:
-    """Return upcast's one line about a patched model."""
+def say(record: Record) -> None:
+    """Say upcast's one line about a patched model."""
     plan = record.plan
     sizes = f"{console.megabytes(plan.bytes_before)} -> {console.megabytes(plan.bytes_after)}"
     float32 = ", ".join(f"{count} ({reason})" for reason, count in plan.in_float32().items())
     policy = "" if record.policy == Policy() else f"; policy {record.policy}"
-    return f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}{policy}"
+    line = f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}{policy}"
+    console.say(line, plan)
 
 
 def _loss(plan: Plan) -> str:

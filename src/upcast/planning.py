@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from upcast import console, layout, learning
+from upcast import console, extensions, layout, learning
 from upcast.parts import Part, parts_of, roots_of
 from upcast.pattern import matches
 from upcast.rounding import Rounding, measure, survey
@@ -19,9 +19,6 @@ SHARE = "share"  # bitwise equal to another weight: one storage for both
 WIDEN = "widen"  # to float32
 KEEP = "keep"  # left as it is
 IN_FLOAT16 = (CONVERT, WRAP, SHARE)
-
-REMARKS: list[Callable[[nn.Module], Sequence[str]]] = []
-"""What integrations have to say about a model that is planned: each returns lines for the foot of the table."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +244,7 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     if done:
         return _of_parts(model, done, keep, trainable)
     root, found = prepare(model, keep, trainable)
-    return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + remarks(root))
+    return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + extensions.remarks(root))
 
 
 def _changes(found: Sequence[Slot], keep: Sequence[str]) -> tuple[Change, ...]:
@@ -270,8 +267,3 @@ def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainab
 
 def _under(prefix: str, change: Change) -> Change:
     return replace(change, name=f"{prefix}.{change.name}") if prefix else change
-
-
-def remarks(root: nn.Module) -> tuple[str, ...]:
-    """Return what the integrations have to say about ``root``."""
-    return tuple(line for remark in REMARKS for line in remark(root))

@@ -52,7 +52,7 @@ class Policy:
     Attributes:
         classes: the op classes (keys of CLASSES) that run in float32.
         overrides: (module pattern, classes) pairs that replace ``classes`` inside matching modules; the last counts.
-        kv_cache: what a LitGPT model's ``set_kv_cache`` makes, ``"float16"`` or ``"float32"``.
+        kv_cache: how keys and values are kept, ``"float16"`` or ``"float32"``.
         storage: how weights are stored, ``"float16"`` or ``"float32"``.
     """
 
@@ -112,6 +112,12 @@ def show(classes: frozenset[str]) -> str:
     """Return a set of op classes as a policy string has it: a preset's name, or the classes joined by +."""
     named = [name for name, preset in PRESETS.items() if preset == classes]
     return named[0] if named else "+".join(name for name in CLASSES if name in classes)
+
+
+def check_kv_cache(kv_cache: str) -> None:
+    """Raise UpcastError if ``kv_cache`` is none of DTYPES."""
+    if kv_cache not in DTYPES:
+        raise UpcastError(f"kv_cache={kv_cache!r}; it must be one of {', '.join(DTYPES)}. Use 'float16'.")
 
 
 def resolve(value: object, *, check: Any = None) -> Policy:

@@ -13,11 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from upcast import autocast, genuine, kernels, materialize
+from upcast import autocast, genuine, kernels
+from upcast import forward as forwards
 from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import bound
-from upcast.half_weight import HalfWeight
+from upcast.half_weight import HalfWeight, settled
 from upcast.kernels import native, transforms
 from upcast.tree import modules
 
@@ -38,6 +39,7 @@ _owners, _names, _kept = map(
 class LinearForward(Forward):
     """The forward of one patched ``nn.Linear``."""
 
+    owner = "linear"
     fast = True
 
     @property
@@ -82,7 +84,7 @@ class LinearForward(Forward):
 def _like(input: Any, weight: Any) -> Any:
     """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
     if type(weight) is HalfWeight and weight.store.half is None:
-        materialize.settled((weight,), {})
+        settled((weight,), {})
     if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or _autocast():
         return input
     halved = type(input) is Tensor and input.dtype in (torch.float16, torch.bfloat16)
@@ -102,11 +104,10 @@ def install(root: nn.Module) -> None:
     """Give every plain ``nn.Linear`` with a HalfWeight its short forward, unless something else replaced it."""
     for module in modules(root):
         if type(module) is nn.Linear and type(module.weight) is HalfWeight and "forward" not in module.__dict__:
-            module.__dict__["forward"] = LinearForward(module)
+            forwards.push(module, LinearForward(module))
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
     for module in modules(root):
-        if isinstance(module.__dict__.get("forward"), LinearForward):
-            del module.__dict__["forward"]
+        forwards.remove(module, LinearForward.owner)

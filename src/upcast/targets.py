@@ -8,7 +8,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 
-from upcast import learning
+from upcast import extensions, learning
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.pattern import matches
@@ -67,22 +67,20 @@ def check_patterns(root: nn.Module, found: Sequence[Slot], keep: Sequence[str], 
 
 
 def unwrap(model: object) -> nn.Module:
-    """Return the module inside what users hand over: a pipeline, a Fabric wrapper, or the module itself."""
-    if not isinstance(model, nn.Module):
-        inner = getattr(model, "model", None)
-        if not isinstance(inner, nn.Module):
-            raise UpcastError(
-                f"a {type(model).__name__}; upcast patches a torch.nn.Module, or an object whose .model is one "
-                "(such as a Transformers pipeline). Pass the module itself."
-            )
-        return unwrap(inner)
-    if type(model).__name__ == "_FabricModule":
-        return unwrap(model.module)
-    if type(model).__name__ == "LLM" and getattr(model, "model", model) is None:
+    """Return the module inside what users hand over: a pipeline, a library's wrapper, or the module itself."""
+    for extension in extensions.registered():
+        inner = extension.unwrap(model)
+        if inner is not model:
+            return unwrap(inner)
+    if isinstance(model, nn.Module):
+        return model
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, nn.Module):
         raise UpcastError(
-            "a litgpt LLM without a model; it was loaded with distribute=None. Call llm.distribute() first."
+            f"a {type(model).__name__}; upcast patches a torch.nn.Module, or an object whose .model is one "
+            "(such as a Transformers pipeline). Pass the module itself."
         )
-    return model
+    return unwrap(inner)
 
 
 def _check_tensor(slot: Slot, model: str) -> None:

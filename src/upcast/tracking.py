@@ -13,16 +13,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from upcast import autocast
+from upcast import forward as forwards
 from upcast.errors import UpcastError
-from upcast.forward import Forward, give_back
+from upcast.forward import Forward
 from upcast.half_weight import HalfWeight
-from upcast.integrations.litgpt_modules import Fused
 from upcast.pattern import matches
 from upcast.policy import Policy
 from upcast.selective import STORED, Frame, Observer, Session, current, mark, mark_of, module_class
-from upcast.shortcut import LinearForward
 from upcast.tree import modules, named_modules
-from upcast.watch import Watch, unwatched
 
 
 class Selection:
@@ -39,13 +37,20 @@ class Selection:
 class Tracked(Forward):
     """The forward of one module of a model under a policy; it copies and pickles with its module."""
 
+    owner = "policy"
+
     def __init__(self, module: nn.Module, name: str, selection: Selection) -> None:
         super().__init__(module)
         self.name, self.selection = name, selection
-        self.before = module.__dict__.get("forward")
-        ours = isinstance(self.before, (Fused, LinearForward, Watch))  # a fast way, of float32 only; or who watches it
-        self.inner = None if ours else self.before  # a forward that someone else put there
         self.set_policy()
+
+    @property
+    def inner(self) -> Any:
+        """The forward that someone else gave the module; not a fast one, nor one that looks on, of what is below."""
+        below = self.below
+        while isinstance(below, Forward) and (below.fast or below.looks_on):
+            below = below.below
+        return below
 
     def set_policy(self) -> None:
         """Take over the selection's policy."""
@@ -81,8 +86,9 @@ class Tracked(Forward):
         _mark_own(self.module)
         session.frames.append(self.frame)
         try:
-            if self.inner is not None:
-                return self.inner(*args, **kwargs)
+            inner = self.inner
+            if inner is not None:
+                return inner(*args, **kwargs)
             return type(self.module).forward(self.module, *args, **kwargs)
         finally:
             session.frames.pop()
@@ -103,15 +109,13 @@ def install(root: nn.Module, selection: Selection) -> None:
     """Have every module of ``root`` run under the selection's policy."""
     for name, module in named_modules(root):
         _mark_own(module)
-        module.__dict__["forward"] = Tracked(module, name, selection)
+        forwards.push(module, Tracked(module, name, selection))
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
     for module in modules(root):
-        tracked = module.__dict__.get("forward")
-        if isinstance(tracked, Tracked):
-            give_back(module, tracked.before)
+        forwards.remove(module, Tracked.owner)
         for tensor in _own(module):
             mark(tensor, None)
 
@@ -120,9 +124,9 @@ def change(root: nn.Module, selection: Selection, policy: Policy) -> None:
     """Put a tracked model under another policy."""
     selection.policy = policy
     for module in modules(root):
-        tracked = unwatched(module)
-        if isinstance(tracked, Tracked) and tracked.selection is selection:
-            tracked.set_policy()
+        for each in forwards.stack(module):
+            if isinstance(each, Tracked) and each.selection is selection:
+                each.set_policy()
 
 
 def _mark_own(module: nn.Module) -> None:

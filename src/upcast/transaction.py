@@ -13,15 +13,16 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from upcast import hooks, tracking, watch
+from upcast import extensions, forward, hooks, tracking
 from upcast.errors import UpcastError
-from upcast.integrations import litgpt_fused, transformers_fused
+from upcast.extensions import Extension
 from upcast.parts import RECORD
 from upcast.planning import Plan
 from upcast.policy import Policy
 from upcast.slot import Slot, set_tensor
 from upcast.store import Fallbacks
 from upcast.tracking import Selection
+from upcast.tree import modules
 
 Places = list[tuple[nn.Module, str, Tensor]]
 
@@ -122,8 +123,16 @@ def _clear(roots: Sequence[nn.Module]) -> None:
 
 def remove(root: nn.Module) -> None:
     """Take away every hook and forward of ours, however many are there."""
-    watch.remove(root)
+    for module in modules(root):
+        forward.remove(module, "guard")
     tracking.remove(root)
     hooks.remove(root)
-    litgpt_fused.remove(root)
-    transformers_fused.remove(root)
+    for extension in extensions.registered():
+        remove_extension(root, extension)
+
+
+def remove_extension(root: nn.Module, extension: Extension) -> None:
+    """Take away what an extension gave ``root``."""
+    extension.remove(root)
+    for module in modules(root):
+        forward.remove(module, extension.name)

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,13 +13,14 @@ from torch.utils.data import DataLoader, RandomSampler
 from upcast import patching, scopes, tracking
 from upcast.errors import UpcastError
 from upcast.findings import Findings, all_finite
+from upcast.forward import unobserved
 from upcast.half_weight import HalfWeight
+from upcast.outputs import find_answer
 from upcast.policy import Policy
 from upcast.selective import Observer
 from upcast.targets import unwrap
 from upcast.tracking import Selection
 from upcast.tree import modules, named_modules
-from upcast.watch import paused
 
 SAFE, NONE = Policy(), Policy(frozenset())
 
@@ -127,27 +127,6 @@ def answer(output: Any) -> Tensor:
     return found
 
 
-def find_answer(output: Any) -> Tensor | None:
-    """Return the tensor that a model is judged by, or None."""
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    if isinstance(output, Mapping) or is_dataclass(output):
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        found = find_answer(logits)
-        if found is not None:
-            return found
-        named = output.values() if isinstance(output, Mapping) else (getattr(output, f.name) for f in fields(output))
-        return next((part for part in map(find_answer, named) if part is not None), None)
-    if isinstance(output, (list, tuple)):
-        parts = list(map(find_answer, output))
-        if parts and all(isinstance(each, Tensor) and each.is_floating_point() for each in output):
-            same = {(each.shape[:-2], each.shape[-1]) for each in output if each.dim() > 1}
-            if isinstance(output, list) and len(same) == 1 and all(each.dim() > 1 for each in output):
-                return torch.cat(output, dim=-2)  # LitGPT's logits in chunks
-        return next((part for part in parts if part is not None), None)
-    return None
-
-
 class Trial:
     """A model that can be run under any policy.
 
@@ -168,7 +147,11 @@ class Trial:
         self.passes += 1
         if self._seed is not None:
             torch.set_rng_state(self._seed)
-        with scopes.attribute(self.selection, "observer", observer), torch.set_grad_enabled(gradients), paused():
+        with (
+            scopes.attribute(self.selection, "observer", observer),
+            torch.set_grad_enabled(gradients),
+            unobserved(),
+        ):
             return self.module(*sample[0], **sample[1])
 
     def reference(self, sample: Sample, observer: Observer | None = None) -> Any:

@@ -6,38 +6,33 @@ state before it, to find or to avoid what went wrong. In training, guard watches
 well (`upcast.backward`).
 """
 
+import functools
 import inspect
 import math
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from upcast import console, scopes
+from upcast import console, extensions, scopes, tracking
+from upcast import forward as forwards
 from upcast.backward import Backward
 from upcast.errors import UpcastError
-from upcast.forward import Forward, give_back
+from upcast.findings import Findings
+from upcast.forward import Forward
 from upcast.kernels import transforms
+from upcast.outputs import find_answer
+from upcast.patching import record_of
 from upcast.policy import Policy, show
 from upcast.tree import modules
+from upcast.trial import SAFE, trial
 
-_local: Any = threading.local()  # .paused: blocks of `paused` in this thread; .roots: models whose forward it is in
-# Of a cache: replaced by longer ones, or written where the step will write again. `_buffers` are our float16 twins'.
-_APPENDED = frozenset({"keys", "values", "_buffers"})
-_SHIFTED = "StaticSlidingWindowLayer"  # of Transformers: moves its rows along in place, so that they must be copied
+_local: Any = threading.local()  # .roots: models whose forward this thread is in
 _PLAIN = (bool, int, float, str, type, type(None), torch.dtype, torch.device)
-
-
-@contextmanager
-def paused() -> Iterator[None]:
-    """Within the block, no model of this thread is watched."""
-    with scopes.attribute(_local, "paused", getattr(_local, "paused", 0) + 1):
-        yield
 
 
 class Watch(Forward):
@@ -46,13 +41,14 @@ class Watch(Forward):
     Of the watched modules of one model that are inside one another, the outermost that is called watches.
     """
 
+    owner = "guard"
+    looks_on = True
     weak = ("_module", "_root")
 
     def __init__(self, module: nn.Module, root: nn.Module, guard: bool, heal: bool) -> None:
         super().__init__(module)
         self._root = weakref.ref(root)
         self.guard, self.heal = guard, heal
-        self.before = module.__dict__.get("forward")
         self.lenient = False  # infinite numbers are meant, as in masked logits: only NaN counts
         self.backward = Backward(module, root)
 
@@ -64,10 +60,10 @@ class Watch(Forward):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.before or type(self.module).forward.__get__(self.module))
+        return inspect.signature(self.below or type(self.module).forward.__get__(self.module))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if transforms.active() or getattr(_local, "paused", 0) > 0:
+        if transforms.active() or not forwards.observes():
             return self._run(args, kwargs)
         roots = getattr(_local, "roots", ())
         if any(root is self.root for root in roots):
@@ -83,8 +79,8 @@ class Watch(Forward):
         return output if self._fine(output) else self._mend(output, state, args, kwargs)
 
     def _run(self, args: Any, kwargs: Any) -> Any:
-        if self.before is not None:
-            return self.before(*args, **kwargs)
+        if self.below is not None:
+            return self.below(*args, **kwargs)
         return type(self.module).forward(self.module, *args, **kwargs)
 
     def _fine(self, output: Any) -> bool:
@@ -96,8 +92,6 @@ class Watch(Forward):
         return not bool(value.isnan().any()) if self.lenient else bool(value.isfinite().all())
 
     def _mend(self, output: Any, state: "State", args: Any, kwargs: Any) -> Any:
-        from upcast.trial import SAFE, trial
-
         sample = (args, kwargs)
         with trial(self.root, training=True) as run:
             run.module = self.module
@@ -119,9 +113,6 @@ class Watch(Forward):
 
     def _heal(self, findings: Any, state: "State", args: Any, kwargs: Any) -> Any:
         """Widen the policy by the smallest set of classes that gives a finite result, and return that result."""
-        from upcast import tracking
-        from upcast.patching import record_of
-
         selection = record_of(self.root).selection
         assert selection is not None
         base = selection.policy
@@ -147,9 +138,6 @@ class Watch(Forward):
                 f"{name}: the result is not finite{when}, and in float32 it is not either, first in {wide}; no policy "
                 "cures that. Check weights and inputs."
             )
-        from upcast.patching import record_of
-        from upcast.trial import SAFE, trial
-
         record = record_of(self.root)
         if record.selection is None:
             return UpcastError(
@@ -200,39 +188,28 @@ def widened(policy: Policy, added: frozenset[str]) -> Policy:
     return Policy(policy.classes | added, overrides, policy.kv_cache, policy.storage)
 
 
-def install(root: nn.Module, guard: bool, heal: bool) -> None:
-    """Have ``root`` watched, by whichever door it is entered."""
-    for module in list(_doors(root)):
-        module.__dict__["forward"] = Watch(module, root, guard, heal)
+def watcher(guard: bool, heal: bool) -> Callable[[nn.Module, bool], None] | None:
+    """Return what has a model watched once it is patched, or None: nothing is to be watched."""
+    return functools.partial(install, guard=guard, heal=heal) if guard or heal else None
+
+
+def install(root: nn.Module, selective: bool, guard: bool, heal: bool) -> None:
+    """Have ``root`` watched, by whichever door it is entered; healing is for policies that are ``selective``."""
+    heal = heal and selective  # safe has nothing to widen
+    for module in list(_doors(root)) if guard or heal else ():
+        forwards.push(module, Watch(module, root, guard, heal))
 
 
 def _doors(root: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that are called from outside: the root, and what generation loops call instead of it.
 
-    A litgpt ``LLM`` and PEFT's models have their inner model generate; Transformers' ``generate`` calls the encoder.
+    A model that wraps another may have the inner one generate.
     """
     found = {id(root): root}
-    for module in modules(root):
-        if any(hasattr(type(module), name) for name in ("generate", "set_kv_cache")):
-            found[id(module)] = module
-            if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-                encoder: nn.Module = module.get_encoder()  # type: ignore[operator]
-                found[id(encoder)] = encoder
+    found |= {id(module): module for module in modules(root) if hasattr(type(module), "generate")}
+    for extension in extensions.registered():
+        found |= {id(module): module for module in extension.doors(root)}
     yield from found.values()
-
-
-def remove(root: nn.Module) -> None:
-    """Take away what `install` gave."""
-    for module in modules(root):
-        watch = module.__dict__.get("forward")
-        if isinstance(watch, Watch) and watch.root is root:
-            give_back(module, watch.before)
-
-
-def unwatched(module: nn.Module) -> Any:
-    """Return the forward of an instance as it is without being watched, or None."""
-    forward = module.__dict__.get("forward")
-    return forward.before if isinstance(forward, Watch) else forward
 
 
 # --- state ------------------------------------------------------------------------------------------------------------
@@ -243,8 +220,8 @@ class State:
 
     Caches of keys and values grow by replacing their tensors, or are written at the positions of the step, which the
     repeated step writes again: references are enough, and nothing is copied. Other states (of state-space models, of
-    windows that move along in place) are copied. LitGPT's caches are written again, too, and need nothing. In training
-    mode random numbers and the statistics of batch norms come back as well.
+    windows that move along in place) are copied. In training mode random numbers and the statistics of batch norms come
+    back as well.
     """
 
     def __init__(self, args: Any, kwargs: Any, module: nn.Module) -> None:
@@ -299,7 +276,7 @@ class State:
         self._objects.append((fields, dict(fields)))
         if fields is not value:
             self._kinds.append((value, type(value)))
-        appended = () if type(value).__name__ == _SHIFTED else _APPENDED
+        appended = frozenset().union(*(each.appended(value) for each in extensions.registered()))
         for key, each in fields.items():
             if key not in appended and not isinstance(each, _PLAIN):
                 self._take(each)
@@ -308,7 +285,7 @@ class State:
 def _is_state(value: Any) -> bool:
     """Whether an argument can be a cache: a mapping, or an object whose kind says so; not configs and the like.
 
-    What another module returned (a dataclass of Transformers, as the encoder's result) is read and not changed.
+    What another module returned (a dataclass, as an encoder's result) is read and not changed.
     """
     if isinstance(value, Mapping):
         return not is_dataclass(value)
@@ -316,15 +293,11 @@ def _is_state(value: Any) -> bool:
 
 
 def _answer(output: Any) -> Tensor | None:
-    if isinstance(output, Tensor):
-        return output if output.is_floating_point() else None
-    from upcast.trial import find_answer
-
     return find_answer(output)
 
 
 def _in_chunks(output: Any) -> bool:
-    """Whether the result is LitGPT's logits in chunks, which need not be joined to be looked at."""
+    """Whether the result is logits in chunks, which need not be joined to be looked at."""
     return isinstance(output, list) and bool(output) and all(isinstance(each, Tensor) for each in output)
 
 
@@ -343,7 +316,5 @@ def _has_nan(output: Any) -> bool:
     return value is not None and bool(value.isnan().any())
 
 
-def _findings() -> Any:
-    from upcast.findings import Findings
-
+def _findings() -> Findings:
     return Findings(math.inf)

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from upcast import materialize
 from upcast.errors import UpcastError
-from upcast.half_weight import OTHERWISE, HalfWeight
+from upcast.half_weight import OTHERWISE, HalfWeight, settled
 
 _AUGMENTED = {torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_}  # += and its like
 _references: list[int] = []  # how many such a call itself holds: the first one, in `upcast.memory_ops`, has no others
@@ -34,7 +34,7 @@ def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if needed:
         for weight in needed:
             materialize.dissolve(weight, materialize.MEMORY)
-        return call_widened(func, *materialize.settled(args, kwargs))
+        return call_widened(func, *settled(args, kwargs))
     return copies.settle(result)
 
 

@@ -12,7 +12,7 @@ from upcast.distributed.group import WIRES
 from upcast.distributed.joining import joined
 from upcast.errors import UpcastError
 from upcast.integrations import litgpt
-from upcast.integrations.litgpt_fused import KV_CACHES
+from upcast.policy import DTYPES
 
 
 def add_to(commands: Any) -> None:
@@ -30,7 +30,7 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest (default: all)")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: 1234)")
-    parser.add_argument("--kv-cache", choices=tuple(KV_CACHES), default="float16", help="default: float16")
+    parser.add_argument("--kv-cache", choices=DTYPES, default="float16", help="default: float16")
     parser.add_argument(
         "--wire",
         choices=tuple(WIRES),

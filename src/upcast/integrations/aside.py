@@ -17,7 +17,7 @@ import wrapt
 from torch import nn
 
 from upcast import config, console
-from upcast.errors import UpcastError
+from upcast.errors import UpcastError, describe
 from upcast.tree import modules
 
 Result = TypeVar("Result")
@@ -89,12 +89,6 @@ def enabled() -> bool:
         return config.read().enabled
     except UpcastError:
         return False
-
-
-def describe(error: BaseException) -> str:
-    """Return an error in one line: an UpcastError says enough, of others the kind is told too."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, UpcastError) and text else f"{type(error).__name__}: {text}".removesuffix(": ")
 
 
 class _RandomState:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from lightning.fabric.plugins.precision import Precision
 from torch import nn
 
-from upcast import patching
+from upcast.api import patch as upcast_patch
 from upcast.half_weight import HalfWeight
 
 
@@ -43,6 +43,4 @@ class FabricPrecision(Precision):  # type: ignore[misc]
         """
         if any(isinstance(parameter, HalfWeight) for parameter in module.parameters()):
             return module
-        return patching.patch(
-            module, keep=self.keep, kv_cache=self.kv_cache, trainable=self.trainable, guard=self.guard
-        )
+        return upcast_patch(module, keep=self.keep, kv_cache=self.kv_cache, trainable=self.trainable, guard=self.guard)

@@ -13,9 +13,10 @@ from torch import Tensor
 from upcast import checkpoint, config, huge_pages, patching
 from upcast import policy as policies
 from upcast.errors import UpcastError
-from upcast.integrations import aside, litgpt_config, litgpt_fused, loading
+from upcast.integrations import aside, litgpt_config, loading
 from upcast.integrations.aside import NotOurs
 from upcast.modes import float32_by_default, ordinary, outside_inference_mode
+from upcast.watch import watcher
 
 
 def load_litgpt(
@@ -63,7 +64,7 @@ def load_litgpt(
     if mesh is not None:
         _check_divided(chosen, guard=guard, heal=heal, keep=keep, trainable=trainable)
     if kv_cache is not None:
-        litgpt_fused.check(kv_cache)
+        policies.check_kv_cache(kv_cache)
     folder = Path(checkpoint_dir)
     with _plainly():
         model, weights = _read_folder(folder, whole=mesh is None)
@@ -138,7 +139,7 @@ def fill(
         known = checkpoint.to_float16(weights, huge_pages.Memory(), (*keep, *trainable))
         model.load_state_dict(weights, assign=True)
         model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-        patching.adopt(model, known, kv_cache, policy, guard, heal, keep, trainable)
+        patching.adopt(model, known, kv_cache, policy, watcher(guard, heal), keep, trainable)
 
 
 def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:

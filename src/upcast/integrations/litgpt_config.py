@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from upcast import text_file
-from upcast.errors import UpcastError
-from upcast.integrations.aside import describe
+from upcast.errors import UpcastError, describe
 
 CONFIG, WEIGHTS = "model_config.yaml", "lit_model.pth"
 LARGEST = 1 << 16  # bytes; LitGPT writes about 2,000

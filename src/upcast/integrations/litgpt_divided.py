@@ -11,6 +11,8 @@ from upcast.forward import Forward
 class DividedBlock(Forward):
     """The forward of ``block``; ``together``: both halves read the same input, and one sum serves both."""
 
+    owner = "divided"  # it stays where a model is unpatched: each rank has a part of it
+
     def __init__(self, block: Any, group: Group) -> None:
         super().__init__(block)
         self.group = group

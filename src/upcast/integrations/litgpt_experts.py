@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast.integrations.litgpt_modules import Fused
+from upcast.integrations.litgpt_modules import LitGPTForward
 from upcast.integrations.members import Members
 
 
-class FusedMoE(Fused):
+class FusedMoE(LitGPTForward):
     """LLaMAMoE in inference. LitGPT's own forward calls every expert, most of them with no token at all.
 
     The chosen ones are called as modules, in LitGPT's order, so that sums round alike.

@@ -2,27 +2,28 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from upcast import planning
 from upcast.errors import UpcastError
+from upcast.extensions import Extension, register
+from upcast.forward import in_effect, push
 from upcast.integrations import litgpt_generation
 from upcast.integrations.litgpt_experts import FusedMoE
 from upcast.integrations.litgpt_lora import FusedLoRAQKV
 from upcast.integrations.litgpt_mask import CacheSetter, restore
 from upcast.integrations.litgpt_modules import (
     CacheBuilder,
-    Fused,
     FusedAttention,
     FusedGatedMLP,
     FusedLayerNorm,
     FusedRMSNorm,
+    LitGPTForward,
 )
-from upcast.integrations.litgpt_prefix import CacheClearer, CacheReset
+from upcast.integrations.litgpt_prefix import CacheClearer
 from upcast.integrations.litgpt_stack import FusedGPT
 from upcast.tree import modules, named_modules
 
@@ -31,45 +32,76 @@ KV_CACHES = {"float16": torch.float16, "float32": None}  # None: as LitGPT makes
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def check(kv_cache: str) -> None:
-    """Raise UpcastError if ``kv_cache`` is none of KV_CACHES."""
-    if kv_cache not in KV_CACHES:
-        raise UpcastError(f"kv_cache={kv_cache!r}; it must be one of {', '.join(KV_CACHES)}. Use 'float16'.")
+class LitGPTModels(Extension):
+    """The models of LitGPT."""
+
+    name = "litgpt"
+
+    def unwrap(self, model: object) -> object:
+        """An LLM without a model is refused; one with a model is a module."""
+        if _is_llm(model) and getattr(model, "model", model) is None:
+            raise UpcastError(
+                "a litgpt LLM without a model; it was loaded with distribute=None. Call llm.distribute() first."
+            )
+        return model
+
+    def only_generates(self, root: nn.Module) -> bool:
+        """An LLM says that it is in training mode, by default."""
+        return _is_llm(root)
+
+    def install(self, root: nn.Module, kv_cache: str) -> None:
+        """Give the modules of every GPT in ``root`` their fused forwards."""
+        litgpt = sys.modules.get("litgpt.model")
+        if litgpt is None or _missing(litgpt):  # then no module of ``root`` can be LitGPT's, or as we know it
+            return
+        for gpt in [module for module in modules(root) if isinstance(module, litgpt.GPT)]:
+            for module in modules(gpt):
+                if "forward" not in module.__dict__:
+                    _fuse(module, litgpt, KV_CACHES[kv_cache])
+            gpt.__dict__.setdefault("set_kv_cache", CacheSetter(gpt))
+            gpt.__dict__.setdefault("clear_kv_cache", CacheClearer(gpt))
+            litgpt_generation.enter(gpt)
+
+    def install_caches(self, root: nn.Module, kv_cache: str) -> None:
+        """Have every GPT in ``root`` make caches of that dtype, and run otherwise as LitGPT has it."""
+        litgpt = sys.modules.get("litgpt.model")
+        if litgpt is None:
+            return
+        for module in modules(root):
+            if isinstance(module, (litgpt.CausalSelfAttention, _latent_attention(litgpt))):
+                dtype = KV_CACHES[kv_cache] or torch.float32
+                module.__dict__["build_kv_cache"] = CacheBuilder(module, dtype, stays=False)
+
+    def remove(self, root: nn.Module) -> None:
+        """Let go of what generation has kept, and make the mask an ordinary one."""
+        for module in modules(root):
+            if isinstance(in_effect(module), FusedGPT):
+                litgpt_generation.leave(module)
+                restore(module)
+
+    def remarks(self, root: nn.Module) -> list[str]:
+        """Return a line per reason for which modules of the GPTs in ``root`` keep LitGPT's own forward."""
+        litgpt = sys.modules.get("litgpt.model")
+        if litgpt is None:
+            return []
+        missing = _missing(litgpt)
+        if missing:
+            found = any(isinstance(module, litgpt.GPT) for module in modules(root))
+            return [f"not fused: LitGPT's modules (this version of it has no {missing})"] if found else []
+        reasons: dict[str, list[str]] = {}
+        for prefix, gpt in named_modules(root):
+            if isinstance(gpt, litgpt.GPT):
+                for name, reason in unfused(gpt).items():
+                    reasons.setdefault(reason, []).append(f"{prefix}.{name}" if prefix else name)
+        return [f"not fused: {_listed(names)} ({reason})" for reason, names in reasons.items()]
+
+    def doors(self, root: nn.Module) -> Iterator[nn.Module]:
+        """LitGPT's generation calls the GPT, in whatever it is wrapped."""
+        return (module for module in modules(root) if hasattr(type(module), "set_kv_cache"))
 
 
-def install(root: nn.Module, kv_cache: str) -> None:
-    """Give the modules of every LitGPT model in ``root`` their fused forwards; other models are left alone."""
-    litgpt = sys.modules.get("litgpt.model")
-    if litgpt is None or _missing(litgpt):  # then no module of ``root`` can be LitGPT's, or as we know it
-        return
-    for gpt in [module for module in modules(root) if isinstance(module, litgpt.GPT)]:
-        for module in modules(gpt):
-            if "forward" not in module.__dict__:
-                _fuse(module, litgpt, KV_CACHES[kv_cache])
-        gpt.__dict__.setdefault("set_kv_cache", CacheSetter(gpt))
-        gpt.__dict__.setdefault("clear_kv_cache", CacheClearer(gpt))
-        litgpt_generation.enter(gpt)
-
-
-def install_caches(root: nn.Module, kv_cache: str) -> None:
-    """Have every LitGPT model in ``root`` make caches of that dtype, and run otherwise as LitGPT has it."""
-    litgpt = sys.modules.get("litgpt.model")
-    if litgpt is None:
-        return
-    for module in modules(root):
-        if isinstance(module, (litgpt.CausalSelfAttention, _latent_attention(litgpt))):
-            module.__dict__["build_kv_cache"] = CacheBuilder(module, KV_CACHES[kv_cache] or torch.float32, stays=False)
-
-
-def remove(root: nn.Module) -> None:
-    """Take away what `install` gave, and what the model has made with it since."""
-    for module in modules(root):
-        if isinstance(module.__dict__.get("forward"), FusedGPT):
-            litgpt_generation.leave(module)
-            restore(module)
-        for name in ("forward", "build_kv_cache", "set_kv_cache", "clear_kv_cache", "reset_parameters"):
-            if isinstance(module.__dict__.get(name), (Fused, CacheClearer, CacheReset)):
-                del module.__dict__[name]
+def _is_llm(model: object) -> bool:
+    return type(model).__name__ == "LLM" and type(model).__module__.startswith("litgpt.")
 
 
 def unfused(gpt: nn.Module) -> dict[str, str]:
@@ -79,40 +111,20 @@ def unfused(gpt: nn.Module) -> dict[str, str]:
     return {name: reason for name, reason in reasons.items() if reason}
 
 
-def remarks(root: nn.Module) -> list[str]:
-    """Return a line per reason for which modules of the LitGPT models in ``root`` keep LitGPT's own forward."""
-    litgpt = sys.modules.get("litgpt.model")
-    if litgpt is None:
-        return []
-    missing = _missing(litgpt)
-    if missing:
-        found = any(isinstance(module, litgpt.GPT) for module in modules(root))
-        return [f"not fused: LitGPT's modules (this version of it has no {missing})"] if found else []
-    reasons: dict[str, list[str]] = {}
-    for prefix, gpt in named_modules(root):
-        if isinstance(gpt, litgpt.GPT):
-            for name, reason in unfused(gpt).items():
-                reasons.setdefault(reason, []).append(f"{prefix}.{name}" if prefix else name)
-    return [f"not fused: {_listed(names)} ({reason})" for reason, names in reasons.items()]
-
-
 def _listed(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-planning.REMARKS.append(remarks)
 
 
 def _fuse(module: nn.Module, litgpt: Any, cache: torch.dtype | None) -> None:
     """Give one module its fused forward, if there is one for what it is and for what its config needs."""
     make = None if _reason(module, litgpt) else _table(litgpt).get(_kind(module, litgpt))
     if make is not None:
-        module.__dict__["forward"] = make(module)
+        push(module, make(module))
     if isinstance(module.__dict__.get("forward"), FusedAttention):
         module.__dict__["build_kv_cache"] = CacheBuilder(module, cache)
 
 
-def _table(litgpt: Any) -> dict[type, Callable[[Any], Fused]]:
+def _table(litgpt: Any) -> dict[type, Callable[[Any], LitGPTForward]]:
     """Return type -> fused forward, for modules of which `_kind` says that they are of that type."""
     lora = sys.modules.get("litgpt.lora")
     return {
@@ -175,3 +187,6 @@ def _reason(module: Any, litgpt: Any) -> str:
     if isinstance(module, litgpt.RMSNorm):
         return "" if module.dim == -1 else f"a norm over dimension {module.dim}"
     return ""
+
+
+register(LitGPTModels())

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from upcast import console
-from upcast.integrations.litgpt_modules import hooked
+from upcast.forward import in_effect
+from upcast.integrations.fused import hooked
 from upcast.integrations.litgpt_prefix import keeping, whole_prompts
 from upcast.integrations.litgpt_stack import FusedGPT, last_position
-from upcast.watch import unwatched
 
 _patched: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 _told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models of which it was said that they are not compiled
@@ -111,5 +111,5 @@ def _unwatched(model: Any) -> nn.Module | None:
     """Return the fused GPT in ``model``, unless a wrapper around it is watched or is not Fabric's."""
     while type(model).__name__ == "_FabricModule" and not hooked(model):
         model = model._forward_module
-    fused = isinstance(model, nn.Module) and isinstance(unwatched(model), FusedGPT)
+    fused = isinstance(model, nn.Module) and isinstance(in_effect(model), FusedGPT)
     return model if fused else None

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from upcast import autocast
-from upcast.integrations.litgpt_modules import Fused
+from upcast.integrations.litgpt_modules import LitGPTForward
 from upcast.kernels import transforms
 
 
-class FusedLoRAQKV(Fused):
+class FusedLoRAQKV(LitGPTForward):
     """LoRAQKVLinear of a float32 model, merged or not; its two matrices learn as they do without it."""
 
     def fused(self, x: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from upcast.genuine import Root
-from upcast.integrations.litgpt_modules import Fused
+from upcast.integrations.litgpt_modules import LitGPTForward
 from upcast.integrations.litgpt_prefix import caches_of, drop, held_of, kept
 
 
@@ -69,7 +69,7 @@ class CausalMask(Tensor):
         return f"CausalMask({self.length} x {self.length})"
 
 
-class CacheSetter(Fused):
+class CacheSetter(LitGPTForward):
     """``set_kv_cache`` of one GPT: LitGPT's own, but it finds a mask of the right size, and kept caches go on."""
 
     method = "set_kv_cache"

@@ -1,13 +1,5 @@
-"""Fused forwards for LitGPT's own modules: norms, MLPs, causal attention and its cache.
+"""Fused forwards for LitGPT's own modules: norms, MLPs, causal attention and its cache."""
 
-Each is an object that a patched module carries as its ``forward``; it copies and pickles with the module. It runs the
-kernels where nothing could tell the difference but the clock, and the forward of the module's class everywhere else:
-while torch.compile traces, where a parameter of the module itself learns, for arguments that the kernels do not cover,
-and where someone replaced what the kernels stand for.
-Inner modules are called as modules, so that hooks on them see what they would see without fusion.
-"""
-
-import inspect
 import math
 from typing import Any
 
@@ -16,103 +8,26 @@ from torch import Tensor, nn
 
 from upcast import autocast, console, kernels, selective
 from upcast.attention import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
-from upcast.forward import Forward
-from upcast.genuine import Root, bound, calls, forwards, observed, originals
+from upcast.forward import push
+from upcast.genuine import Root, calls, forwards
+from upcast.integrations.fused import Fused, GatedMLP, float32, hooked
 from upcast.integrations.litgpt_positions import Place, first_of_run, is_causal, positions
 from upcast.integrations.litgpt_prefix import CacheReset
-from upcast.kernels import reference, transforms
+from upcast.kernels import reference
 
 SCORES = "scaled_dot_product_attention"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Fused(Forward):
-    """What replaces one method of ``module`` while it is patched. ``calls`` counts what really ran fused.
+class LitGPTForward(Fused):
+    """A fused forward, or another method, of one of LitGPT's modules."""
 
-    It stands for the method of the class that the module had when it was made, and runs only while that is genuine.
-    """
-
-    method = "forward"
-    fast = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self.calls = 0
-        self.kind = type(module)
-        self.originals = originals(*self.stands_for(module))
-
-    def stands_for(self, module: Any) -> tuple[Any, ...]:
-        """Return what `originals` is to collect."""
-        return forwards, type(module)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not self.genuine() or observed():
-            return self.unfused(*args, **kwargs)
-        return self.fused(*args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(bound(self.module, self.method))
-
-    def genuine(self) -> bool:
-        """Whether the module is what it was, and its library's code has not been replaced."""
-        return type(self.module) is self.kind and self.originals.intact()
-
-    def fused(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the kernels, or `unfused` where they do not cover the arguments."""
-        raise NotImplementedError
-
-    def unfused(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the method as the module's class has it now."""
-        module = self.module
-        if torch.compiler.is_compiling():  # which follows this, but not a search
-            return getattr(type(module), self.method)(module, *args, **kwargs)
-        return bound(module, self.method)(*args, **kwargs)
-
-    def free(self, x: Tensor) -> bool:
-        """Whether the kernels may run for ``x``: float32 on the CPU, nothing follows, no gradient wanted."""
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
-            return False
-        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.module.parameters())):
-            return False
-        return not transforms.active() and not autocast.enabled()
-
-    def fits(self, x: Tensor) -> bool:
-        """As `free`, but a gradient may be wanted through the module; none of the module's own parameters learns."""
-        if type(x) is not Tensor or x.dtype is not torch.float32 or not x.is_cpu:
-            return False
-        own = self.module._parameters.values()
-        if torch.is_grad_enabled() and any(parameter is not None and parameter.requires_grad for parameter in own):
-            return False
-        return not transforms.active() and not autocast.enabled()
-
-
-def hooked(module: nn.Module) -> bool:
-    """Whether someone watches the calls of ``module`` itself."""
-    state = module.__dict__
-    return any(state[name] for name in _HOOKS)
-
-
-def float32(vector: Any) -> bool:
-    """Whether a norm's vector is as the kernels take it: nobody took it away, converted it or moved it."""
-    return isinstance(vector, Tensor) and vector.dtype is torch.float32 and vector.is_cpu and not vector.is_neg()
-
-
-def fuses(module: nn.Module, kind: type[Fused]) -> bool:
-    """Whether ``module`` has a fused forward of that kind, and is what it was made for."""
-    forward = module.__dict__.get("forward")
-    return isinstance(forward, kind) and type(module) is forward.kind
-
-
-def unwatched_call(module: nn.Module) -> bool:
-    """Whether nobody would see if ``module`` was not called, as its class has it, but stood for."""
-    return "forward" not in module.__dict__ and not hooked(module) and not nn.modules.module._has_any_global_hook()
+    owner = "litgpt"
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
-class FusedRMSNorm(Fused):
+class FusedRMSNorm(LitGPTForward):
     """LitGPT's RMSNorm over the last dimension."""
 
     def fused(self, x: Tensor) -> Any:
@@ -123,7 +38,7 @@ class FusedRMSNorm(Fused):
         return kernels.rms_norm(x, norm.weight, norm.eps, norm.add_unit_offset)
 
 
-class FusedLayerNorm(Fused):
+class FusedLayerNorm(LitGPTForward):
     """torch's LayerNorm over the last dimension, with or without weight and bias."""
 
     def fused(self, input: Tensor) -> Any:
@@ -137,30 +52,16 @@ class FusedLayerNorm(Fused):
 # --- MLPs -------------------------------------------------------------------------------------------------------------
 
 
-class FusedGatedMLP(Fused):
-    """LLaMAMLP and GemmaMLP: the activation and its product are one kernel."""
+class FusedGatedMLP(LitGPTForward, GatedMLP):
+    """LLaMAMLP and GemmaMLP."""
 
-    layers = ("fc_1", "fc_2", "proj")  # what the module calls its gate, up and down
-
-    def __init__(self, module: nn.Module, activation: str) -> None:
-        super().__init__(module)
-        self.activation = activation
-
-    def fused(self, x: Tensor) -> Any:
-        if not self.fits(x):
-            return self.unfused(x)
-        to_gate, to_up, down = (getattr(self.module, name) for name in self.layers)
-        gate, up = to_gate(x), to_up(x)
-        if not self.fits(gate) or not self.fits(up):  # a hook or a replaced layer gave something else
-            return self.unfused(x)
-        self.calls += 1
-        return down(kernels.gated(gate, up, self.activation))
+    layers = ("fc_1", "fc_2", "proj")
 
 
 # --- the cache --------------------------------------------------------------------------------------------------------
 
 
-class CacheBuilder(Fused):
+class CacheBuilder(LitGPTForward):
     """``build_kv_cache`` of one attention: caches of ``dtype`` (None: torch's default) unless the caller names one."""
 
     method = "build_kv_cache"
@@ -193,7 +94,7 @@ class CacheBuilder(Fused):
         if not self.stays:
             selective.mark_buffers(cache)
         else:
-            cache.__dict__["forward"] = FusedCache(cache, self)
+            push(cache, FusedCache(cache, self))
             cache.__dict__["reset_parameters"] = CacheReset(cache)
         return cache
 
@@ -204,7 +105,7 @@ class CacheBuilder(Fused):
         console.say(f"the KV cache of layer {self.module.block_idx} goes to float32: {WHY_FLOAT32}")
 
 
-class FusedCache(Fused):
+class FusedCache(LitGPTForward):
     """A KVCache of which a float16 one stays that: LitGPT's own forward would recast it to what comes in."""
 
     def __init__(self, module: nn.Module, builder: CacheBuilder) -> None:
@@ -253,7 +154,7 @@ def _refused(wide: Tensor, half: Tensor, limit: float) -> bool:
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-class FusedAttention(Fused):
+class FusedAttention(LitGPTForward):
     """CausalSelfAttention for consecutive positions, with LitGPT's KVCache in float16 or float32, or without."""
 
     def stands_for(self, module: Any) -> tuple[Any, ...]:

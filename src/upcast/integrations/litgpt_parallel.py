@@ -21,7 +21,7 @@ from upcast.distributed import agreement
 from upcast.distributed.group import Group
 from upcast.distributed.shares import Cut, divide_heads, even, turned
 from upcast.errors import UpcastError
-from upcast.forward import Attached
+from upcast.forward import Attached, push
 from upcast.integrations import litgpt_stack
 from upcast.integrations.litgpt_divided import DividedBlock
 
@@ -86,7 +86,7 @@ def divide(gpt: Any, group: Group) -> Cuts:
         prefix = f"transformer.h.{index}"
         _divide_attention(block.attn, f"{prefix}.attn", index, group, cuts)
         _divide_mlp(block.mlp, f"{prefix}.mlp", index, group, cuts)
-        block.__dict__["forward"] = DividedBlock(block, group)
+        push(block, DividedBlock(block, group))
     _divide_vocabulary(gpt, group, cuts)
     return cuts
 

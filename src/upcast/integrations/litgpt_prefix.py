@@ -18,9 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from upcast import scopes
-from upcast.forward import Forward
+from upcast.forward import Forward, in_effect
 from upcast.kernels import native
-from upcast.watch import unwatched
 
 # .gpt: the model whose caches this thread wants to keep; .caches: their ids; .off: it wants to keep none
 _kept: Any = threading.local()
@@ -141,7 +140,7 @@ def in_one_call(gpt: nn.Module) -> bool:
 
 def seal(gpt: Any) -> None:
     """Note what the caches hold for the tokens that are known: from here on anyone may write to them."""
-    forward = unwatched(gpt)
+    forward = in_effect(gpt)
     held = held_of(gpt)
     if held is not None and held.tokens and held.sealed is None:
         held.sealed = forward.rows(held.tokens)
@@ -149,6 +148,8 @@ def seal(gpt: Any) -> None:
 
 class CacheReset(Forward):
     """``reset_parameters`` of one cache."""
+
+    owner = "litgpt"
 
     def __call__(self) -> None:
         """Fill the cache with zeros, as LitGPT does; where its model's caches are kept, later, and what is left."""
@@ -163,6 +164,8 @@ class CacheReset(Forward):
 class CacheClearer(Forward):
     """``clear_kv_cache`` of one GPT."""
 
+    owner = "litgpt"
+
     def __call__(self) -> None:
         """Drop the caches, as LitGPT does; where they are kept, only until others are there."""
         gpt = self.module
@@ -175,14 +178,14 @@ class CacheClearer(Forward):
 
 def drop(gpt: Any) -> None:
     """Have the fused forward of ``gpt`` let go of the caches that it had."""
-    forward = unwatched(gpt)
+    forward = in_effect(gpt)
     if held_of(gpt) is not None:
         forward.stack = None
 
 
 def held_of(gpt: Any) -> Held | None:
     """Return what the caches of a fused GPT hold."""
-    held = getattr(unwatched(gpt), "held", None) if isinstance(gpt, nn.Module) else None
+    held = getattr(in_effect(gpt), "held", None) if isinstance(gpt, nn.Module) else None
     return held if isinstance(held, Held) else None
 
 

@@ -18,13 +18,9 @@ from upcast.errors import UpcastError
 from upcast.forward import Forward
 from upcast.genuine import Root, calls, originals
 from upcast.half_weight import HalfWeight
+from upcast.integrations.fused import hooked, unwatched_call
 from upcast.integrations.litgpt_mask import CausalMask
-from upcast.integrations.litgpt_modules import (
-    SCORES,
-    Fused,
-    hooked,
-    unwatched_call,
-)
+from upcast.integrations.litgpt_modules import SCORES, LitGPTForward
 from upcast.integrations.litgpt_positions import first_of_run, is_causal
 from upcast.integrations.litgpt_prefix import Held, caches_of, content, in_one_call, rows_of, seal
 from upcast.integrations.litgpt_step import Angles, Step, step_of
@@ -127,7 +123,7 @@ class Stack:
         return tuple([str(each) if type(each) in (list, dict) else each for each in values])  # they may be written to
 
 
-class FusedGPT(Fused):
+class FusedGPT(LitGPTForward):
     """LitGPT's GPT, for consecutive positions under its own causal mask."""
 
     def __init__(self, module: nn.Module) -> None:

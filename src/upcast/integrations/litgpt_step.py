@@ -5,6 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from upcast.attention import KEY_LIMIT, VALUE_LIMIT
+from upcast.integrations.fused import float32, fuses
 from upcast.integrations.litgpt_divided import DividedBlock
 from upcast.integrations.litgpt_modules import (
     SCORES,
@@ -12,8 +13,6 @@ from upcast.integrations.litgpt_modules import (
     FusedGatedMLP,
     FusedLayerNorm,
     FusedRMSNorm,
-    float32,
-    fuses,
     plain_cache,
 )
 from upcast.integrations.litgpt_positions import positions

@@ -20,7 +20,7 @@ from upcast import policy as policies
 from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.huge_pages import Memory
-from upcast.integrations import aside, litgpt_fused, shards
+from upcast.integrations import aside, shards
 from upcast.integrations.aside import NotOurs
 from upcast.layout import plain, to_float32
 from upcast.modes import float32_by_default, outside_inference_mode
@@ -255,7 +255,7 @@ def from_pretrained(
     """
     policies.resolve(policy)
     if kv_cache is not None:
-        litgpt_fused.check(kv_cache)
+        policies.check_kv_cache(kv_cache)
     library = next((c.__module__.split(".")[0] for c in getattr(model_class, "__mro__", ()) if _known(c)), None)
     if library is None:
         raise UpcastError(

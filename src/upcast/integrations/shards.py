@@ -8,8 +8,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from upcast import text_file
-from upcast.errors import UpcastError
-from upcast.integrations.aside import describe
+from upcast.errors import UpcastError, describe
 
 LARGEST = 1 << 28  # bytes of an index; that of 700 billion parameters has 9 million
 _SAVED = "it must be as its library wrote it. Download or save the checkpoint again."

@@ -8,6 +8,7 @@ does anything else keeps its own. Their forwards are checked against float32 by 
 import functools
 import inspect
 import sys
+from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -15,6 +16,9 @@ import torch
 from torch import nn
 
 from upcast import autocast
+from upcast.errors import describe
+from upcast.extensions import Extension, register
+from upcast.forward import push
 from upcast.integrations import aside, transformers_saving
 from upcast.integrations.transformers_cache import Place, narrow
 from upcast.integrations.transformers_layer import FusedDecoderLayer
@@ -22,32 +26,50 @@ from upcast.integrations.transformers_modules import FusedAttention, FusedGatedM
 from upcast.kernels import transforms
 from upcast.tree import modules
 
-
-def install(root: nn.Module, kv_cache: str) -> None:
-    """Give the Transformers models in ``root`` their fused forwards and, if asked for, float16 caches."""
-    library = sys.modules.get("transformers.modeling_utils")
-    if library is None:  # then no module of ``root`` can be of Transformers
-        return
-    transformers_saving.install(library)
-    hook = _Narrow()
-    for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
-        for module in modules(model):
-            if "forward" not in module.__dict__:
-                _fuse(module)
-        for layer in modules(model):  # once what is inside is known
-            if "forward" not in layer.__dict__ and _is_layer(layer):
-                layer.__dict__["forward"] = FusedDecoderLayer(layer)
-        if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
-            model.register_forward_pre_hook(hook, with_kwargs=True)
+_APPENDED = frozenset({"keys", "values", "_buffers"})  # the last are of our float16 layers
 
 
-def remove(root: nn.Module) -> None:
-    """Take away what `install` gave."""
-    kinds = (FusedRMSNorm, FusedGatedMLP, FusedAttention, FusedDecoderLayer)
-    for module in modules(root):
-        if isinstance(module.__dict__.get("forward"), kinds):
-            del module.__dict__["forward"]
-        _leave_caches_alone(module)
+class TransformersModels(Extension):
+    """The models of Transformers."""
+
+    name = "transformers"
+
+    def install(self, root: nn.Module, kv_cache: str) -> None:
+        """Give the models in ``root`` their fused forwards and, if asked for, float16 caches."""
+        library = sys.modules.get("transformers.modeling_utils")
+        if library is None:  # then no module of ``root`` can be of Transformers
+            return
+        transformers_saving.install(library)
+        hook = _Narrow()
+        for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
+            for module in modules(model):
+                if "forward" not in module.__dict__:
+                    _fuse(module)
+            for layer in modules(model):  # once what is inside is known
+                if "forward" not in layer.__dict__ and _is_layer(layer):
+                    push(layer, FusedDecoderLayer(layer))
+            if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
+                model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def remove(self, root: nn.Module) -> None:
+        """Take away the hooks that give caches."""
+        for module in modules(root):
+            _leave_caches_alone(module)
+
+    def doors(self, root: nn.Module) -> Iterator[nn.Module]:
+        """``generate`` calls the encoder of a model that has one by itself."""
+        for module in modules(root):
+            if hasattr(type(module), "generate") and getattr(
+                getattr(module, "config", None), "is_encoder_decoder", False
+            ):
+                yield module.get_encoder()  # type: ignore[operator]
+
+    def appended(self, state: object) -> frozenset[str]:
+        """A layer's keys and values grow by replacing them; a window of fixed size moves its rows along in place."""
+        library = sys.modules.get("transformers.cache_utils")
+        layer = getattr(library, "CacheLayerMixin", ())
+        moves = type(state).__name__ == "StaticSlidingWindowLayer"
+        return _APPENDED if isinstance(state, layer) and not moves else frozenset()
 
 
 def _leave_caches_alone(module: nn.Module) -> None:
@@ -71,7 +93,7 @@ class _Narrow:
             narrow(cache, self.wide, compiled=_is_compiled(model))
         except Exception as error:  # each layer is Transformers' own or ours, and works as it is
             _leave_caches_alone(model)
-            aside.say_once(f"the KV cache stays in float32: {aside.describe(error)}")
+            aside.say_once(f"the KV cache stays in float32: {describe(error)}")
 
 
 def _is_ours(hook: Any) -> bool:
@@ -91,11 +113,11 @@ def _fuse(module: Any) -> None:
     if code is None:
         return
     if code == kinds["norm"] and _vector(module, "weight") and hasattr(module, "variance_epsilon"):
-        module.__dict__["forward"] = FusedRMSNorm(module)
+        push(module, FusedRMSNorm(module))
     elif code == kinds["mlp"] and (name := activation(module)):
-        module.__dict__["forward"] = FusedGatedMLP(module, name)
+        push(module, FusedGatedMLP(module, name))
     elif code in kinds["attention"] and _rope(module) == kinds["rope"]:
-        module.__dict__["forward"] = FusedAttention(module)
+        push(module, FusedAttention(module))
 
 
 def _is_layer(module: Any) -> bool:
@@ -148,3 +170,6 @@ def _code(function: Any) -> Any:
 def _vector(module: nn.Module, name: str) -> bool:
     weight = module._parameters.get(name)
     return weight is not None and weight.dim() == 1 and weight.dtype == torch.float32
+
+
+register(TransformersModels())

@@ -13,13 +13,14 @@ from upcast import autocast, kernels
 from upcast.attention import KEY_LIMIT, VALUE_LIMIT
 from upcast.errors import UpcastError
 from upcast.genuine import Originals, Root, calls, originals
-from upcast.integrations.litgpt_modules import Fused, float32, fuses
+from upcast.integrations.fused import float32, fuses
 from upcast.integrations.members import Members
 from upcast.integrations.transformers_cache import growing
 from upcast.integrations.transformers_modules import (
     FusedAttention,
     FusedGatedMLP,
     FusedRMSNorm,
+    TransformersForward,
     activation,
     attention_roots,
     turns,
@@ -35,7 +36,7 @@ _QUESTIONS = [torch.is_grad_enabled, autocast.enabled, *transforms.questions()]
 _OWNERS, _TOLD, _KEPT = map(list, zip(*transforms.flags(profiled=False), strict=True))
 
 
-class FusedDecoderLayer(Fused):
+class FusedDecoderLayer(TransformersForward):
     """LlamaDecoderLayer for one new position per row, under SDPA and without a mask."""
 
     def __init__(self, module: nn.Module) -> None:

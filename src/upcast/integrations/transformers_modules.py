@@ -12,8 +12,7 @@ from upcast import kernels
 from upcast.attention import over_cache, rows_in_use
 from upcast.genuine import Root, Table, calls, forwards
 from upcast.half_weight import HalfWeight
-from upcast.integrations import litgpt_modules
-from upcast.integrations.litgpt_modules import Fused, float32, unwatched_call
+from upcast.integrations.fused import Fused, GatedMLP, float32, unwatched_call
 
 
 def wide(angles: Any) -> bool:
@@ -21,7 +20,13 @@ def wide(angles: Any) -> bool:
     return angles is not None and angles[0].dtype is angles[1].dtype is torch.float32
 
 
-class FusedRMSNorm(Fused):
+class TransformersForward(Fused):
+    """A fused forward of one of Transformers' modules."""
+
+    owner = "transformers"
+
+
+class FusedRMSNorm(TransformersForward):
     """RMSNorm over the last dimension, with a plain weight."""
 
     def fused(self, hidden_states: Tensor) -> Any:
@@ -32,8 +37,8 @@ class FusedRMSNorm(Fused):
         return kernels.rms_norm(hidden_states, norm.weight, norm.variance_epsilon)
 
 
-class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
-    """down(activation(gate(x)) * up(x)), the activation and its product in one kernel."""
+class FusedGatedMLP(TransformersForward, GatedMLP):
+    """LlamaMLP, and those like it."""
 
     layers = ("gate_proj", "up_proj", "down_proj")
 
@@ -46,7 +51,7 @@ class FusedGatedMLP(litgpt_modules.FusedGatedMLP):
         return super().genuine() and activation(self.module) == self.activation
 
 
-class FusedAttention(Fused):
+class FusedAttention(TransformersForward):
     """Llama's or Qwen3's attention under SDPA: rope in one kernel, and a float16 cache read as it is."""
 
     def stands_for(self, module: Any) -> tuple[Any, ...]:

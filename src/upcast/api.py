@@ -1,0 +1,73 @@
+"""The public verbs: patch, patched; unpatch, report and plan as they are."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from upcast import patching
+from upcast.patching import Choice, report, unpatch
+from upcast.planning import plan
+from upcast.watch import watcher
+
+__all__ = ["patch", "patched", "plan", "report", "unpatch"]
+
+Model = TypeVar("Model")
+
+
+def patch(
+    model: Model,
+    *,
+    policy: Choice = "safe",
+    keep: Sequence[str] = (),
+    kv_cache: str | None = None,
+    guard: bool = False,
+    heal: bool = False,
+    trainable: Sequence[str] = (),
+) -> Model:
+    """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
+
+    Weights (parameters of two dimensions and more) are rounded to nearest float16; those that are float16 already are
+    used as they are, without a copy. Vectors and half-precision buffers become float32. A weight with a value beyond
+    65504, or one that is not finite, stays in float32. The weights are frozen: gradients flow through, not into them.
+    Where some weights are frozen and others require grad, as with adapters, those that require grad stay the float32
+    parameters that they are: an optimizer that holds them goes on.
+    While it works, up to float32's and float16's bytes exist side by side; `upcast.load_litgpt` avoids that.
+
+    Args:
+        model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline.
+        policy: which op classes run in float32: ``"safe"`` (all of them), ``"sensitive"``, ``"none"``, any other policy
+            string, an `upcast.Policy`, what `upcast.search` returned, or the path of a saved one.
+        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+        kv_cache: how keys and values are kept, by a LitGPT model unless ``set_kv_cache`` is given a dtype, and by
+            Transformers': ``"float16"`` (half the bytes; a layer whose keys or values are too large for it goes to
+            float32, and says so; now and then a sampled token differs) or ``"float32"``. None: the policy's.
+        guard: raise an UpcastError that names the first module and operation when the result is not finite; in
+            training also when the loss or a gradient is not, and with the step. The gradient of the result is held
+            until the backward pass ends.
+        heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
+            cures it, run the step again, say so, and go on with that set.
+        trainable: patterns of what learns, of the parameters that require grad; the others are frozen. Without it, all
+            that require grad learn, unless most of the model does: that is taken for inference, and the plan says so.
+
+    Raises:
+        UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
+            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
+            Nothing has been changed then, nor when the patch is interrupted before it is whole.
+    """
+    return patching.patch(
+        model, policy=policy, keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)
+    )
+
+
+@contextmanager
+def patched(
+    model: Model, *, policy: Choice = "safe", keep: Sequence[str] = (), kv_cache: str | None = None
+) -> Iterator[Model]:
+    """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
+
+    The originals stay in memory for that time, and come back wherever the block is interrupted. Arguments and errors as
+    for `patch`.
+    """
+    with patching.borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
+        patching.say(record)
+        yield model
