@@ -22,7 +22,7 @@ from upcast.errors import UpcastError
 from upcast.half_weight import HalfWeight
 from upcast.headroom import Headroom
 from upcast.integrations.litgpt import load_litgpt
-from upcast.integrations.loading import from_pretrained
+from upcast.integrations.pretrained import from_pretrained
 from upcast.planning import Plan
 from upcast.policy import Policy
 from upcast.search import Found, search

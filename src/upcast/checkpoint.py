@@ -1,7 +1,5 @@
 """Checkpoints on their way to float16: mapped from the file, converted tensor by tensor, pages given back."""
 
-import ctypes
-import mmap
 import os
 import pickle
 import zipfile
@@ -13,8 +11,8 @@ from torch import Tensor
 
 from upcast import overwriting
 from upcast.errors import UpcastError
-from upcast.huge_pages import Memory
-from upcast.layout import bounds, is_plain, plain
+from upcast.huge_pages import Memory, give_back_pages
+from upcast.layout import is_plain, plain
 from upcast.layout import memory as numbers
 from upcast.planning import CONVERT, decide
 from upcast.rounding import Rounding, to_half
@@ -144,33 +142,3 @@ def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Seq
         if rounding.fits:
             state[name], known[name] = half, (tensor.dtype, rounding)
     return known
-
-
-def give_back_pages(tensor: Tensor) -> None:
-    """Tell the system that the mapped pages of ``tensor`` are no longer needed, or they count as ours to the end.
-
-    Nothing happens to memory that no file backs: its numbers would be lost.
-    """
-    if not hasattr(mmap, "MADV_DONTNEED") or tensor.numel() == 0:
-        return
-    first, last = bounds(tensor)
-    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
-    end = last // mmap.PAGESIZE * mmap.PAGESIZE
-    if end > start and _of_a_file(start, end):
-        libc = ctypes.CDLL(None, use_errno=True)
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
-
-
-def _of_a_file(start: int, end: int) -> bool:
-    """Whether one mapping of a file holds these addresses; True where the system does not say (not Linux)."""
-    if not _MAPS.exists():
-        return True
-    for line in _MAPS.read_text().splitlines():
-        span, _, _, _, inode, *_ = line.split(maxsplit=5)
-        first, last = (int(edge, 16) for edge in span.split("-"))
-        if first <= start < last:
-            return end <= last and inode != "0"
-    return False
-
-
-_MAPS = Path("/proc/self/maps")

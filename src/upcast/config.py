@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from upcast.errors import UpcastError
-from upcast.policy import POLICIES, resolve
 
 ON = ("1", "true", "on", "yes")
 OFF = ("", "0", "false", "off", "no")
@@ -13,6 +12,10 @@ KERNELS = ("auto", "native", "portable")
 ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx", "aarch64")
 KV_CACHES = ("float16", "float32")
 VERBOSITY = ("0", "1", "2")
+POLICIES = ("safe", "sensitive", "none")  # those that have a name
+
+CHECKS: dict[str, Callable[[str], object]] = {}
+"""Variable -> what raises UpcastError on a value that is none, where valid values cannot be listed."""
 
 
 @dataclass(frozen=True)
@@ -23,13 +26,13 @@ class Variable:
     values: tuple[str, ...]
     default: str
     meaning: str
-    check: Callable[[str], object] | None = None  # raises on what is no value; then ``values`` are examples
+    checked: bool = False  # by one of CHECKS; then ``values`` are examples
     free: bool = False  # any text is a value
 
 
 VARIABLES = (
     Variable("UPCAST", ON + OFF, "0", "patch what LitGPT, Transformers and Diffusers load, with no code change"),
-    Variable("UPCAST_POLICY", tuple(POLICIES), "safe", "which op classes run in float32", check=resolve),
+    Variable("UPCAST_POLICY", POLICIES, "safe", "which op classes run in float32", checked=True),
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),
     Variable("UPCAST_KV_CACHE", KV_CACHES, "float16", "the KV cache of LitGPT models; float32: twice the bytes, exact"),
@@ -126,7 +129,7 @@ def _value(variable: Variable, environ: Mapping[str, str]) -> str:
     value = environ.get(variable.name, variable.default).strip()
     if variable.free:
         return value
-    if variable.check is not None and value:
+    if variable.checked and value:
         return _checked(variable, value)
     value = value.lower()
     if value in variable.values:
@@ -139,9 +142,8 @@ def _value(variable: Variable, environ: Mapping[str, str]) -> str:
 
 
 def _checked(variable: Variable, value: str) -> str:
-    assert variable.check is not None
     try:
-        variable.check(value)
+        CHECKS[variable.name](value)
     except UpcastError as error:
         raise UpcastError(f"{variable.name}={value[:200]!r} in the environment: {error}") from None
     return value

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from upcast import checkpoint, console, huge_pages, torch_file
 from upcast.errors import UpcastError
+from upcast.huge_pages import give_back_pages
 from upcast.layout import memory, plain
 from upcast.partial import LAYING_OUT, MANIFEST, OWN, PLAN, WEIGHTS, Partial, journal_line, read_json, set_mode
 from upcast.planning import CONVERT, IN_FLOAT16, KEEP, WIDEN, Change, Plan, change_of, settle
@@ -204,7 +205,7 @@ def _survey(source: Source, progress: console.Progress) -> list[Item]:
     for slot, action, reason, _, twin in settle([Slot(name, t, True, []) for name, t in source.weights.items()], ()):
         items.append(Item(slot.name, action, reason, twin.name if twin else None))
         for read in filter(None, (slot, twin)):
-            checkpoint.give_back_pages(read.tensor)
+            give_back_pages(read.tensor)
         progress.advance(slot.tensor.nbytes)
     return items
 
@@ -281,7 +282,7 @@ def _write_tensor(item: Item, source: Tensor, file: BinaryIO, place: torch_file.
     else:
         target.copy_(plain(source))
     crc = torch_file.write(file, place, target)
-    checkpoint.give_back_pages(source)
+    give_back_pages(source)
     return {"name": item.name, "crc32": crc, "max_error": rounding.max_error, "flushed": rounding.flushed}
 
 

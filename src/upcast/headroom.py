@@ -18,10 +18,10 @@ from upcast.errors import UpcastError
 from upcast.findings import Findings, Site
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.patching import is_patched, record_of
+from upcast.snapshot import State
 from upcast.targets import unwrap
 from upcast.tree import modules
 from upcast.trial import Sample, trial
-from upcast.watch import State
 
 _BLOCK = re.compile(r"((?:.*?\.)?\d+)(\.|$)")  # "transformer.h.3.mlp.proj": the block is "transformer.h.3"
 

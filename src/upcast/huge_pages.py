@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from upcast.layout import bounds
+
 PAGE = 2 << 20  # bytes of a large one
 BLOCK = 32 << 20  # bytes asked for at once: pages that nobody writes to take no memory
 SMALL = 64 << 10  # bytes below which a tensor has memory of its own
 ALIGNMENT = 64
+_MAPS = Path("/proc/self/maps")
 _HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 
@@ -102,3 +105,30 @@ def _cached_bytes(mapped: mmap.mmap) -> int:
 
 def _free_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+
+
+def give_back_pages(tensor: Tensor) -> None:
+    """Tell the system that the mapped pages of ``tensor`` are no longer needed, or they count as ours to the end.
+
+    Nothing happens to memory that no file backs: its numbers would be lost.
+    """
+    if not hasattr(mmap, "MADV_DONTNEED") or tensor.numel() == 0:
+        return
+    first, last = bounds(tensor)
+    start = -(-first // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = last // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > start and _of_a_file(start, end):
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
+
+
+def _of_a_file(start: int, end: int) -> bool:
+    """Whether one mapping of a file holds these addresses; True where the system does not say (not Linux)."""
+    if not _MAPS.exists():
+        return True
+    for line in _MAPS.read_text().splitlines():
+        span, _, _, _, inode, *_ = line.split(maxsplit=5)
+        first, last = (int(edge, 16) for edge in span.split("-"))
+        if first <= start < last:
+            return end <= last and inode != "0"
+    return False

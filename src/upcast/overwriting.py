@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 import wrapt
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from upcast import mapped
 from upcast.errors import UpcastError
 from upcast.kernels import held_files
 from upcast.layout import bounds
-from upcast.mapped import is_listed
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_TRUNC | os.O_APPEND
 _watched: dict[tuple[int, int], list[tuple[StorageWeakRef, int, int]]] = {}  # device and inode -> what is in use
@@ -39,7 +39,7 @@ def watch(name: str, tensors: Sequence[Tensor]) -> None:
 
 def watch_what_was_read(name: str | Path, tensors: Iterable[Tensor]) -> None:
     """Take it that all of ``tensors`` are mapped from the file of this name, where the system does not say (macOS)."""
-    if not is_listed():
+    if not mapped.is_listed():
         watch(str(name), [tensor for tensor in tensors if tensor.layout == torch.strided and tensor.numel()])
 
 
@@ -77,3 +77,9 @@ def _about_to_write(path: object) -> None:
                 "them; nothing is written. Write to another name beside it, and then os.replace it."
             )
     _watched.pop((status.st_dev, status.st_ino), None)
+
+
+def hold(root: nn.Module) -> None:
+    """Have what happens to files not reach the tensors of ``root`` that are mapped from them."""
+    for name, tensors in mapped.hold(root):
+        watch(name, tensors)

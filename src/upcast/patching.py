@@ -17,8 +17,6 @@ from upcast import (
     hooks,
     kernels,
     learning,
-    mapped,
-    overwriting,
     pieces,
     tracking,
     transaction,
@@ -168,8 +166,6 @@ def adopt(
     trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
-    for name, tensors in mapped.hold(root):
-        overwriting.watch(name, tensors)
     record = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
     say(record)
     return record

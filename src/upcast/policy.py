@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from upcast import pattern, text_file
+from upcast import config, pattern, text_file
 from upcast.errors import UpcastError
 
 CLASSES = {
@@ -263,3 +263,6 @@ _SHOWN = 100
 
 def _short(text: str) -> str:
     return repr(text) if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]!r}..."
+
+
+config.CHECKS["UPCAST_POLICY"] = resolve

@@ -7,7 +7,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor
 
-from upcast.checkpoint import give_back_pages
+from upcast.huge_pages import give_back_pages
 
 _SAMPLE = 16  # numbers from each place of a tensor
 

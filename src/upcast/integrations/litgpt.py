@@ -139,7 +139,9 @@ def fill(
         known = checkpoint.to_float16(weights, huge_pages.Memory(), (*keep, *trainable))
         model.load_state_dict(weights, assign=True)
         model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-        patching.adopt(model, known, kv_cache, policy, watcher(guard, heal), keep, trainable)
+        loading.adopt(
+            model, known, kv_cache, policy=policy, watcher=watcher(guard, heal), keep=keep, trainable=trainable
+        )
 
 
 def _check_fits(model: torch.nn.Module, weights: dict[str, Tensor], path: Path) -> None:

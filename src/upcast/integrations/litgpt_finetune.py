@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, huge_pages, patching
+from upcast import checkpoint, config, huge_pages
 from upcast.errors import UpcastError
 from upcast.integrations import aside, litgpt, litgpt_scripts, loading
 from upcast.integrations.aside import NotOurs
@@ -94,4 +94,4 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
             learning[name].copy_(weights.pop(name))
     known = checkpoint.to_float16(weights, huge_pages.Memory(), keep)
     model.load_state_dict(weights, strict=False, assign=True)
-    patching.adopt(model, known, settings.kv_cache, keep=keep, trainable=trainable)
+    loading.adopt(model, known, settings.kv_cache, keep=keep, trainable=trainable)

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from upcast import checkpoint, config, patching
+from upcast import checkpoint, config
 from upcast.distributed import agreement
 from upcast.distributed.group import Group
 from upcast.distributed.shares import Cut, divide_heads, even, turned
 from upcast.errors import UpcastError
 from upcast.forward import Attached, push
-from upcast.integrations import litgpt_stack
+from upcast.huge_pages import give_back_pages
+from upcast.integrations import litgpt_stack, loading
 from upcast.integrations.litgpt_divided import DividedBlock
 
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
@@ -38,7 +39,7 @@ def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh,
     local, known = take(weights, divide(model, group))
     model.load_state_dict(local, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    patching.adopt(model, known, kv_cache)
+    loading.adopt(model, known, kv_cache)
     model.requires_grad_(False)  # sums over ranks have no gradient
     group.sum(torch.zeros(1))  # all have loaded: waiting for each other is over
     group.calls, group.seconds = 0, 0.0
@@ -58,7 +59,7 @@ def take(weights: dict[str, Tensor], cuts: Cuts) -> tuple[dict[str, Tensor], che
         known.update(checkpoint.to_float16(one))
         local.update(one)
         if one[name].untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
-            checkpoint.give_back_pages(tensor)  # the part is a copy, the pages of the whole are not needed
+            give_back_pages(tensor)  # the part is a copy, the pages of the whole are not needed
     return local, known
 
 

@@ -15,12 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, patching, scopes
-from upcast import policy as policies
+from upcast import checkpoint, config, overwriting, patching, scopes
 from upcast.errors import UpcastError
-from upcast.half_weight import HalfWeight
-from upcast.huge_pages import Memory
-from upcast.integrations import aside, shards
+from upcast.huge_pages import Memory, give_back_pages
+from upcast.integrations import aside
 from upcast.integrations.aside import NotOurs
 from upcast.layout import plain, to_float32
 from upcast.modes import float32_by_default, outside_inference_mode
@@ -82,7 +80,7 @@ class Loading:
         if action == CONVERT:
             half, rounding = to_half(tensor, self.memory if in_place else None)  # a block holds what stays
             if ours:
-                checkpoint.give_back_pages(tensor)
+                give_back_pages(tensor)
             if rounding.fits:
                 self.lost[half.data_ptr()] = (tensor.dtype, rounding)
                 return half
@@ -93,7 +91,7 @@ class Loading:
         # A rank's columns, or a part of something: mapped, they would hold pages that nobody reads again.
         part = tensor.clone(memory_format=torch.contiguous_format)
         if ours:
-            checkpoint.give_back_pages(tensor)
+            give_back_pages(tensor)
         return part
 
     def check(self, model: nn.Module) -> None:
@@ -112,7 +110,7 @@ class Loading:
         }
         if not self.strict:
             self.keep, self.trainable = patterns(model)
-        patching.adopt(model, known, self.kv_cache, self.policy, keep=self.keep, trainable=self.trainable)
+        adopt(model, known, self.kv_cache, policy=self.policy, keep=self.keep, trainable=self.trainable)
 
 
 def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Sequence[str]]:
@@ -226,68 +224,15 @@ def check_arguments(kwargs: dict[str, Any]) -> None:
 _AUTOMATIC = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
-def from_pretrained(
-    model_class: Any,
-    *args: Any,
-    kv_cache: str | None = None,
-    policy: patching.Choice = "safe",
-    keep: Sequence[str] = (),
-    trainable: Sequence[str] = (),
-    **kwargs: Any,
-) -> Any:
-    """Return ``model_class.from_pretrained(*args, **kwargs)``, patched, without a float32 copy on the way.
+def requested(request: Loading) -> AbstractContextManager[None]:
+    """Within the block, loaders do what ``request`` says, and not the environment."""
+    return scopes.attribute(_local, "request", request)
 
-    A float16 checkpoint is mapped into memory and used as it is; bfloat16 and float32 ones are rounded tensor by
-    tensor, so that the peak is float16's size plus the largest tensors. What happens to the files afterwards does not
-    reach the model: see docs/compatibility.md. ``dtype`` may be float16, bfloat16, float32 or "auto": the model says
-    float32 and is stored in float16.
 
-    Args:
-        model_class: a model or Auto class of Transformers or PEFT, a model or pipeline class of Diffusers.
-        args, kwargs: as for its ``from_pretrained``.
-        kv_cache, policy: as for `upcast.patch`.
-        keep, trainable: as for `upcast.patch`; what they name arrives in float32, with all its digits. Of a pipeline
-            each pattern has to name something of every model.
+def adopt(root: nn.Module, known: checkpoint.Known, kv_cache: str | None, **how: Any) -> None:
+    """Patch a model whose tensors come from files; those that stay mapped are safe from what happens to the files.
 
-    Raises:
-        UpcastError: the class has no loader that upcast knows, the arguments ask for another device, for quantization
-            or for another dtype, kv_cache or policy is unknown, or a pattern names nothing.
+    ``how``: as for `upcast.patching.adopt`.
     """
-    policies.resolve(policy)
-    if kv_cache is not None:
-        policies.check_kv_cache(kv_cache)
-    library = next((c.__module__.split(".")[0] for c in getattr(model_class, "__mro__", ()) if _known(c)), None)
-    if library is None:
-        raise UpcastError(
-            f"{getattr(model_class, '__name__', model_class)!r}; from_pretrained takes a class of Transformers or "
-            "Diffusers. For other models, load them and call upcast.patch(model)."
-        )
-    if library in ("transformers", "peft"):
-        from upcast.integrations import transformers as ours
-    else:
-        from upcast.integrations import diffusers as ours  # type: ignore[no-redef]
-
-        _also_transformers()
-    ours.install()
-    request = Loading(kv_cache, policy, keep, trainable, strict=True)
-    with shards.loaded_from(args, kwargs), scopes.attribute(_local, "request", request):
-        result = model_class.from_pretrained(*args, **kwargs)
-    model = result[0] if isinstance(result, tuple) else result
-    if isinstance(model, nn.Module) and not any(isinstance(p, HalfWeight) for p in model.parameters()):
-        patching.patch(model, policy=policy, kv_cache=kv_cache, keep=keep, trainable=trainable)
-    return result
-
-
-def _known(candidate: Any) -> bool:
-    library = candidate.__module__.split(".")[0]
-    return library in ("transformers", "diffusers", "peft") and hasattr(candidate, "from_pretrained")
-
-
-def _also_transformers() -> None:
-    """Pipelines of Diffusers load text encoders of Transformers."""
-    try:
-        from upcast.integrations import transformers
-
-        transformers.install()
-    except ImportError:
-        return
+    overwriting.hold(root)
+    patching.adopt(root, known, kv_cache, **how)
