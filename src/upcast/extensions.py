@@ -13,8 +13,8 @@ The core asks what is registered and names no library. An integration is a subcl
     register(MyLibrary())
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from types import FrameType, ModuleType
+from collections.abc import Iterable, Mapping
+from types import FrameType
 from typing import ClassVar
 
 from torch import nn
@@ -25,13 +25,11 @@ class Extension:
 
     Attributes:
         name: the library's, for messages; also the ``owner`` of its forwards, which are taken away by it.
-        entry_points: module of the library -> what wraps its loaders under UPCAST=1, once that module is imported.
         reports_sizes: function -> its module, of those that add up memory by dtype: they are told the dtype at rest.
         copies_to_train: modules whose code copies a weight to train the copy, or to take numbers that have learned.
     """
 
     name: ClassVar[str]
-    entry_points: ClassVar[Mapping[str, Callable[[ModuleType], None]]] = {}
     reports_sizes: ClassVar[Mapping[str, str]] = {}
     copies_to_train: ClassVar[frozenset[str]] = frozenset()
 
