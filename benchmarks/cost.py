@@ -9,7 +9,7 @@ the numbers come. The KV cache and computation are left out: a short context, on
 
 from dataclasses import dataclass
 
-from upcast.distributed.group import SHORT
+from upcast.distributed.collectives import SHORT
 
 MESSAGES = 2  # in each step
 

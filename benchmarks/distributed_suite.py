@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks import cost, machine
 from benchmarks.namespaces import Host, Link, hosts, latency, why_not
-from upcast.distributed.group import WIRES as DTYPES
+from upcast.distributed.collectives import WIRES as DTYPES
 
 RANKS, WIRES = (1, 2), tuple(DTYPES)
 ROUNDS = 3  # of one process and of ranks on one host, taking turns; the median counts

@@ -13,7 +13,7 @@ import torch
 
 import upcast
 from upcast.distributed import Group, join, leave
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 PROMPT, COMPARED = 16, 2000  # tokens of the prompt; logits to compare
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks import peer, stress
 from benchmarks.worker import Job
-from upcast import huge_pages
+from upcast.core import pages
 
 PACKAGE = "llama-cpp-python"
 CONTEXT, BATCH = 2048, 512  # positions in all, and at once: more than any measurement takes
@@ -59,7 +59,7 @@ def write_gguf(state: Mapping[str, Tensor], config: Config, eps: float, path: Pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    huge_pages.settle(path)  # as LitGPT's checkpoint was
+    pages.settle(path)  # as LitGPT's checkpoint was
 
 
 def _tensors(state: Mapping[str, Tensor], config: Config) -> list[tuple[str, NDArray[Any]]]:

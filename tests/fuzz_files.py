@@ -22,10 +22,10 @@ import torch
 
 import upcast
 from tests.litgpt_checkpoints import small_config, write_checkpoint
-from upcast import convert
-from upcast.errors import UpcastError
-from upcast.pattern import matches
-from upcast.policy import Policy, resolve
+from upcast.core.errors import UpcastError
+from upcast.core.pattern import matches
+from upcast.integrations.litgpt import convert
+from upcast.policy.policy import Policy, resolve
 
 SECONDS, BYTES = 20, 8 << 30
 WORDS = ["safe", "none", "norm", "+", ";", "=", "*", "?", "..", "1", "99", "h.", "kv_cache", "float32", " ", "[", "]"]

@@ -22,8 +22,8 @@ import yaml
 from torch import nn
 
 import upcast
-from upcast.pattern import matches
-from upcast.policy import Policy
+from upcast.core.pattern import matches
+from upcast.policy.policy import Policy
 
 SECONDS, BYTES = 30, 8 << 30
 Damage = Callable[[Path], object]  # what is done to a copy of a good folder

@@ -15,9 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import upcast
-from upcast import console, selective, watch
-from upcast.half_weight import HalfWeight
-from upcast.integrations import litgpt_generation, litgpt_prefix, litgpt_stack, loading
+from upcast.core import console
+from upcast.guard import forward
+from upcast.integrations import loading
+from upcast.integrations.litgpt import generation as litgpt_generation
+from upcast.integrations.litgpt import gpt, prefix_cache
+from upcast.policy import mode
+from upcast.tensor.half_weight import HalfWeight
 
 SOURCE = str(Path(upcast.__file__).parent)
 _object, _c = ctypes.py_object, ctypes.pythonapi
@@ -105,7 +109,7 @@ def identities(model: nn.Module) -> dict[str, int]:
 
 def surroundings() -> dict[str, Any]:
     """Return what a load, a patch or a call may leave behind outside the model."""
-    locals_ = (console._silent, selective._local, watch._local, litgpt_prefix._kept, litgpt_stack._wanted)
+    locals_ = (console._silent, mode._local, forward._local, prefix_cache._kept, gpt._wanted)
     generation = [(name, getattr(owner, name)) for owner, name, _ in litgpt_generation._wrapped()]
     return {
         "environment": dict(os.environ),

@@ -246,7 +246,7 @@ def leave_out(choice: str) -> None:
     """Be a system without some of what Linux has."""
     import errno
 
-    from upcast import mapped
+    from upcast.checkpoint import mapped
     from upcast.kernels import held_files
 
     held_files.hold_file = lambda *_: (errno.EACCES, 0, [])  # as for another user's file

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tests.litgpt_checkpoints import small_config
 from tests.test_transformers import FAMILIES, make
-from upcast.policy import CLASSES
+from upcast.policy.policy import CLASSES
 
 IDS = torch.arange(1, 13)[None]
 DEPTH = 6  # blocks of a model with a fault

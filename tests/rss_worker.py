@@ -14,7 +14,7 @@ import upcast
 from benchmarks import memory
 from tests.distributed_worker import weight_bytes
 from upcast.distributed import join, leave
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 
 def load(door: str, folder: Path) -> Any:

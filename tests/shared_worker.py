@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from upcast.distributed import Group, join, leave
-from upcast.distributed.shared import PLACE
+from upcast.distributed.shared_memory import PLACE
 
 SIZES = (1, 768, PLACE // 4, PLACE // 2 + 3, PLACE + 5)
 

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from upcast import UpcastError, convert
+from upcast import UpcastError
+from upcast.integrations.litgpt import convert
 
 HERE = Path(convert.__file__).parent
 TRACED = {str(HERE / f"{name}.py") for name in ("convert", "partial", "file_lock", "torch_file", "source")}

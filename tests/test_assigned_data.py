@@ -17,7 +17,7 @@ from torch import nn
 import upcast
 from tests.conftest import assert_patched, half_weights, relative_error, rounded
 from tests.test_memory import X, net
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 
 def merged(weight: Any) -> None:

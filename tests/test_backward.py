@@ -15,7 +15,7 @@ from tests.conftest import half_weights
 from tests.litgpt_checkpoints import small_config
 from tests.test_training import IDS as TEXT_IDS
 from tests.test_training import llama
-from upcast.backward import tensors
+from upcast.guard.backward import tensors
 
 IDS = torch.arange(40).view(2, 20) % 90
 AT = 3  # the training step in which a planted operation goes wrong

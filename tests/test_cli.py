@@ -6,13 +6,14 @@ import pytest
 
 import upcast
 from tests.conftest import Run
-from upcast import cli, config, console
+from upcast.cli import main
+from upcast.core import config, console
 
 SCRIPT = """
 import sys
 print(sys.argv[1:], __name__, 'upcast' in sys.modules)
 import litgpt
-print('upcast.startup' in sys.modules)
+print('upcast.integrations.activation' in sys.modules)
 """
 
 VALID = [
@@ -82,7 +83,7 @@ def test_usage_errors(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("_upcast_startup.start", lambda: None)
     try:
-        code = cli.main(arguments)
+        code = main.main(arguments)
     except SystemExit as exit:
         code = exit.code
     assert code == 2
@@ -101,7 +102,7 @@ def test_status_says_what_is_active_and_why(python: Run) -> None:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main.main(["--help"])
     text = capsys.readouterr().out
     assert "run" in text
     assert "status" in text

@@ -12,7 +12,7 @@ import upcast
 from tests.conftest import half_weights, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_transformers import IDS, TEXT, make
-from upcast.parts import parts_of
+from upcast.patching.parts import parts_of
 
 transformers = pytest.importorskip("transformers")
 
@@ -66,7 +66,7 @@ class Two(nn.Module):
 
 
 def encoder_decoder(folder: Path) -> nn.Module:
-    from upcast.integrations import transformers as ours
+    from upcast.integrations.transformers import load as ours
 
     ours.install()
     with pytest.MonkeyPatch.context() as patch:
@@ -150,7 +150,7 @@ def test_unpatching_undoes_every_part(folder: Path, make: Any, names: list[str])
 def test_an_interrupted_unpatch_leaves_every_part_patched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Two(folder)
     weights = {name: id(weight) for name, weight in half_weights(model).items()}
-    original, count = upcast.patching._restored, 0
+    original, count = upcast.patching.engine._restored, 0
 
     def failing(*arguments: Any) -> Any:
         nonlocal count
@@ -159,7 +159,7 @@ def test_an_interrupted_unpatch_leaves_every_part_patched(folder: Path, monkeypa
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(upcast.patching, "_restored", failing)
+    monkeypatch.setattr(upcast.patching.engine, "_restored", failing)
     with pytest.raises(KeyboardInterrupt):
         upcast.unpatch(model)
     assert {name: id(weight) for name, weight in half_weights(model).items()} == weights

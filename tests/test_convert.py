@@ -18,7 +18,8 @@ import upcast
 from tests.conftest import Run, assert_patched
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.peak_memory import ROOT
-from upcast import cli, convert
+from upcast.cli import main
+from upcast.integrations.litgpt import convert
 
 pytest.importorskip("litgpt")
 
@@ -54,7 +55,7 @@ def test_the_twin_computes_what_its_source_computes(
 ) -> None:
     folder = checkpoint(tmp_path, dtype, name)
     before = content(folder)
-    assert cli.main(["convert", str(folder)]) == 0
+    assert main.main(["convert", str(folder)]) == 0
     assert "verified: " in capsys.readouterr().out
     assert content(folder) == before
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "checkpoint-float16"]
@@ -87,7 +88,7 @@ def test_the_twin_is_mapped_and_a_sound_zip_file(tmp_path: Path) -> None:
     assert all((tensor.data_ptr() - base) % 64 == 0 for tensor in state.values())
     model = upcast.load_litgpt(twin_of(folder))
     assert_patched(model)
-    plan = upcast.patching.record_of(model).plan
+    plan = upcast.patching.engine.record_of(model).plan
     assert {change.action for change in plan.changes if len(change.shape) >= 2} == {"wrap"}
 
 
@@ -131,12 +132,12 @@ def test_the_report_is_kept(tmp_path: Path) -> None:
 PEAK = """
 import sys
 from pathlib import Path
-import upcast.convert
+import upcast.integrations.litgpt.convert
 from benchmarks import memory
-upcast.convert.convert(Path(sys.argv[1]))  # brings in what any conversion needs of torch
+upcast.integrations.litgpt.convert.convert(Path(sys.argv[1]))  # brings in what any conversion needs of torch
 memory.reset_peak()
 before = memory.resident_bytes()
-upcast.convert.convert(Path(sys.argv[2]))
+upcast.integrations.litgpt.convert.convert(Path(sys.argv[2]))
 print(memory.peak_bytes() - before)
 """
 
@@ -223,7 +224,7 @@ def test_another_source_starts_anew(tmp_path: Path, python: Run) -> None:
 
 def test_a_float16_checkpoint_needs_no_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"))
-    assert cli.main(["convert", str(folder)]) == 0
+    assert main.main(["convert", str(folder)]) == 0
     assert "is float16 already: nothing to convert" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["checkpoint"]
 

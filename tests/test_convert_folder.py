@@ -15,8 +15,10 @@ import torch
 
 import upcast
 from tests.stop_points import content, write_source
-from upcast import cli, convert, file_lock
-from upcast.partial import Partial
+from upcast.checkpoint.output_folder import Partial
+from upcast.cli import main
+from upcast.core import file_lock
+from upcast.integrations.litgpt import convert
 
 
 @pytest.fixture
@@ -235,8 +237,8 @@ def test_where_there_is_no_fcntl(source: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("convert", "partial", "file_lock", "source"):
         monkeypatch.setattr(upcast, name, getattr(upcast, name))  # an import sets it
         monkeypatch.delitem(sys.modules, f"upcast.{name}")
-    anew = importlib.import_module("upcast.convert")
-    lock = importlib.import_module("upcast.file_lock")
+    anew = importlib.import_module("upcast.integrations.litgpt.convert")
+    lock = importlib.import_module("upcast.core.file_lock")
     assert anew is not convert
     held = lock.held(partial_of(source).with_name(f"{NAME}.lock"), "busy")
     with held, pytest.raises(upcast.UpcastError, match="another process is writing"):
@@ -268,7 +270,7 @@ def test_tensors_that_have_no_twin(
 ) -> None:
     torch.save(state(), source / "lit_model.pth", _use_new_zipfile_serialization=not legacy)
     refused = "tensor" in message
-    assert cli.main(["convert", str(source)]) == 2 * refused
+    assert main.main(["convert", str(source)]) == 2 * refused
     said = capsys.readouterr()
     assert len((said.err if refused else said.out).strip().splitlines()) == 1
     assert [line for line in (said.err + said.out).splitlines() if re.search(message, line)]
@@ -294,5 +296,5 @@ def test_outputs_that_cannot_be(source: Path, output: Callable[[Path], Path], me
 
 def test_an_interruption_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(convert, "_verify", _interrupt)
-    assert cli.main(["convert", str(source)]) == 130
+    assert main.main(["convert", str(source)]) == 130
     assert capsys.readouterr().err.endswith("upcast: interrupted; the same command goes on from here\n")

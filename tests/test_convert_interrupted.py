@@ -16,7 +16,8 @@ import upcast
 from tests.conftest import Run
 from tests.peak_memory import ROOT
 from tests.stop_points import content, write_source
-from upcast import convert, partial, torch_file
+from upcast.checkpoint import output_folder, zip_writer
+from upcast.integrations.litgpt import convert
 
 PROGRAM = str(Path(__file__).with_name("stop_points.py"))
 WAYS = ["kill", "interrupt", "full", "random"]
@@ -39,7 +40,7 @@ def wanted(source: Path, tmp_path: Path) -> list[tuple[str, int, bytes]]:
 def stopped(source: Path, wanted: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of a run that was interrupted when all tensors were written."""
     with monkeypatch.context() as patch:
-        patch.setattr(torch_file, "seal", _interrupt)
+        patch.setattr(zip_writer, "seal", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert.convert(source, tmp_path / "twin")
     return tmp_path / "twin.partial"
@@ -74,12 +75,16 @@ def plan(change: Callable[[Any], object]) -> Callable[[Path], object]:
 
 def of_another_kind(line: bytes) -> bytes:
     """Lines whose checksums are right, and whose content is not."""
-    return line + partial.journal_line([1, 2]).encode() + partial.journal_line({"name": "a", "crc32": "x"}).encode()
+    return (
+        line
+        + output_folder.journal_line([1, 2]).encode()
+        + output_folder.journal_line({"name": "a", "crc32": "x"}).encode()
+    )
 
 
 def lose(folder: Path) -> None:
     """As after a loss of power: the journal says more than the file holds."""
-    place = torch_file.places(folder / "lit_model.pth")[0]
+    place = zip_writer.places(folder / "lit_model.pth")[0]
     with (folder / "lit_model.pth").open("r+b") as file:
         file.seek(place.start)
         file.write(bytes(place.bytes))
@@ -143,8 +148,8 @@ def test_an_interruption_leaves_nothing_in_torch(source: Path, tmp_path: Path, m
 def test_what_is_read_back_must_be_what_was_written(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seal = torch_file.seal
-    monkeypatch.setattr(torch_file, "seal", lambda path, crcs: (seal(path, crcs), lose(path.parent)))
+    seal = zip_writer.seal
+    monkeypatch.setattr(zip_writer, "seal", lambda path, crcs: (seal(path, crcs), lose(path.parent)))
     with pytest.raises(upcast.UpcastError, match=r"what was read back is not what was written .*Bad CRC-32"):
         convert.convert(source, tmp_path / "twin")
     assert os.listdir(tmp_path) == ["source"]

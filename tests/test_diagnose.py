@@ -20,9 +20,10 @@ from tests.planted import IDS, plant
 from tests.test_patching import IDS as NET_IDS
 from tests.test_patching import Net, snapshot
 from tests.test_transformers import FAMILIES, make
-from upcast import UpcastError, findings
-from upcast.half_weight import HalfWeight
-from upcast.policy import CLASSES
+from upcast import UpcastError
+from upcast.analysis import range_observer
+from upcast.policy.policy import CLASSES
+from upcast.tensor.half_weight import HalfWeight
 
 FAST = range(12)
 ALL_FAULTS = range(100)
@@ -66,7 +67,7 @@ def test_every_state_of_a_model_gives_the_same_culprit_and_is_left_as_it_was(sta
     assert all(p is tensors[name] for name, p in model.named_parameters())
     if state in ("safe", "sensitive"):
         assert_patched(model)
-        assert str(upcast.patching.record_of(model).policy) == state
+        assert str(upcast.patching.engine.record_of(model).policy) == state
     else:
         assert not any(isinstance(p, HalfWeight) for p in model.parameters())
 
@@ -126,7 +127,7 @@ def test_ranges_headroom_and_flushing_are_what_the_numbers_say() -> None:
 def test_more_results_than_rows_were_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
     fault = plant(3)
     wanted = upcast.diagnose(fault.model, IDS).to_json()
-    monkeypatch.setattr(findings, "ROWS", 2)
+    monkeypatch.setattr(range_observer, "ROWS", 2)
     assert upcast.diagnose(fault.model, IDS, IDS).sites  # rows are used again by the second sample
     assert upcast.diagnose(fault.model, IDS).to_json() == wanted
 
@@ -256,7 +257,7 @@ def test_products_of_the_diagnosing_pass_are_float16_s_to_the_last_rounding(name
     x[0] *= 2e4  # some sums end beyond 65504
     model = upcast.patch(Product(), policy="none")
     seen: list[Tensor] = []
-    selection = upcast.patching.record_of(model).selection
+    selection = upcast.patching.engine.record_of(model).selection
     with torch.no_grad():
         want = model(x)
         selection.observer = lambda session, op_class, function, tensors, result: seen.append(result)

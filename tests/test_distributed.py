@@ -19,10 +19,10 @@ import upcast
 from tests.conftest import Run, relative_error
 from tests.distributed_worker import results
 from tests.litgpt_checkpoints import small_config, write_checkpoint
-from upcast import config
-from upcast.distributed import joining
-from upcast.distributed.shares import divide_heads, even, turned
-from upcast.errors import UpcastError
+from upcast.core import config
+from upcast.core.errors import UpcastError
+from upcast.distributed import rendezvous
+from upcast.distributed.sharding import divide_heads, even, turned
 
 pytest.importorskip("litgpt")
 
@@ -215,14 +215,14 @@ def test_generate_with_torchrun_and_alone(tmp_path: Path) -> None:
 def test_the_store_listens_where_the_ranks_meet_and_nowhere_else() -> None:
     """127.0.0.2 leads to this machine as well: what listens at all addresses answers there."""
     place = config.rank_of(rank_environment(0, 2, free_port()))
-    store = joining._connect(place, datetime.timedelta(seconds=5))
+    store = rendezvous._connect(place, datetime.timedelta(seconds=5))
     with socket.create_connection(("127.0.0.1", place.port), 5), pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", place.port), 5)
-    other = joining._connect(dataclasses.replace(place, rank=1), datetime.timedelta(seconds=5))
+    other = rendezvous._connect(dataclasses.replace(place, rank=1), datetime.timedelta(seconds=5))
     store.set("a", "b")
     assert other.get("a") == b"b"
 
 
 def test_a_name_that_leads_elsewhere_has_torch_listen_at_all_addresses() -> None:
     place = config.rank_of(rank_environment(0, 2, 1) | {"MASTER_ADDR": "192.0.2.1"})
-    assert joining._listening(place) is None
+    assert rendezvous._listening(place) is None

@@ -114,11 +114,11 @@ def test_survivors_name_the_rank(door: str, name: str, folders: dict[str, Path])
 
 
 def test_a_sample_of_numbers_tells_checkpoints_apart(folders: dict[str, Path]) -> None:
-    from upcast import checkpoint
-    from upcast.distributed.agreement import fingerprint
+    from upcast.checkpoint import reading
+    from upcast.distributed.consistency import fingerprint
 
     folder = folders["litgpt"]
-    same, other = (checkpoint.read(f / "lit_model.pth") for f in (folder, folder.with_name("model-other")))
+    same, other = (reading.read(f / "lit_model.pth") for f in (folder, folder.with_name("model-other")))
     assert sum(not torch.equal(same[name], other[name]) for name in same) == 1
     assert fingerprint(same) != fingerprint(other)
-    assert fingerprint(same) == fingerprint(checkpoint.read(folder / "lit_model.pth"))
+    assert fingerprint(same) == fingerprint(reading.read(folder / "lit_model.pth"))

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.test_distributed import ROOT, run_ranks
-from upcast.distributed import shared
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
+from upcast.distributed import shared_memory
 from upcast.kernels import native
 
 RANKS = 3
@@ -26,7 +26,7 @@ def every(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
 
 def test_sums_and_gathers_equal_those_of_gloo(every: list[Any]) -> None:
     for rank in every:
-        assert rank["sizes"][-1] > shared.PLACE  # in several pieces
+        assert rank["sizes"][-1] > shared_memory.PLACE  # in several pieces
         for ours, gloo in rank["sums"]:
             torch.testing.assert_close(ours, gloo)
         for ours, gloo in rank["gathered"]:
@@ -43,15 +43,15 @@ def test_who_has_left_is_missed(every: list[Any]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory without a name is Linux's")
 def test_another_s_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    (host, process, number, token), file = shared.offer(2)
+    (host, process, number, token), file = shared_memory.offer(2)
     with pytest.raises(OSError, match="another process"):
-        shared.accept((host, process, number, b"x" * len(token)))
+        shared_memory.accept((host, process, number, b"x" * len(token)))
     with pytest.raises(OSError, match="another host"):
-        shared.accept((f"{host}0", process, number, token))
-    Path(f"/proc/self/fd/{shared.accept((host, process, number, token))}").stat()
-    monkeypatch.setattr(shared.kernels, "name", lambda: "portable")
+        shared_memory.accept((f"{host}0", process, number, token))
+    Path(f"/proc/self/fd/{shared_memory.accept((host, process, number, token))}").stat()
+    monkeypatch.setattr(shared_memory.kernels, "name", lambda: "portable")
     with pytest.raises(OSError, match="no native kernels"):
-        shared.offer(2)
+        shared_memory.offer(2)
     assert file > 0
 
 

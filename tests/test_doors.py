@@ -44,7 +44,7 @@ models = []
 if sys.argv[2] == "patched":
     from upcast import HalfWeight
     from upcast.integrations import litgpt as ours
-    from upcast.integrations.litgpt_modules import Fused
+    from upcast.integrations.litgpt.modules import Fused
     fill = ours.fill
     def kept(model, *rest, **options):
         fill(model, *rest, **options)

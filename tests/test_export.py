@@ -8,7 +8,7 @@ import torch
 import upcast
 from tests.conftest import Run, relative_error
 from tests.test_transformers import FAMILIES, make
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of torch's own
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from tests.conftest import relative_error
 from tests.fused_models import IDS, LENGTH, LIMITS, NAMES, PROMPT, calls, fused_of, modules_only, pair, steps
 from upcast import kernels
-from upcast.integrations.litgpt_experts import FusedMoE
-from upcast.integrations.litgpt_modules import FusedAttention
+from upcast.integrations.litgpt.modules import FusedAttention
+from upcast.integrations.litgpt.moe import FusedMoE
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 

@@ -22,7 +22,7 @@ from tests.fused_models import (
 )
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from upcast import kernels
-from upcast.integrations import litgpt_stack
+from upcast.integrations.litgpt import gpt
 
 LLAMA = "SmolLM2-135M-Instruct"
 AT_ONCE = [0, 64]  # positions for which all blocks run in one call: none, all
@@ -67,7 +67,7 @@ def test_litgpt_s_loops_compute_one_position(at_once: int, monkeypatch: pytest.M
         given.append(out.shape[1])
         return out, done
 
-    monkeypatch.setattr(litgpt_stack, "_AT_ONCE", at_once)
+    monkeypatch.setattr(gpt, "_AT_ONCE", at_once)
     layers = len(model.transformer.h)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels.native, "linear", count)  # the head; the blocks call none
@@ -88,12 +88,12 @@ def test_litgpt_s_loops_compute_one_position(at_once: int, monkeypatch: pytest.M
 @pytest.mark.parametrize("at_once", AT_ONCE)
 @pytest.mark.parametrize("name", NAMES)
 def test_the_last_position_alone_is_that_of_all(name: str, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(litgpt_stack, "_AT_ONCE", at_once)
+    monkeypatch.setattr(gpt, "_AT_ONCE", at_once)
     model, plain = pair(name, "float32")
     model.set_kv_cache(2, LENGTH)
     plain.set_kv_cache(2, LENGTH)
     positions = torch.arange(PROMPT)
-    got = litgpt_stack.last_position(model, lambda: model(IDS[:, :PROMPT], positions)[:, -1:])
+    got = gpt.last_position(model, lambda: model(IDS[:, :PROMPT], positions)[:, -1:])
     assert relative_error(got, plain(IDS[:, :PROMPT], positions)[:, -1:]) < 1e-5
     token, after = IDS[:, PROMPT : PROMPT + 1], torch.tensor([PROMPT])  # sees the keys of all positions
     assert relative_error(model(token, after), plain(token, after)) < 1e-5

@@ -7,7 +7,7 @@ import torch
 
 from tests.conftest import relative_error
 from tests.fused_models import IDS, make, pair, without_fusion
-from upcast.integrations.litgpt_experts import FusedMoE
+from upcast.integrations.litgpt.moe import FusedMoE
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 

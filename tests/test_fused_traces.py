@@ -19,7 +19,7 @@ from tests.fused_models import (
     steps,
 )
 from tests.litgpt_checkpoints import small_config
-from upcast.integrations import litgpt_fused
+from upcast.integrations.litgpt import install
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 
@@ -209,7 +209,7 @@ def test_other_models_are_left_alone() -> None:
 
 def test_what_stays_unfused_has_a_reason() -> None:
     model = upcast.patch(make("Mixtral-8x7B-v0.1", rotary_percentage=0.4))
-    reasons = litgpt_fused.unfused(model)
+    reasons = install.unfused(model)
     assert reasons["transformer.h.0.attn"] == "rope of an odd number of elements"
     assert "transformer.h.0.mlp" not in reasons
     assert not fused_of(model).keys() & reasons.keys()

@@ -13,8 +13,8 @@ import upcast
 from tests.conftest import relative_error
 from tests.fused_models import IDS, NAMES, fused_of, pair, without_fusion
 from upcast import kernels
-from upcast.integrations.litgpt_lora import FusedLoRAQKV
-from upcast.integrations.litgpt_modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
+from upcast.integrations.litgpt.lora import FusedLoRAQKV
+from upcast.integrations.litgpt.modules import FusedAttention, FusedGatedMLP, FusedRMSNorm
 from upcast.kernels import gradients as gradients_module
 from upcast.kernels import portable, reference
 

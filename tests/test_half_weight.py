@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import upcast
 from tests.conftest import relative_error
-from upcast.half_weight import HalfWeight, parameter
-from upcast.store import Fallbacks
+from upcast.tensor.half_weight import HalfWeight, parameter
+from upcast.tensor.store import Fallbacks
 
 pytestmark = pytest.mark.usefixtures("each_kernels")
 
@@ -216,7 +216,7 @@ def test_anything_else_is_right_and_counted(operation: Callable[[Tensor], Tensor
 
 def test_large_weights_are_widened_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("upcast.kernels.portable.TILE", 100)
-    monkeypatch.setattr("upcast.products.TILE", 100)
+    monkeypatch.setattr("upcast.tensor.matmul_ops.TILE", 100)
     for name, shape, operation in HANDLED:
         weight = make(*shape)
         assert relative_error(operation(weight), operation(weight.widened())) < 1e-6, name

@@ -14,7 +14,7 @@ import upcast
 from tests.conftest import half_weights
 from tests.test_backward import litgpt_lora, litgpt_loss, own_loss, peft_lora
 from tests.test_learning import IDS, LAYERS, adapted, learning, loss_of
-from upcast.headroom import block_of
+from upcast.guard.headroom import block_of
 
 BLOCKS = {f"headroom/{i}" for i in range(LAYERS + 2)} | {"headroom/least"}
 

@@ -15,8 +15,12 @@ import torch
 import upcast
 from tests.conftest import Run
 from tests.hostile import LITGPT, ONE, PATTERNS, POLICIES, SHARDED
-from upcast import UpcastError, checkpoint, commands, config, planning
-from upcast.slot import Slot
+from upcast import UpcastError
+from upcast.checkpoint import reading
+from upcast.cli import analysis
+from upcast.core import config
+from upcast.core.tensor_ref import Slot
+from upcast.patching import plan
 
 LOADED = {"litgpt": LITGPT, "one": ONE, "sharded": SHARDED}
 ROOT = Path(__file__).parents[1]
@@ -88,16 +92,16 @@ def test_the_environment(python: Run) -> None:
 def test_the_command_line_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UpcastError, match=r"config\.json is no JSON"):
-        commands.load(tmp_path)
+        analysis.load(tmp_path)
     with pytest.raises(UpcastError, match="is no checkpoint folder"):
-        commands.load(Path("a" * 5000))
+        analysis.load(Path("a" * 5000))
 
 
 def test_weights_that_begin_alike_are_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:
     compared: list[object] = []
-    equal = planning._bits_equal
-    monkeypatch.setattr(planning, "_bits_equal", lambda a, b: compared.append(a) or equal(a, b))
-    twins = planning.Twins()
+    equal = plan._bits_equal
+    monkeypatch.setattr(plan, "_bits_equal", lambda a, b: compared.append(a) or equal(a, b))
+    twins = plan.Twins()
     slots = [Slot(str(i), torch.zeros(9, 9), True, []) for i in range(99)]
     for i, slot in enumerate(slots):
         slot.tensor[8, 8] = i  # not among the few numbers that are looked at first
@@ -116,10 +120,10 @@ def test_a_compressed_archive_may_hold_more_than_its_size(tmp_path: Path) -> Non
         for name in stored.namelist():
             small.writestr(name, stored.read(name))
     assert (tmp_path / "small.pth").stat().st_size < 100_000
-    assert checkpoint.checked(state, tmp_path / "small.pth") is state
+    assert reading.checked(state, tmp_path / "small.pth") is state
     (tmp_path / "other.pth").write_bytes(b"x" * 100_000)
     with pytest.raises(UpcastError, match=r"other\.pth: tensors such as one of \(1000, 500\) repeat"):
-        checkpoint.checked(state, tmp_path / "other.pth")
+        reading.checked(state, tmp_path / "other.pth")
 
 
 def test_diffusers_read_no_shard_outside(tmp_path: Path) -> None:

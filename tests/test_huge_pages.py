@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 import upcast
 from tests.conftest import assert_patched, half_weights
-from upcast import huge_pages
-from upcast.huge_pages import BLOCK, SMALL, Memory
-from upcast.rounding import to_half
+from upcast.core import pages
+from upcast.core.pages import BLOCK, SMALL, Memory
+from upcast.kernels.rounding import to_half
 
 LARGE = SMALL  # float32 elements of a tensor that goes into a block
 
-pytestmark = pytest.mark.skipif(not hasattr(huge_pages.mmap, "MADV_HUGEPAGE"), reason="the system has no such pages")
+pytestmark = pytest.mark.skipif(not hasattr(pages.mmap, "MADV_HUGEPAGE"), reason="the system has no such pages")
 
 
 def source(elements: int = LARGE) -> Tensor:
@@ -36,7 +36,7 @@ def test_tensors_lie_side_by_side_with_storages_of_their_own() -> None:
         assert half.is_contiguous()
         assert half.storage_offset() == 0
         assert half.untyped_storage().nbytes() == half.nbytes
-        assert half.data_ptr() % huge_pages.ALIGNMENT == 0
+        assert half.data_ptr() % pages.ALIGNMENT == 0
     first.fill_(1), second.fill_(2)
     assert bool((first == 1).all() and (second == 2).all())
 
@@ -132,23 +132,23 @@ def test_a_patched_model_copies_saves_and_goes_back() -> None:
 
 
 def test_without_such_pages_memory_is_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "_HUGE", None)
+    monkeypatch.setattr(pages, "_HUGE", None)
     memory = Memory()
     assert memory.half_like(source()).shape == (LARGE // 64, 64)
     assert memory._block is None
-    huge_pages.read_ahead(Path(__file__))
+    pages.read_ahead(Path(__file__))
 
 
 def cached(path: Path) -> int:
-    with path.open("rb") as file, huge_pages.mmap.mmap(file.fileno(), 0, access=huge_pages.mmap.ACCESS_COPY) as whole:
-        return huge_pages._cached_bytes(whole)
+    with path.open("rb") as file, pages.mmap.mmap(file.fileno(), 0, access=pages.mmap.ACCESS_COPY) as whole:
+        return pages._cached_bytes(whole)
 
 
 @pytest.fixture
 def on_disk(tmp_path: Path) -> Path:
     """A file of which the system holds nothing in memory; skipped where it cannot be told to let go."""
     path = tmp_path / "weights"
-    path.write_bytes(bytes(3 * huge_pages.PAGE + 5))
+    path.write_bytes(bytes(3 * pages.PAGE + 5))
     with path.open("rb+") as file:
         os.fsync(file.fileno())
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -158,26 +158,26 @@ def on_disk(tmp_path: Path) -> Path:
 
 
 def test_a_file_is_read_before_it_is_mapped(on_disk: Path) -> None:
-    huge_pages.read_ahead(on_disk)
+    pages.read_ahead(on_disk)
     assert cached(on_disk) >= on_disk.stat().st_size
 
 
 def test_a_file_that_was_just_written_is_read_again(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_disk.write_bytes(content := bytes(range(250)) * 30_000)
     read = []
-    monkeypatch.setattr(huge_pages, "read_ahead", lambda path: read.append(cached(path)))
-    huge_pages.settle(on_disk)
+    monkeypatch.setattr(pages, "read_ahead", lambda path: read.append(cached(path)))
+    pages.settle(on_disk)
     assert read == [0]
     assert on_disk.read_bytes() == content
 
 
 def test_what_the_system_holds_or_could_not_hold_is_left_alone(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(huge_pages, "_free_bytes", lambda: on_disk.stat().st_size)
-    huge_pages.read_ahead(on_disk)
+    monkeypatch.setattr(pages, "_free_bytes", lambda: on_disk.stat().st_size)
+    pages.read_ahead(on_disk)
     assert cached(on_disk) == 0
     monkeypatch.undo()
-    monkeypatch.setattr(huge_pages, "_cached_bytes", len)
-    huge_pages.read_ahead(on_disk)
+    monkeypatch.setattr(pages, "_cached_bytes", len)
+    pages.read_ahead(on_disk)
     monkeypatch.undo()
     assert cached(on_disk) == 0
 
@@ -185,13 +185,13 @@ def test_what_the_system_holds_or_could_not_hold_is_left_alone(on_disk: Path, mo
 def test_small_and_empty_files_are_left_alone(tmp_path: Path) -> None:
     for size in (0, 1, 4097):
         (tmp_path / "small").write_bytes(bytes(size))
-        huge_pages.read_ahead(tmp_path / "small")
+        pages.read_ahead(tmp_path / "small")
 
 
 def test_an_interruption_of_reading_ahead_is_what_is_heard(on_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(huge_pages.ctypes, "CDLL", interrupted)
+    monkeypatch.setattr(pages.ctypes, "CDLL", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        huge_pages.read_ahead(on_disk)
+        pages.read_ahead(on_disk)

@@ -16,8 +16,8 @@ from tests.interruptions import KINDS, picture, surroundings
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_interruptions import llama
 from tests.test_litgpt_prefix import llm_of, say
-from upcast.integrations import aside
-from upcast.parts import RECORD
+from upcast.integrations import stepping_aside
+from upcast.patching.parts import RECORD
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("few_lines")
@@ -62,8 +62,8 @@ def _check_loads(load: Callable[[], Any], lines: range) -> None:
 def _activated(monkeypatch: pytest.MonkeyPatch) -> None:
     import litgpt.api
 
-    from upcast.integrations import litgpt as litgpt_integration
-    from upcast.integrations import transformers as integration
+    from upcast.integrations.litgpt import load as litgpt_integration
+    from upcast.integrations.transformers import load as integration
 
     monkeypatch.setenv("UPCAST", "1")
     integration.install()
@@ -98,10 +98,10 @@ def test_what_was_wrapped_before_an_interruption_is_not_wrapped_again() -> None:
         vars(module).update({name: eval(f"lambda: {name!r}") for name in names})
         return module
 
-    for at in range(1, interruptions.run(lambda: aside.wrap(library(), wrappers)) + 1):
+    for at in range(1, interruptions.run(lambda: stepping_aside.wrap(library(), wrappers)) + 1):
         module = library()
-        interruptions.run(lambda: aside.wrap(module, wrappers), at)  # noqa: B023
-        aside.wrap(module, wrappers)
+        interruptions.run(lambda: stepping_aside.wrap(module, wrappers), at)  # noqa: B023
+        stepping_aside.wrap(module, wrappers)
         calls.clear()
         assert [getattr(module, name)() for name in names] == [*names]
         assert len(calls) == 3, at

@@ -163,8 +163,8 @@ def test_what_was_cut_short_twice_is_taken_back_when_it_is_next_looked_at(monkey
         model = case.fresh()
         before = identities(model)
         with monkeypatch.context() as twice:
-            twice.setattr("upcast.hooks.install", _interrupted)
-            twice.setattr("upcast.hooks.remove", _interrupted)
+            twice.setattr("upcast.patching.hooks.install", _interrupted)
+            twice.setattr("upcast.patching.hooks.remove", _interrupted)
             with pytest.raises(KeyboardInterrupt):
                 upcast.patch(model)
         assert half_weights(model)
@@ -178,7 +178,7 @@ def test_what_was_cut_short_twice_is_taken_back_when_it_is_next_looked_at(monkey
 
 def test_another_thread_does_not_take_back_what_this_one_is_doing(monkeypatch: pytest.MonkeyPatch) -> None:
     model, errors = nn.Linear(9, 9), []
-    original = upcast.hooks.install
+    original = upcast.patching.hooks.install
 
     def meanwhile(*args: Any, **kwargs: Any) -> None:
         for other in (upcast.unpatch, upcast.patch, upcast.report):
@@ -187,7 +187,7 @@ def test_another_thread_does_not_take_back_what_this_one_is_doing(monkeypatch: p
             thread.join()
         original(*args, **kwargs)
 
-    monkeypatch.setattr("upcast.hooks.install", meanwhile)
+    monkeypatch.setattr("upcast.patching.hooks.install", meanwhile)
     upcast.patch(model)
     assert [error.partition(";")[0].partition(",")[0] for error in errors] == [
         "another thread is patching this Linear"

@@ -252,8 +252,8 @@ def test_caches_of_other_kinds_are_left_alone() -> None:
     model = upcast.patch(lively("grouped heads"))
     cache = transformers.DynamicCache(config=model.config)
     cache.offloading = True
-    upcast.integrations.transformers_cache.narrow(cache, set())
+    upcast.integrations.transformers.kv_cache.narrow(cache, set())
     assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
     windows = transformers.StaticCache(config=lively("sliding windows").config, max_cache_len=8)
-    upcast.integrations.transformers_cache.narrow(windows, set())
+    upcast.integrations.transformers.kv_cache.narrow(windows, set())
     assert {type(layer).__name__ for layer in windows.layers} == {"StaticSlidingWindowLayer"}

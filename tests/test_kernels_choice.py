@@ -13,8 +13,8 @@ import torch
 import upcast
 from tests.conftest import Run, relative_error
 from upcast import kernels
-from upcast.half_weight import HalfWeight
 from upcast.kernels import native, portable
+from upcast.tensor.half_weight import HalfWeight
 
 ROOT = Path(__file__).parent.parent
 CALLED = """

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import upcast
 from tests.conftest import fallbacks, half_weights, relative_error, rounded
 from upcast import kernels
-from upcast.half_weight import HalfWeight
 from upcast.kernels import portable
+from upcast.tensor.half_weight import HalfWeight
 
 LAYERS, WIDTH, STEPS = 6, 64, 20
 

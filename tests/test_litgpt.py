@@ -14,7 +14,7 @@ import torch
 import upcast
 from tests.conftest import Run, address, assert_patched, fallbacks, half_weights, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
-from upcast.targets import unwrap
+from upcast.patching.discovery import unwrap
 
 pytest.importorskip("litgpt")
 
@@ -71,7 +71,7 @@ def test_a_float16_checkpoint_is_mapped_and_not_copied(folder: Path) -> None:
 def test_a_float32_checkpoint_remembers_what_it_was(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"), torch.float32)
     model = upcast.load_litgpt(folder)
-    plan = upcast.patching.record_of(model).plan
+    plan = upcast.patching.engine.record_of(model).plan
     lost = {change.name: change.rounding.max_error for change in plan.changes if change.in_float16}
     assert all(error > 0 for error in lost.values())
     assert plan.bytes_after < 0.6 * plan.bytes_before

@@ -10,7 +10,7 @@ import torch
 import upcast
 from tests.conftest import relative_error
 from tests.litgpt_checkpoints import small_config
-from upcast.integrations.litgpt_mask import CausalMask
+from upcast.integrations.litgpt.causal_mask import CausalMask
 
 pytest.importorskip("litgpt")
 

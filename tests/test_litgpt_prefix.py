@@ -12,8 +12,8 @@ import upcast
 from tests.conftest import relative_error
 from tests.fused_models import make, without_fusion
 from upcast import kernels
-from upcast.integrations import litgpt_stack
-from upcast.integrations.litgpt_prefix import caches_of
+from upcast.integrations.litgpt import gpt as litgpt_stack
+from upcast.integrations.litgpt.prefix_cache import caches_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,7 +17,7 @@ import upcast
 from tests.conftest import assert_patched, relative_error
 from tests.fused_models import make, without_fusion
 from tests.test_litgpt_prefix import llm_of, one_thread  # noqa: F401
-from upcast.integrations.litgpt_prefix import caches_of
+from upcast.integrations.litgpt.prefix_cache import caches_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -85,7 +85,7 @@ def test_the_old_format(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_a_rounded_checkpoint_remembers_what_it_was(tmp_path: Path) -> None:
     model = upcast.from_pretrained(transformers.AutoModelForCausalLM, write(tmp_path, dtype=torch.float32))
-    plan = upcast.patching.record_of(model).plan
+    plan = upcast.patching.engine.record_of(model).plan
     assert all(change.rounding.max_error > 0 for change in plan.changes if change.in_float16)
     assert plan.bytes_after < 0.6 * plan.bytes_before
 
@@ -151,7 +151,7 @@ def test_arguments_that_are_refused(tmp_path: Path, arguments: dict[str, Any], s
 def test_under_upcast_1_what_is_not_ours_is_left_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from upcast.integrations import transformers as ours
+    from upcast.integrations.transformers import load as ours
 
     ours.install()
     monkeypatch.setenv("UPCAST", "1")
@@ -174,7 +174,7 @@ RESOLVED = [
 @pytest.mark.parametrize(("found", "said"), RESOLVED, ids=[said for _, said in RESOLVED])
 def test_what_transformers_makes_of_a_checkpoint_can_be_refused(found: dict[str, Any], said: str) -> None:
     from upcast.integrations.loading import NotOurs
-    from upcast.integrations.transformers import _check
+    from upcast.integrations.transformers.load import _check
 
     nothing = {"hf_quantizer": None, "device_map": None}
     _check(SimpleNamespace(**nothing))

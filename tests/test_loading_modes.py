@@ -24,7 +24,7 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 @pytest.fixture
 def upcast_1(monkeypatch: pytest.MonkeyPatch) -> None:
     """UPCAST=1, the hooks in place."""
-    from upcast.integrations import transformers as ours
+    from upcast.integrations.transformers import load as ours
 
     ours.install()
     monkeypatch.setenv("UPCAST", "1")
@@ -311,7 +311,7 @@ def test_an_adapter_s_numbers_are_not_rounded(
     base = transformers.AutoModelForCausalLM.from_pretrained(folder.parent / "base", dtype=torch.float32)
     want = peft.PeftModel.from_pretrained(base, folder)
     monkeypatch.setenv("UPCAST", "1")
-    from upcast.integrations import transformers as library
+    from upcast.integrations.transformers import load as library
 
     library.install()
     model = load(folder)

@@ -19,7 +19,7 @@ from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.mapped_worker import can_be_written, is_mapped, output, rows, shift, wait_until
 from tests.peak_memory import ROOT
 from tests.test_loading import mapped
-from upcast import mapped as ours
+from upcast.checkpoint import mapped as ours
 from upcast.kernels import native
 
 pytest.importorskip("litgpt")
@@ -181,7 +181,7 @@ def test_writes_into_weights_are_kept(folder: Path) -> None:
 NO_MEMORY = """
 import resource, sys, torch
 from torch import nn
-from upcast import mapped
+from upcast.checkpoint import mapped
 model = nn.Module()
 model.register_buffer("a", torch.from_file(sys.argv[1], shared=False, size=150_000_000, dtype=torch.float16))
 assert mapped.hold(model) == []

@@ -10,7 +10,7 @@ import upcast
 from tests.test_patching import IDS as NET_IDS
 from tests.test_patching import Net, snapshot
 from upcast import UpcastError
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 MEASURES = [
     pytest.param(upcast.diagnose, id="diagnose"),

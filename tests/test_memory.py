@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import upcast
 from tests.conftest import assert_patched, half_weights, relative_error, rounded
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 safetensors = pytest.importorskip("safetensors.torch")
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 import upcast
 from tests.conftest import address, assert_patched, fallbacks, half_weights, relative_error, rounded
-from upcast.half_weight import HalfWeight
-from upcast.planning import KEEP
+from upcast.patching.plan import KEEP
+from upcast.tensor.half_weight import HalfWeight
 
 pytestmark = pytest.mark.usefixtures("each_kernels")
 
@@ -199,8 +199,8 @@ def test_an_interrupted_patch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         return original(*args)
 
-    original = upcast.patching.to_half
-    monkeypatch.setattr("upcast.patching.to_half", interrupt)
+    original = upcast.patching.engine.to_half
+    monkeypatch.setattr("upcast.patching.engine.to_half", interrupt)
     with pytest.raises(KeyboardInterrupt):
         upcast.patch(model)
     assert len(calls) == 4
@@ -218,8 +218,8 @@ def test_an_interrupted_unpatch_stays_patched(monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         return original(*args)
 
-    original = upcast.patching._restored
-    monkeypatch.setattr("upcast.patching._restored", interrupt)
+    original = upcast.patching.engine._restored
+    monkeypatch.setattr("upcast.patching.engine._restored", interrupt)
     with pytest.raises(KeyboardInterrupt):
         upcast.unpatch(model)
     monkeypatch.undo()
@@ -231,7 +231,7 @@ def test_an_interrupted_unpatch_stays_patched(monkeypatch: pytest.MonkeyPatch) -
 def test_tied_weights_stay_tied() -> None:
     model = upcast.patch(Net())
     assert model.head.weight is model.embed.weight
-    assert sum(change.name == "embed.weight" for change in upcast.patching.record_of(model).plan.changes) == 1
+    assert sum(change.name == "embed.weight" for change in upcast.patching.engine.record_of(model).plan.changes) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -266,7 +266,7 @@ def test_a_weight_that_float16_cannot_hold_stays_in_float32(value: float) -> Non
     upcast.patch(model)
     assert type(model.down.weight) is nn.Parameter
     assert torch.equal(model.down.weight.nan_to_num(1), want.nan_to_num(1))
-    (change,) = (c for c in upcast.patching.record_of(model).plan.changes if c.name == "down.weight")
+    (change,) = (c for c in upcast.patching.engine.record_of(model).plan.changes if c.name == "down.weight")
     assert change.action == KEEP
     assert change.reason == ("1 values beyond 65504" if value in (65505.0, 1e6) else "1 values not finite")
     assert isinstance(model.up.weight, HalfWeight)

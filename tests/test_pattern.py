@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from upcast import UpcastError
-from upcast.pattern import LONGEST, matches
+from upcast.core.pattern import LONGEST, matches
 
 # pattern, names that it matches, names that it does not
 RANGES = [

@@ -12,7 +12,7 @@ import upcast
 from tests.conftest import relative_error, rounded
 from tests.litgpt_checkpoints import small_config
 from tests.test_surgery import IDS, Net, Wrapper, pair, same, seeded, tied
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 # --- a piece of a patched model -----------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ from torch import nn
 
 import upcast
 from tests.test_patching import Net, snapshot
-from upcast.planning import CONVERT, KEEP, SHARE, WIDEN, WRAP
+from upcast.patching.plan import CONVERT, KEEP, SHARE, WIDEN, WRAP
 
 pytestmark = pytest.mark.usefixtures("each_kernels")
 
@@ -21,7 +21,7 @@ def test_plan_is_pure_and_patch_does_what_it_says() -> None:
     plan = upcast.plan(model, keep=["conv"])
     assert snapshot(model) == before
     upcast.patch(model, keep=["conv"])
-    assert upcast.patching.record_of(model).plan == plan
+    assert upcast.patching.engine.record_of(model).plan == plan
     actions = {change.name: change.action for change in plan.changes}
     assert actions["embed.weight"] == CONVERT
     assert actions["head.weight"] == SHARE

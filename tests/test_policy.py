@@ -12,8 +12,9 @@ from torch import nn
 
 import upcast
 from tests.conftest import Run
-from upcast import UpcastError, fingerprint
-from upcast.policy import ALL, CLASSES, PRESETS, Policy, resolve
+from upcast import UpcastError
+from upcast.policy import fingerprint
+from upcast.policy.policy import ALL, CLASSES, PRESETS, Policy, resolve
 
 CANONICAL = {
     "safe": "safe",
@@ -102,7 +103,7 @@ def test_every_form_of_a_policy_is_taken(form, tmp_path: Path) -> None:
     Policy.parse(text).save(tmp_path / "saved.json")
     given = form(tmp_path / "saved.json") if form is Path else form(text)
     model = upcast.patch(net(), policy=given)
-    assert str(upcast.patching.record_of(model).policy) == text
+    assert str(upcast.patching.engine.record_of(model).policy) == text
     assert f"policy: {text}" in upcast.report(model)
     assert str(resolve(str(tmp_path / "saved.json"))) == text
 
@@ -158,7 +159,7 @@ def test_storage_is_a_choice_of_the_policy() -> None:
 
 
 def test_the_environment_takes_the_same_string(python: Run) -> None:
-    script = "from upcast import config; print(config.read().policy)"
+    script = "from upcast.core import config; print(config.read().policy)"
     assert python("-c", script, UPCAST_POLICY="none; h.1=norm+linear").stdout.strip() == "none; h.1=norm+linear"
     failed = python("-c", script, UPCAST_POLICY="sensible")
     assert "UPCAST_POLICY='sensible' in the environment: policy 'sensible'" in failed.stderr

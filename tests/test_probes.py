@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from upcast.integrations.transformers import _MERGING
+from upcast.integrations.transformers.load import _MERGING
 
 LOADING = ("chat.base", "generate.base", "generate.full", "generate.speculative_decoding")
 FINETUNING = ("lora", "adapter", "adapter_v2")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 import upcast
-from upcast import config
-from upcast.cli import _parser
+from upcast.cli.main import _parser
+from upcast.core import config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

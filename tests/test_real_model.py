@@ -59,7 +59,7 @@ def test_logits_and_weight_bytes(model: Any, reference: Any, tokens: torch.Tenso
     assert got.dtype == torch.float32
     assert relative_error(got, logits(reference, tokens)) < 1e-5
     assert fallbacks(model).calls == {}
-    plan = upcast.patching.record_of(model).plan
+    plan = upcast.patching.engine.record_of(model).plan
     float32 = sum(p.nbytes for p in reference.parameters())
     assert plan.bytes_after <= 0.415 * float32  # lm_head and wte share one storage
     distinct = {address(w): w.nbytes for w in half_weights(model).values()}

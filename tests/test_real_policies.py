@@ -11,8 +11,8 @@ from benchmarks.ablation import load
 from tests.conftest import assert_patched, relative_error
 from tests.test_litgpt import float32_model
 from tests.test_real_model import TEXT
-from upcast.policy import ALL, Policy
-from upcast.trial import NONE, SAFE, answer, samples, trial
+from upcast.analysis.runner import NONE, SAFE, answer, samples, trial
+from upcast.policy.policy import ALL, Policy
 
 pytestmark = pytest.mark.real
 

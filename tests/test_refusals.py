@@ -10,8 +10,8 @@ from torch import nn
 import upcast
 from tests.conftest import Run, half_weights
 from tests.test_patching import Net, snapshot
-from upcast import targets
-from upcast.half_weight import HalfWeight
+from upcast.patching import discovery
+from upcast.tensor.half_weight import HalfWeight
 
 
 def _in_an_optimizer() -> nn.Module:
@@ -119,7 +119,7 @@ def test_sparse_and_quantized_weights_are_left_alone_and_reported() -> None:
     model.codes = nn.Parameter(torch.ones(7, 33, dtype=torch.int8), requires_grad=False)
     model.tiny = nn.Parameter(torch.ones(7, 33).to(torch.float8_e4m3fn), requires_grad=False)
     upcast.patch(model)
-    reasons = {change.name: change.reason for change in upcast.patching.record_of(model).plan.changes}
+    reasons = {change.name: change.reason for change in upcast.patching.engine.record_of(model).plan.changes}
     assert reasons["sparse"] == "sparse_coo layout"
     assert reasons["codes"] == "stored as int8"
     assert reasons["tiny"] == "stored as float8_e4m3fn"
@@ -140,12 +140,12 @@ def test_objects_are_searched_only_where_a_parameter_is_held_elsewhere(monkeypat
     tied.again = tied.up.weight
     tied.shallow = copy.copy(tied.down)  # the same dictionary of parameters: one reference, in two places
     optimizer = torch.optim.SGD(tied.parameters(), lr=0.1)
-    found = [slot for slot in targets.slots(tied) if slot.is_parameter]
-    assert len(targets._held_elsewhere(found)) == len(found) > 0
+    found = [slot for slot in discovery.slots(tied) if slot.is_parameter]
+    assert len(discovery._held_elsewhere(found)) == len(found) > 0
     del optimizer, found
     held = Net()
     kept = held.up.weight
-    assert [slot.name for slot in targets._held_elsewhere(targets.slots(held))] == ["up.weight"], kept.shape
+    assert [slot.name for slot in discovery._held_elsewhere(discovery.slots(held))] == ["up.weight"], kept.shape
     monkeypatch.setattr("gc.get_objects", lambda: pytest.fail("every object was met"))
     for model in (Net(), tied):
         upcast.patch(model)

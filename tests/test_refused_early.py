@@ -127,13 +127,13 @@ REFUSED = {  # variables, and what the line says
 }
 # What may not be called any more; what the library itself reads is not ours. A LitGPT checkpoint is mapped before: what
 # it holds bounds the model that is built.
-FILLERS = ("upcast.integrations.litgpt.fill", "upcast.integrations.loading.Loading.adopt")
+FILLERS = ("upcast.integrations.litgpt.load.fill", "upcast.integrations.loading.Loading.adopt")
 READERS = (
-    "upcast.checkpoint.read",
-    "upcast.integrations.transformers._read",
+    "upcast.checkpoint.reading.read",
+    "upcast.integrations.transformers.load._read",
     "upcast.integrations.loading.Loading.arrive",
     "upcast.integrations.loading.Loading.adopt",
-    "upcast.huge_pages.read_ahead",
+    "upcast.core.pages.read_ahead",
 )
 
 
@@ -186,7 +186,7 @@ def test_a_policy_of_the_same_class_is_compared_when_weights_are_tied(
     """While it is loaded, a model may count weights twice that are one in the end."""
     model = make("LlamaForCausalLM", "LlamaConfig", {**SIZES, "tie_word_embeddings": True})
     model.save_pretrained(tmp_path / "llama")
-    for architecture, patched in ((upcast.fingerprint.of(model), True), ({"model": "LlamaForCausalLM"}, False)):
+    for architecture, patched in ((upcast.policy.fingerprint.of(model), True), ({"model": "LlamaForCausalLM"}, False)):
         (tmp_path / "policy.json").write_text(json.dumps({"policy": "sensitive", "architecture": architecture}))
         monkeypatch.setenv("UPCAST", "1")
         monkeypatch.setenv("UPCAST_POLICY", str(tmp_path / "policy.json"))

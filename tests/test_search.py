@@ -16,9 +16,9 @@ import upcast
 from tests.planted import IDS, plant
 from tests.test_patching import Net
 from upcast import UpcastError
-from upcast.diagnose import relative_error
-from upcast.policy import CLASSES, Policy
-from upcast.trial import NONE, SAFE, Trial, answer, samples, trial
+from upcast.analysis.diagnose import relative_error
+from upcast.analysis.runner import NONE, SAFE, Trial, answer, samples, trial
+from upcast.policy.policy import CLASSES, Policy
 
 FAST = range(12)
 TOLERANCE = 1e-2
@@ -84,7 +84,7 @@ def test_the_result_is_a_policy_with_evidence_that_patch_takes(tmp_path: Path, c
         upcast.patch(Net(), policy=tmp_path / "p.json")
     for choice in (found, tmp_path / "p.json"):
         with upcast.patched(fault.model, policy=choice) as model:
-            assert upcast.patching.record_of(model).policy == found.policy
+            assert upcast.patching.engine.record_of(model).policy == found.policy
             assert bool(model(IDS)[0].isfinite().all())
 
 

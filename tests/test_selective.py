@@ -14,8 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import upcast
 from tests.conftest import assert_patched, relative_error
 from tests.test_transformers import FAMILIES, first_output, make
-from upcast import opclasses, patching, tracking
-from upcast.policy import CLASSES, Policy
+from upcast.patching import engine
+from upcast.policy import module_scope, op_classes
+from upcast.policy.policy import CLASSES, Policy
 
 LARGE = 60000.0  # float16 holds it, and not twice it
 
@@ -23,7 +24,7 @@ LARGE = 60000.0  # float16 holds it, and not twice it
 def run_under(model: nn.Module, policy: Policy) -> Any:
     """Patch a model and put it under a policy through the mode, also where patch itself would not need it."""
     upcast.patch(model, policy="none")
-    tracking.change(model, patching.record_of(model).selection, policy)
+    module_scope.change(model, engine.record_of(model).selection, policy)
     return model
 
 
@@ -37,11 +38,11 @@ def halved(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_every_function_that_torch_lets_one_override_is_listed_or_left_out() -> None:
     every = [function for functions in get_overridable_functions().values() for function in functions]
     assert len(every) > 1000
-    assert [opclasses.name_of(f) for f in every if not opclasses.listed(f)] == []
+    assert [op_classes.name_of(f) for f in every if not op_classes.listed(f)] == []
 
 
 def test_no_function_is_listed_twice() -> None:
-    names = [name for names in (*opclasses._NAMES.values(), *opclasses.LEFT_OUT.values()) for name in names.split()]
+    names = [name for names in (*op_classes._NAMES.values(), *op_classes.LEFT_OUT.values()) for name in names.split()]
     assert sorted(names) == sorted(set(names))
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import upcast
 from tests.conftest import assert_patched, half_weights
 from tests.test_patching import IDS, Net, snapshot
-from upcast import tracking
-from upcast.policy import Policy
+from upcast.policy import module_scope
+from upcast.policy.policy import Policy
 
 
 @pytest.mark.parametrize("policy", ["none", "sensitive", "norm; up=linear"])
@@ -112,7 +112,7 @@ def test_copies_run_under_the_same_policy(copied: Any) -> None:
     other = copied(model)
     assert torch.equal(other(IDS), want)
     assert half_weights(other).keys() == half_weights(model).keys()
-    tracking.change(other, other.__dict__["forward"].selection, Policy(frozenset()))
+    module_scope.change(other, other.__dict__["forward"].selection, Policy(frozenset()))
     assert not torch.equal(other(IDS).float(), want)
     assert torch.equal(model(IDS), want)
     upcast.unpatch(other)

@@ -10,7 +10,7 @@ import wrapt
 
 import _upcast_startup
 from tests.conftest import Run
-from upcast import startup
+from upcast.integrations import activation
 
 SOURCE = Path(__file__).parent.parent / "src"
 TARGET = "import sys; import {}; print('wrapt' in sys.modules, 'upcast' in sys.modules)"
@@ -51,7 +51,7 @@ def test_the_hook_waits_for_its_libraries(python: Run) -> None:
 
 
 def test_both_lists_of_libraries_agree() -> None:
-    assert tuple(startup.ACTIVATIONS) == _upcast_startup.TARGETS
+    assert tuple(activation.ACTIVATIONS) == _upcast_startup.TARGETS
 
 
 def test_a_wrong_value_warns_once_and_breaks_nothing(python: Run) -> None:
@@ -62,7 +62,8 @@ def test_a_wrong_value_warns_once_and_breaks_nothing(python: Run) -> None:
 
 
 def test_a_failure_inside_a_hook_warns_and_breaks_nothing(python: Run) -> None:
-    script = "import upcast.startup as s; s.ACTIVATIONS['litgpt.api'] = lambda m: 1 / 0; import litgpt; print('fine')"
+    fails = "import upcast.integrations.activation as s; s.ACTIVATIONS['litgpt.api'] = lambda m: 1 / 0"
+    script = f"{fails}; import litgpt; print('fine')"
     result = python("-c", script, UPCAST="1")
     assert result.stdout.strip() == "fine"
     assert result.stderr.count("upcast is not active for litgpt.api: division by zero") == 1

@@ -20,8 +20,8 @@ import upcast
 from tests.conftest import half_weights
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_transformers import IDS, TEXT, make
-from upcast.errors import describe
-from upcast.integrations import aside
+from upcast.core.errors import describe
+from upcast.integrations import stepping_aside
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("litgpt")
@@ -100,47 +100,47 @@ def lora(folder: Path) -> nn.Module:
 
 
 TRANSFORMERS = [
-    "upcast.patching.adopt",
-    "upcast.patching._patch",
-    "upcast.patching.settle",
-    "upcast.hooks.install",
-    "upcast.learning.check",
+    "upcast.patching.engine.adopt",
+    "upcast.patching.engine._patch",
+    "upcast.patching.engine.settle",
+    "upcast.patching.hooks.install",
+    "upcast.patching.trainable.check",
     "upcast.kernels.survey",
-    "upcast.checkpoint.give_back_pages",
+    "upcast.checkpoint.reading.give_back_pages",
     "upcast.integrations.loading.Loading.arrive",
     "upcast.integrations.loading.Loading.adopt",
     "upcast.integrations.loading.check_arguments",
-    "upcast.integrations.transformers._read",
-    "upcast.integrations.transformers._parts",
-    "upcast.integrations.transformers.Arriving.to",
-    "upcast.integrations.transformers.Arriving.__getitem__",
-    "upcast.huge_pages.read_ahead",
+    "upcast.integrations.transformers.load._read",
+    "upcast.integrations.transformers.load._parts",
+    "upcast.integrations.transformers.load.Arriving.to",
+    "upcast.integrations.transformers.load.Arriving.__getitem__",
+    "upcast.core.pages.read_ahead",
 ]
 LITGPT = [
-    "upcast.patching.adopt",
-    "upcast.patching._patch",
-    "upcast.hooks.install",
-    "upcast.learning.mark",
-    "upcast.checkpoint.read",
-    "upcast.checkpoint.to_float16",
-    "upcast.integrations.litgpt.arguments",
+    "upcast.patching.engine.adopt",
+    "upcast.patching.engine._patch",
+    "upcast.patching.hooks.install",
+    "upcast.patching.trainable.mark",
+    "upcast.checkpoint.reading.read",
+    "upcast.checkpoint.reading.to_float16",
+    "upcast.integrations.litgpt.load.arguments",
 ]
-API = [*LITGPT, "upcast.integrations.litgpt._place", "upcast.integrations.litgpt.load_litgpt"]
-SCRIPT = [*LITGPT, "upcast.integrations.litgpt_scripts.not_ours", "upcast.integrations.loading.patterns"]
+API = [*LITGPT, "upcast.integrations.litgpt.load._place", "upcast.integrations.litgpt.load.load_litgpt"]
+SCRIPT = [*LITGPT, "upcast.integrations.litgpt.scripts.not_ours", "upcast.integrations.loading.patterns"]
 # door -> (the modules that activate it, what may fail on its way)
 DOORS: dict[Callable[[Path], nn.Module], tuple[list[str], list[str]]] = {
     causal_lm: (["transformers.modeling_utils"], TRANSFORMERS),
     new_head: (["transformers.modeling_utils"], TRANSFORMERS),
     llm_load: (["litgpt.api"], API),
-    llm_distribute: (["litgpt.api"], [*API[:-3], *API[-2:], "upcast.integrations.litgpt.accelerator"]),
+    llm_distribute: (["litgpt.api"], [*API[:-3], *API[-2:], "upcast.integrations.litgpt.load.accelerator"]),
     script: (
         ["litgpt.generate.base"],
-        [*SCRIPT, "upcast.integrations.litgpt_scripts._fill", "upcast.integrations.litgpt_scripts._compute_in_float32"],
+        [*SCRIPT, "upcast.integrations.litgpt.scripts._fill", "upcast.integrations.litgpt.scripts._compute_in_float32"],
     ),
     lora: (
         ["litgpt.finetune.lora"],
         [name for name in SCRIPT if not name.endswith("litgpt.arguments")]
-        + ["upcast.integrations.litgpt_finetune._read", "upcast.integrations.litgpt_finetune._fill"],
+        + ["upcast.integrations.litgpt.finetune._read", "upcast.integrations.litgpt.finetune._fill"],
     ),
 }
 CASES = [(door, name) for door, (_, names) in DOORS.items() for name in names]
@@ -151,7 +151,7 @@ def activated() -> Iterator[None]:
     """The wrappers that the start-up file installs; other tests of this process do not see them."""
     import importlib
 
-    from upcast import startup
+    from upcast.integrations import activation
 
     modules = [importlib.import_module(name) for name in ("transformers.modeling_utils", "litgpt.api")]
     modules += [importlib.import_module(name) for name in ("litgpt.generate.base", "litgpt.finetune.lora")]
@@ -159,7 +159,7 @@ def activated() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UPCAST", "1")
         for module in modules:
-            startup.activate(module)
+            activation.activate(module)
     yield
     for owner, names in before:
         for name, value in names.items():
@@ -173,7 +173,7 @@ def outcome(door: Callable[[Path], nn.Module], folder: Path) -> tuple[nn.Module,
     random.seed(5)
     np.random.seed(5)
     model = door(folder)
-    inner = upcast.targets.unwrap(model)
+    inner = upcast.patching.discovery.unwrap(model)
     state = {name: (tensor.dtype, tensor.clone()) for name, tensor in inner.state_dict().items()}
     grads = {name: (parameter.requires_grad, parameter.dtype) for name, parameter in model.named_parameters()}
     buffers = {name: (buffer.dtype, tuple(buffer.shape)) for name, buffer in model.named_buffers()}
@@ -290,7 +290,7 @@ def test_an_interrupt_is_an_interrupt(folder: Path, monkeypatch: pytest.MonkeyPa
     def interrupted(*_: Any, **__: Any) -> Any:
         raise error
 
-    monkeypatch.setattr("upcast.patching.adopt", interrupted)
+    monkeypatch.setattr("upcast.patching.engine.adopt", interrupted)
     with pytest.raises(error):
         causal_lm(folder)
 
@@ -322,7 +322,7 @@ def test_a_fast_way_that_fails_costs_only_itself(
     assert "planted" in said[0]
     assert not [m for m in model.modules() if type(vars(m).get("forward")).__name__.startswith("Fused")]
     want = {name: tensor for name, (_, tensor) in unpatched(door)["state"].items()}
-    for key, tensor in upcast.targets.unwrap(model).state_dict().items():
+    for key, tensor in upcast.patching.discovery.unwrap(model).state_dict().items():
         assert torch.equal(tensor.float(), want[key].half().float()), key
 
 
@@ -334,7 +334,7 @@ def test_a_cache_that_cannot_be_narrowed_stays_as_it_is(
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
     want = model.generate(IDS, **options)
     lines(capsys)
-    calls = failing(monkeypatch, "upcast.integrations.transformers_fused.narrow")
+    calls = failing(monkeypatch, "upcast.integrations.transformers.install.narrow")
     got = model.generate(IDS, **options)
     assert calls
     assert torch.equal(got, want)
@@ -375,7 +375,7 @@ def test_another_version_of_litgpt(
 def test_nothing_is_missing_in_this_version_of_litgpt() -> None:
     import litgpt.model
 
-    from upcast.integrations.litgpt_fused import _missing
+    from upcast.integrations.litgpt.install import _missing
 
     assert _missing(litgpt.model) == ""
 
@@ -384,7 +384,7 @@ def test_activation_wraps_all_or_nothing() -> None:
     module = types.ModuleType("library")
     module.first = first = lambda: 1  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):
-        aside.wrap(module, {"first": lambda *_: 2, "second": lambda *_: 2})
+        stepping_aside.wrap(module, {"first": lambda *_: 2, "second": lambda *_: 2})
     assert module.first is first
 
 
@@ -392,7 +392,7 @@ def test_undoing_goes_back_to_every_dictionary() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     states = [(module, {key: id(value) for key, value in vars(module).items()}) for module in model.modules()]
     weight = model[0].weight
-    with contextlib.suppress(ZeroDivisionError), aside.undone_if_it_fails(model):
+    with contextlib.suppress(ZeroDivisionError), stepping_aside.undone_if_it_fails(model):
         model[0].weight = nn.Parameter(torch.zeros(4, 3))
         model[1] = nn.Identity()
         model.register_forward_pre_hook(lambda *_: None)

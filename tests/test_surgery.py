@@ -16,7 +16,7 @@ from torch.nn.utils import fusion, parametrizations, parametrize, prune
 
 import upcast
 from tests.conftest import assert_patched, relative_error, rounded
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 Surgery = Callable[[Any], object]
 

@@ -12,7 +12,7 @@ import upcast
 from tests.conftest import relative_error, rounded
 from tests.test_transformers import IDS, TEXT, make
 from tests.test_transformers_cache import generated
-from upcast.integrations.transformers_layer import FusedDecoderLayer
+from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
 
 transformers = pytest.importorskip("transformers")
 

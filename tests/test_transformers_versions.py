@@ -78,7 +78,7 @@ def test_generate(kind: str, way: str, attention: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["Llama", "Mixtral"])
 def test_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype, form: str) -> None:
-    from upcast.integrations import transformers as ours
+    from upcast.integrations.transformers import load as ours
 
     if form == "bin" and FIFTH:
         pytest.skip("Transformers 5 writes safetensors only; tests/test_loading.py writes .bin itself")

@@ -247,7 +247,7 @@ def test_under_torch_func_a_weight_stays_in_float16() -> None:
     finally:
         kernels.linear = original
     assert set(seen) == {torch.float16}
-    assert upcast.patching.record_of(model).fallbacks.calls == {}
+    assert upcast.patching.engine.record_of(model).fallbacks.calls == {}
 
 
 def test_the_second_gradient_of_fused_attention() -> None:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.test_transformers import FAMILIES, make
-from upcast.tree import modules, named_modules
+from upcast.core.module_tree import modules, named_modules
 
 
 def tangled() -> nn.Module:

@@ -17,7 +17,7 @@ import upcast
 from tests.conftest import address, half_weights, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_loading import IDS, float32_model, logits, mapped, write, write_bin
-from upcast.convert import convert
+from upcast.integrations.litgpt.convert import convert
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("litgpt")
@@ -243,13 +243,13 @@ def plain_litgpt_with(folder: Path, exact: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sixty_thousand_times_forty_thousand(tmp_path: Path, dtype: torch.dtype) -> None:
     """Neither patching nor reading takes memory for what is expanded: 4.8 GB each, if it did."""
-    from upcast import checkpoint
+    from upcast.checkpoint import reading
     from upcast.integrations.loading import Loading
 
     torch.save({"w": torch.full((1, 1), 1.5, dtype=dtype).expand(60_000, 40_000)}, tmp_path / "w.pth")
-    state = checkpoint.read(tmp_path / "w.pth")
+    state = reading.read(tmp_path / "w.pth")
     arrived = Loading().arrive("w", state["w"])
-    known = checkpoint.to_float16(state)
+    known = reading.to_float16(state)
     model = nn.Module()
     model.w = nn.Parameter(state["w"], requires_grad=False)
     upcast.patch(model)

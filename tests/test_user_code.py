@@ -22,7 +22,7 @@ from tests.conftest import assert_patched, relative_error, rounded
 from tests.fused_models import calls, make
 from tests.test_transformers import make as make_transformers
 from tests.test_transformers_layer import lively
-from upcast.shortcut import LinearForward
+from upcast.patching.fast_linear import LinearForward
 
 lm = pytest.importorskip("litgpt.model")
 pytest.importorskip("transformers")

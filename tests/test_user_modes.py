@@ -227,7 +227,7 @@ def test_copies_look_for_themselves(family: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_what_was_replaced_is_said_once(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from upcast import genuine
+    from upcast.tensor import genuine
 
     genuine.originals.cache_clear()
     pair = Pair("SmolLM2")

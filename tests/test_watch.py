@@ -15,9 +15,9 @@ from tests.planted import IDS, Planted, build, plant
 from tests.test_patching import IDS as NET_IDS
 from tests.test_patching import Net, snapshot
 from upcast import UpcastError
-from upcast.half_weight import HalfWeight
-from upcast.policy import CLASSES, Policy
-from upcast.watch import State, Watch
+from upcast.guard.forward import State, Watch
+from upcast.policy.policy import CLASSES, Policy
+from upcast.tensor.half_weight import HalfWeight
 
 LATE = 11  # the position from which the planted operation overflows
 
@@ -78,7 +78,7 @@ def test_a_planted_overflow_in_mid_generation_is_healed(op_class: str, capsys: A
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1
     assert f"from this step on {op_class} runs in float32 too" in said[0]
-    assert upcast.patching.record_of(healed).policy == Policy()
+    assert upcast.patching.engine.record_of(healed).policy == Policy()
     plain = upcast.patch(copy.deepcopy(model), policy=policy)
     planted = next(m for m in plain.modules() if isinstance(m, Late))
     planted.positions = lambda: LATE
@@ -119,7 +119,7 @@ def test_healing_a_step_leaves_the_cache_as_the_wider_policy_makes_it() -> None:
     with torch.inference_mode():
         healed.set_kv_cache(1, 16)
         got = [healed(IDS[:, :5], torch.arange(5)), healed(IDS[:, 5:6], torch.tensor([5]))]
-        policy = upcast.patching.record_of(healed).policy
+        policy = upcast.patching.engine.record_of(healed).policy
         assert policy.classes > {"scores"}
         other = upcast.patch(copy.deepcopy(model), policy=policy)
         other.set_kv_cache(1, 16)
@@ -190,7 +190,7 @@ def test_infinite_logits_that_are_meant_are_left_alone() -> None:
         with torch.no_grad():
             assert bool(model(NET_IDS)[..., 3].isinf().all())
             assert bool(model(NET_IDS)[..., 3].isinf().all())
-        assert str(upcast.patching.record_of(model).policy) == policy
+        assert str(upcast.patching.engine.record_of(model).policy) == policy
 
 
 @pytest.mark.parametrize("policy", ["safe", "none"])

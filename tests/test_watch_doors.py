@@ -13,7 +13,7 @@ import upcast
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_transformers import FAMILIES, make
 from upcast import UpcastError
-from upcast.watch import Watch
+from upcast.guard.forward import Watch
 
 # class, where the encoder overflows, the layer behind it
 ENCODERS = [
@@ -157,4 +157,4 @@ def test_the_outermost_of_one_model_watches_and_other_models_watch_themselves(mo
     watched.clear()
     upcast.patch(Outer(other), policy="none", heal=True)(torch.ones(1, 4))
     assert watched == ["T5ForConditionalGeneration"]
-    assert str(upcast.patching.record_of(other).policy) == "linear+activation"
+    assert str(upcast.patching.engine.record_of(other).policy) == "linear+activation"

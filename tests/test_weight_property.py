@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import upcast
 from tests.conftest import assert_patched, relative_error, rounded
-from upcast.half_weight import HalfWeight
+from upcast.tensor.half_weight import HalfWeight
 
 WIDTH, WORDS = 4, 6
 VALUES = (0.5, -1.25, 0.3, 2.0, 1e5)

@@ -5,32 +5,32 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from upcast import attention as _attention
-from upcast import compiled as _compiled
-from upcast import composites as _composites
-from upcast import exported as _exported
-from upcast import memory_ops as _memory_ops
-from upcast import ops as _ops
-from upcast import products as _products
-from upcast import recurrent as _recurrent
-from upcast import shallow_copy as _shallow_copy
-from upcast.ablation import Ablation, ablate
+from upcast.analysis.ablate import Ablation, ablate
+from upcast.analysis.certify import Certificate, certify
+from upcast.analysis.diagnose import Diagnosis, diagnose
+from upcast.analysis.search import Found, search
 from upcast.api import patch, patched, plan, report, unpatch
-from upcast.certify import Certificate, certify
-from upcast.diagnose import Diagnosis, diagnose
-from upcast.errors import UpcastError
-from upcast.half_weight import HalfWeight
-from upcast.headroom import Headroom
-from upcast.integrations.litgpt import load_litgpt
+from upcast.core.errors import UpcastError
+from upcast.guard.headroom import Headroom
+from upcast.integrations.litgpt.load import load_litgpt
 from upcast.integrations.pretrained import from_pretrained
-from upcast.planning import Plan
-from upcast.policy import Policy
-from upcast.search import Found, search
+from upcast.kernels import custom_ops as _compiled
+from upcast.patching.plan import Plan
+from upcast.policy.policy import Policy
+from upcast.tensor import attention_ops as _attention
+from upcast.tensor import composite_ops as _composites
+from upcast.tensor import export as _exported
+from upcast.tensor import matmul_ops as _products
+from upcast.tensor import memory_ops as _memory_ops
+from upcast.tensor import rnn_ops as _recurrent
+from upcast.tensor import shallow_copy as _shallow_copy
+from upcast.tensor import view_ops as _ops
+from upcast.tensor.half_weight import HalfWeight
 
 if _TYPE_CHECKING:
-    from upcast.integrations.fabric import FabricPrecision
-    from upcast.integrations.lightning import LightningHeadroomCallback
-    from upcast.integrations.transformers_trainer import HeadroomCallback
+    from upcast.integrations.lightning.callback import LightningHeadroomCallback
+    from upcast.integrations.lightning.fabric import FabricPrecision
+    from upcast.integrations.transformers.trainer import HeadroomCallback
 
 __all__ = [
     "Ablation",

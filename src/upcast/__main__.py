@@ -2,6 +2,6 @@
 
 import sys
 
-from upcast.cli import main
+from upcast.cli.main import main
 
 sys.exit(main())

@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-from upcast import patching
-from upcast.patching import Choice, report, unpatch
-from upcast.planning import plan
-from upcast.watch import watcher
+from upcast.guard.forward import watcher
+from upcast.patching import engine
+from upcast.patching.engine import Choice, report, unpatch
+from upcast.patching.plan import plan
 
 __all__ = ["patch", "patched", "plan", "report", "unpatch"]
 
@@ -54,7 +54,7 @@ def patch(
             train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
             Nothing has been changed then, nor when the patch is interrupted before it is whole.
     """
-    return patching.patch(
+    return engine.patch(
         model, policy=policy, keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)
     )
 
@@ -68,6 +68,6 @@ def patched(
     The originals stay in memory for that time, and come back wherever the block is interrupted. Arguments and errors as
     for `patch`.
     """
-    with patching.borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
-        patching.say(record)
+    with engine.borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
+        engine.say(record)
         yield model

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 import upcast
 from tests.coverage_table.case import Case, Inputs
-from upcast.half_weight import HalfWeight
-from upcast.patching import record_of
-from upcast.store import Fallbacks
+from upcast.patching.engine import record_of
+from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.store import Fallbacks
 
 FORWARD_ERROR = 1e-5
 CACHED_ERROR = 5e-4  # the cache is float16

@@ -10,7 +10,7 @@ import time
 import torch
 from torch import Tensor
 
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native, reference
 
 DTYPES = [torch.float32] * 12 + [torch.float16, torch.float64, torch.bfloat16, torch.int64]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_block_threads import HEAD, HEADS, TIME, WIDTH, arguments
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native
 
 LAST = [1, 2, TIME]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.test_block_threads import arguments
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native
 
 PARALLEL, SHARED, NORM_2, POST_ATTENTION = 5, 6, 32, 37  # where the plan has them

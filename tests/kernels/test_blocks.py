@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.kernels.test_block_last import START, caches, changed, inputs
 from tests.kernels.test_block_threads import TIME, WIDTH
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.can_call_blocks(), reason="torch has no exchange interface")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native kernels are not loaded")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.measure import check
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native, reference
 
 WIDTHS = [1, 7, 31, 64, 129, 1023]

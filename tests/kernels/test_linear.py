@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.kernels.measure import check
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native
 
 SHAPES = [(1, 1), (1, 33), (7, 31), (31, 7), (33, 129), (129, 33), (64, 1023), (1023, 31), (257, 576)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not there")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.kernels.measure import error
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels import native, reference
 
 torch.manual_seed(0)

@@ -1,5 +1,6 @@
-"""What upcast knows of other libraries; importing this registers it (see `upcast.extensions`)."""
+"""What upcast knows of other libraries; importing this registers it (see `upcast.core.extensions`)."""
 
-from upcast.integrations import adapters, fabric_module, litgpt_fused, transformers_fused
-
-__all__ = ["adapters", "fabric_module", "litgpt_fused", "transformers_fused"]
+import upcast.integrations.adapters
+import upcast.integrations.lightning.wrapper
+import upcast.integrations.litgpt.install
+import upcast.integrations.transformers.install  # noqa: F401

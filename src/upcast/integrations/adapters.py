@@ -1,6 +1,6 @@
 """What PEFT does with copies of weights, and what accelerate reads of them."""
 
-from upcast.extensions import Extension, register
+from upcast.core.extensions import Extension, register
 
 
 class Peft(Extension):

@@ -13,8 +13,8 @@ import torch
 import wrapt
 from torch import Tensor, nn
 
-from upcast.integrations import aside, loading, shards
-from upcast.integrations.aside import NotOurs
+from upcast.integrations import checkpoint_files, loading, stepping_aside
+from upcast.integrations.stepping_aside import NotOurs
 
 
 def install() -> None:
@@ -31,13 +31,13 @@ def activate(module: ModuleType) -> None:
     model_class: Any = module.ModelMixin
     if isinstance(inspect.getattr_static(model_class, "from_pretrained"), wrapt.FunctionWrapper):
         return
-    aside.wrap(model_loading_utils, {"load_model_dict_into_meta": _into_meta})
-    aside.wrap(module, {"ModelMixin.from_pretrained": loading.hook(_load)})
+    stepping_aside.wrap(model_loading_utils, {"load_model_dict_into_meta": _into_meta})
+    stepping_aside.wrap(module, {"ModelMixin.from_pretrained": loading.hook(_load)})
 
 
 def _load(wrapped: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     loading.check_arguments(kwargs)
-    shards.check_folder(args, kwargs)
+    checkpoint_files.check_folder(args, kwargs)
     return wrapped(*args, **loading.without_dtype(kwargs))
 
 

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import autocast, kernels
-from upcast.forward import Forward
-from upcast.genuine import bound, forwards, observed, originals
+from upcast import kernels
+from upcast.core.forward_override import Forward
 from upcast.kernels import transforms
+from upcast.tensor import autocast
+from upcast.tensor.genuine import bound, forwards, observed, originals
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

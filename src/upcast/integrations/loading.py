@@ -15,17 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast import checkpoint, config, overwriting, patching, scopes
-from upcast.errors import UpcastError
-from upcast.huge_pages import Memory, give_back_pages
-from upcast.integrations import aside
-from upcast.integrations.aside import NotOurs
-from upcast.layout import plain, to_float32
-from upcast.modes import float32_by_default, outside_inference_mode
-from upcast.pattern import matches
-from upcast.planning import CONVERT, WRAP, decide
-from upcast.rounding import Rounding, to_half
-from upcast.slot import Slot
+from upcast.checkpoint import overwriting, reading
+from upcast.core import config, scopes
+from upcast.core.errors import UpcastError
+from upcast.core.memory_layout import plain, to_float32
+from upcast.core.pages import Memory, give_back_pages
+from upcast.core.pattern import matches
+from upcast.core.tensor_ref import Slot
+from upcast.core.torch_modes import float32_by_default, outside_inference_mode
+from upcast.integrations import stepping_aside
+from upcast.integrations.stepping_aside import NotOurs
+from upcast.kernels.rounding import Rounding, to_half
+from upcast.patching import engine
+from upcast.patching.plan import CONVERT, WRAP, decide
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -43,7 +45,7 @@ class Loading:
     """
 
     kv_cache: str | None = None
-    policy: patching.Choice = "safe"
+    policy: engine.Choice = "safe"
     keep: Sequence[str] = ()
     trainable: Sequence[str] = ()
     strict: bool = False
@@ -97,11 +99,11 @@ class Loading:
     def check(self, model: nn.Module) -> None:
         """Raise what `adopt` would, before the weights of ``model`` are read."""
         keep, trainable = (self.keep, self.trainable) if self.strict else patterns(model, quietly=True)
-        patching.check(model, self.policy, keep, trainable)
+        engine.check(model, self.policy, keep, trainable)
 
     def adopt(self, model: nn.Module) -> None:
         """Patch the loaded model, unless that was done while it was loaded."""
-        if patching.is_patched(model):
+        if engine.is_patched(model):
             return
         known = {
             name: self.lost[parameter.data_ptr()]
@@ -122,7 +124,7 @@ def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Se
     for variable, given in (("UPCAST_KEEP", settings.keep), ("UPCAST_TRAINABLE", settings.trainable)):
         for pattern in given:
             if not quietly and not _names_one(pattern, names):
-                aside.say(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
+                stepping_aside.say(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
     keep, trainable = (
         [pattern for pattern in given if _names_one(pattern, names)] for given in (settings.keep, settings.trainable)
     )
@@ -165,13 +167,13 @@ def hook(load: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]) -> Call
             _ask_environment(loading)
             return _loaded(loading, functools.partial(load, wrapped, args, kwargs))
 
-        return aside.attempt(name, ours, lambda: wrapped(*args, **kwargs), lambda: loading.divided)
+        return stepping_aside.attempt(name, ours, lambda: wrapped(*args, **kwargs), lambda: loading.divided)
 
     return from_pretrained
 
 
 def _ask_environment(loading: Loading) -> None:
-    aside.check_enabled()
+    stepping_aside.check_enabled()
     settings = config.read()
     loading.kv_cache, loading.policy = settings.kv_cache, settings.policy
     loading.keep, loading.trainable = settings.keep, settings.trainable
@@ -229,10 +231,10 @@ def requested(request: Loading) -> AbstractContextManager[None]:
     return scopes.attribute(_local, "request", request)
 
 
-def adopt(root: nn.Module, known: checkpoint.Known, kv_cache: str | None, **how: Any) -> None:
+def adopt(root: nn.Module, known: reading.Known, kv_cache: str | None, **how: Any) -> None:
     """Patch a model whose tensors come from files; those that stay mapped are safe from what happens to the files.
 
-    ``how``: as for `upcast.patching.adopt`.
+    ``how``: as for `upcast.patching.engine.adopt`.
     """
     overwriting.hold(root)
-    patching.adopt(root, known, kv_cache, **how)
+    engine.adopt(root, known, kv_cache, **how)

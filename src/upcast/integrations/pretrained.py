@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from upcast import patching
-from upcast import policy as policies
-from upcast.errors import UpcastError
-from upcast.half_weight import HalfWeight
-from upcast.integrations import diffusers, loading, shards, transformers
+from upcast.core.errors import UpcastError
+from upcast.integrations import checkpoint_files, diffusers, loading
+from upcast.integrations.transformers import load
+from upcast.patching import engine
+from upcast.policy import policy as policies
+from upcast.tensor.half_weight import HalfWeight
 
 
 def from_pretrained(
     model_class: Any,
     *args: Any,
     kv_cache: str | None = None,
-    policy: patching.Choice = "safe",
+    policy: engine.Choice = "safe",
     keep: Sequence[str] = (),
     trainable: Sequence[str] = (),
     **kwargs: Any,
@@ -50,16 +51,16 @@ def from_pretrained(
             "Diffusers. For other models, load them and call upcast.patch(model)."
         )
     if library in ("transformers", "peft"):
-        transformers.install()
+        load.install()
     else:
         diffusers.install()
         _also_transformers()
     request = loading.Loading(kv_cache, policy, keep, trainable, strict=True)
-    with shards.loaded_from(args, kwargs), loading.requested(request):
+    with checkpoint_files.loaded_from(args, kwargs), loading.requested(request):
         result = model_class.from_pretrained(*args, **kwargs)
     model = result[0] if isinstance(result, tuple) else result
     if isinstance(model, nn.Module) and not any(isinstance(p, HalfWeight) for p in model.parameters()):
-        patching.patch(model, policy=policy, kv_cache=kv_cache, keep=keep, trainable=trainable)
+        engine.patch(model, policy=policy, kv_cache=kv_cache, keep=keep, trainable=trainable)
     return result
 
 
@@ -71,4 +72,4 @@ def _known(candidate: Any) -> bool:
 def _also_transformers() -> None:
     """Pipelines of Diffusers load text encoders of Transformers."""
     with contextlib.suppress(ImportError):
-        transformers.install()
+        load.install()

@@ -2,7 +2,7 @@
 
 `native` is the compiled library; `portable` is plain PyTorch, runs everywhere, and says what native must give. Both
 have the same functions. Here is what chooses between them; `gradients` differentiates through them. Where torch follows
-what is done (`transforms`), the custom operators of `upcast.compiled` or torch's own operations stand in.
+what is done (`transforms`), the custom operators of `upcast.kernels.custom_ops` or torch's own operations stand in.
 """
 
 from types import ModuleType
@@ -10,8 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from upcast import config, layout
-from upcast.errors import UpcastError
+from upcast.core import config, memory_layout
+from upcast.core.errors import UpcastError
 from upcast.kernels import gradients, native, portable, reference, transforms
 from upcast.kernels.reference import Survey
 
@@ -170,7 +170,7 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
         out: float16 of the same shape; it gets the numbers, rounded to nearest.
         rounds: find the largest error of rounding also without an out.
     """
-    x = layout.plain(x.detach())
+    x = memory_layout.plain(x.detach())
     rounds = rounds or out is not None
     if not x.is_contiguous():  # transposed, mostly: the order in which memory holds it is as good as any
         order = sorted(range(x.dim()), key=x.stride, reverse=True)

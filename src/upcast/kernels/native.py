@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from upcast.errors import UpcastError
+from upcast.core.errors import UpcastError
 from upcast.kernels.reference import Survey
 
 _COPY_FIRST, _COPY_SECOND = 1, 2

@@ -9,7 +9,7 @@ import threading
 
 import torch
 
-from upcast.functional import F
+from upcast.core.functional import F
 from upcast.kernels import reference
 
 TILE = 1 << 20

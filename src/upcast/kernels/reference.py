@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from upcast.functional import F
+from upcast.core.functional import F
 
 FLOAT16_MAX = torch.finfo(torch.float16).max  # 65504
 TINY = 2.0**-25  # and below, float16 rounds to zero

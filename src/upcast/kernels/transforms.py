@@ -63,8 +63,9 @@ def watched() -> bool:
 def way() -> str:
     """Return how a kernel's work is done now.
 
-    DIRECT: by the kernel. OPERATORS: by one of `upcast.compiled`. NESTED: by a rule of `upcast.kernels.gradients` for
-    torch.func. TORCH: by torch's own operations, for TorchScript, for tangents, and where there is no rule.
+    DIRECT: by the kernel. OPERATORS: by one of `upcast.kernels.custom_ops`. NESTED: by a rule of
+    `upcast.kernels.gradients` for torch.func. TORCH: by torch's own operations, for TorchScript, for tangents, and
+    where there is no rule.
     """
     if not watched():
         return DIRECT

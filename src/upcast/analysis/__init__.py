@@ -1,0 +1,1 @@
+"""A model under one policy after another: diagnose, search, ablate, certify."""

@@ -1,0 +1,105 @@
+"""Each op class upcast alone, and each dropped alone: what that does to a model's result."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from upcast.analysis.diagnose import relative_error
+from upcast.analysis.range_observer import all_finite
+from upcast.analysis.runner import Sample, Samples, Trial, answer, trial
+from upcast.core import console
+from upcast.policy import fingerprint
+from upcast.policy.policy import ALL, CLASSES, PRESETS, Policy
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy's result, relative to float32's (the worst sample's; NaN if it is not finite)."""
+
+    label: str
+    policy: Policy
+    op_class: str  # the one upcast or dropped alone; "" for presets
+    dropped: bool
+    finite: bool
+    error: float
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The rows of an ablation. Printing it gives a table."""
+
+    model: str
+    architecture: dict[str, Any]
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        rows = [(r.label, "yes" if r.finite else "NO", f"{r.error:.1e}" if r.finite else "") for r in self.rows]
+        return console.table((self.model, "finite", "error"), rows, right=(2,))
+
+    def to_markdown(self) -> str:
+        """Return the table in Markdown."""
+        lines = ["| upcast | finite | error |", "|---|---|---:|"]
+        lines += [f"| {r.label} | {'yes' if r.finite else '**no**'} | {_shown(r)} |" for r in self.rows]
+        return "\n".join(lines)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the rows as JSON text, and write it to ``path`` if given."""
+        rows = [{**vars(r), "policy": str(r.policy), "error": r.error if r.finite else None} for r in self.rows]
+        text = json.dumps({"model": self.model, "architecture": self.architecture, "rows": rows}, indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def plot(self, path: str | Path) -> Path:
+        """Write the errors as a picture, a PNG; needs matplotlib (pip install 'upcast[plot]')."""
+        from upcast.analysis import plots
+
+        return plots.ablation(self.rows, f"{self.model}: one op class alone, or all but one", Path(path))
+
+
+def ablate(model: object, inputs: Any = None, *, extra: tuple[str, ...] = (), **kwargs: Any) -> Ablation:
+    """Return finite or not and the error for each op class upcast alone, dropped alone, and for the presets.
+
+    Args:
+        model: any module on the CPU, patched or not; afterwards it is as it was.
+        inputs: one sample or an iterable of samples, as for `upcast.search`; None: ``kwargs`` are the sample.
+        extra: further policy strings to measure.
+        kwargs: keyword arguments of every sample.
+
+    Raises:
+        UpcastError: as `upcast.diagnose`.
+    """
+    with trial(model) as run:
+        policies = _policies(extra)
+        errors = [0.0] * len(policies)  # the worst sample's, infinite where a result was not
+        for sample in Samples(inputs, kwargs):  # one at a time, under all policies
+            reference = run.finite_reference(sample)
+            errors = [max(e, _error(run, each[1], sample, reference)) for e, each in zip(errors, policies, strict=True)]
+            del sample, reference  # before the next one is made
+        rows = [
+            Row(*each, math.isfinite(error), error if math.isfinite(error) else math.nan)
+            for each, error in zip(policies, errors, strict=True)
+        ]
+        return Ablation(type(run.root).__name__, fingerprint.of(run.root), tuple(rows))
+
+
+def _policies(extra: tuple[str, ...]) -> list[tuple[str, Policy, str, bool]]:
+    chosen = [("nothing (none)", Policy(PRESETS["none"]), "", False)]
+    chosen += [(f"{name} alone", Policy(frozenset({name})), name, False) for name in CLASSES]
+    chosen += [(f"all but {name}", Policy(ALL - {name}), name, True) for name in CLASSES]
+    chosen += [(text, Policy.parse(text), "", False) for text in ("sensitive", *extra)]
+    return [*chosen, ("everything (safe)", Policy(), "", False)]
+
+
+def _error(run: Trial, policy: Policy, sample: Sample, reference: Any) -> float:
+    try:
+        got = answer(run.run(policy, sample))
+    except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
+        return math.inf
+    return relative_error(got, reference) if all_finite(got) else math.inf
+
+
+def _shown(row: Row) -> str:
+    return f"{row.error:.1e}" if row.finite else ""

@@ -1,0 +1,164 @@
+"""Where a model would overflow float16, before it does, and which operation breaks it.
+
+One pass in float32 notes for every operation of every module how large its numbers get; one pass in plain float16
+finds the first operation that makes a number that is not finite, or drifts away (`upcast.analysis.range_observer`).
+Here are the two passes and the report: a table, a picture, JSON and a suggested policy.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from upcast.analysis.range_observer import Culprit, Findings, Site, all_finite
+from upcast.analysis.runner import NONE, answer, samples, trial
+from upcast.core import console
+from upcast.core.errors import UpcastError
+from upcast.kernels.portable import CHUNK
+from upcast.kernels.reference import FLOAT16_MAX
+from upcast.policy import fingerprint
+from upcast.policy.policy import Policy
+
+SHOWN = 20  # rows of the printed table
+_SMALL = 1e-20  # of a sum of squares: below, some may have become zero in float32
+MARGIN = 1.0  # bits of headroom that the suggested policy asks for
+
+
+@dataclass
+class Diagnosis:
+    """What `diagnose` found. Printing it gives a table, worst first."""
+
+    model: str
+    architecture: dict[str, Any]
+    sites: list[Site]
+    culprit: Culprit | None
+    finite: bool  # whether plain float16 gives a finite result
+    error: float  # of plain float16's result, relative to float32's (NaN if not finite)
+    tolerance: float
+    passes: int
+    policy: Policy = field(default_factory=Policy)
+
+    def __str__(self) -> str:
+        rows = [_row(site) for site in self.worst(SHOWN)]
+        headers = ("module", "operation", "largest", "headroom", "to zero", "float16")
+        table = console.table(headers, rows, right=(2, 3, 4))
+        rest = len(self.sites) - len(rows)
+        found = f"culprit: {self.culprit}" if self.culprit else "culprit: none"
+        result = f"plain float16: {'finite' if self.finite else 'NOT FINITE'}"
+        if self.finite:
+            result += f", relative error {self.error:.1e}"
+        more = f"... and {rest} more operations\n" if rest > 0 else ""
+        return f"{self.model}: {found}\n{table}\n{more}{result}\nsuggested policy: {self.policy}"
+
+    def worst(self, count: int) -> list[Site]:
+        """Return the sites with the least headroom, worst first."""
+        return sorted(self.sites, key=lambda site: (-site.largest, site.order))[:count]
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return everything as JSON text, and write it to ``path`` if given."""
+        content = asdict(self)
+        content["policy"] = str(self.policy)
+        content["sites"] = [{**asdict(site), "headroom_bits": _number(site.headroom)} for site in self.sites]
+        text = json.dumps(_finite(content), indent=1, allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
+
+    def plot(self, path: str | Path) -> Path:
+        """Write a picture of the headroom over depth, a PNG; needs matplotlib (pip install 'upcast[plot]')."""
+        from upcast.analysis import plots
+
+        return plots.headroom(self, Path(path))
+
+
+def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any) -> Diagnosis:
+    """Say where ``model`` comes close to float16's end, and which operation plain float16 breaks.
+
+    Args:
+        model: any module on the CPU, patched or not; afterwards it is as it was.
+        inputs: samples: each a tensor, a mapping of keyword arguments or a tuple of positional ones.
+        tolerance: relative error of one operation's result beyond which it has drifted.
+        kwargs: keyword arguments of every sample.
+
+    Raises:
+        UpcastError: no inputs, or on another device; the model is in training mode with dropout, fails in float32
+            already, or its result in float32 is not finite (the message names where).
+    """
+    with trial(model) as run:
+        found = Findings(tolerance)
+        errors, sound = [], True
+        for sample in samples(inputs, kwargs):
+            reference = run.finite_reference(sample, found.in_float32)
+            try:
+                got = answer(run.run(NONE, sample, found.in_float16))
+            except (RuntimeError, ValueError, IndexError) as problem:  # NaN where an index or a probability is due
+                if found.culprit is None:
+                    raise UpcastError(f"plain float16 fails for another reason than its range: {problem}") from problem
+                sound = False
+                continue
+            sound = sound and all_finite(got)
+            errors.append(relative_error(got, reference))
+            found.next_sample()
+        root = run.root
+        sites = list(found.sites.values())
+        error = max(errors) if sound and errors else math.nan
+        return Diagnosis(
+            type(root).__name__,
+            fingerprint.of(root),
+            sites,
+            found.culprit,
+            sound,
+            error,
+            tolerance,
+            run.passes,
+            suggested(sites, found.culprit),
+        )
+
+
+def relative_error(got: Tensor, want: Tensor) -> float:
+    """Return the norm of the difference relative to the norm of ``want``, which is float32."""
+    off = size = 0.0
+    pieces = zip(got.detach().reshape(-1).split(CHUNK), want.detach().reshape(-1).split(CHUNK), strict=True)
+    for a, b in pieces:  # no copy of the whole
+        off += _squares(a.float() - b)
+        size += _squares(b)
+    return math.sqrt(off) / max(math.sqrt(size), 1e-30)
+
+
+def _squares(piece: Tensor) -> float:
+    """Return the sum of the squares, in double where float32 does not hold it (several times slower)."""
+    found = float(piece.dot(piece))
+    return found if math.isfinite(found) and found > _SMALL else float(piece.double().square().sum())
+
+
+def suggested(sites: list[Site], culprit: Culprit | None = None) -> Policy:
+    """Return the culprit's class, and those whose results, or whose inputs, come within a bit of float16's end."""
+    limit = FLOAT16_MAX / 2**MARGIN
+    needed = {site.op_class for site in sites if max(site.largest, site.largest_input) > limit}
+    needed.add(culprit.op_class if culprit is not None else None)
+    return Policy(frozenset(op_class for op_class in needed if op_class is not None))
+
+
+# --- showing ----------------------------------------------------------------------------------------------------------
+
+
+def _row(site: Site) -> tuple[str, ...]:
+    state = f"{site.nonfinite:,} not finite" if site.nonfinite else f"error {site.drift:.1e}"
+    headroom = f"{site.headroom:+.1f} bits" if site.largest else ""
+    return (site.module or "(model)", site.what, f"{site.largest:,.6g}", headroom, f"{site.flushed:.1%}", state)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: None stands for it."""
+    if isinstance(value, float):
+        return _number(value)
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return [_finite(each) for each in value] if isinstance(value, list) else value

@@ -1,0 +1,100 @@
+"""The command line: ``python -m upcast run | convert | generate | diagnose | certify | status``."""
+
+import argparse
+import os
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import _upcast_startup
+from upcast.cli import analysis as commands_on_models
+from upcast.core.errors import UpcastError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit code (2 for a usage error, with one line on standard error)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.command(arguments))
+    except UpcastError as error:
+        print(f"upcast: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="upcast",
+        description="float16 weights, float32 math, no NaNs, for PyTorch models on the CPU.",
+        epilog="In code: upcast.patch(model). For any program: UPCAST=1 python program.py.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run a Python program as if UPCAST=1 were set",
+        description="Run a Python program with what LitGPT, Transformers and Diffusers load patched, as UPCAST=1 does, "
+        "without relying on upcast's start-up file.",
+    )
+    run.add_argument("-m", dest="module", action="store_true", help="TARGET is a module, as in python -m")
+    run.add_argument("target", metavar="TARGET", help="a script, or with -m a module")
+    run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    run.set_defaults(command=_run)
+
+    convert = commands.add_parser(
+        "convert",
+        help="write a float16 twin of a LitGPT checkpoint",
+        description="Write a float16 twin of a LitGPT checkpoint folder, which is then mapped and shared instead of "
+        "being rounded at every start. Streams tensor by tensor, goes on where it was interrupted, reads every "
+        "checksum back, and takes its final name when it is whole. What float16 cannot hold stays in float32.",
+    )
+    convert.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path, help="a LitGPT checkpoint folder")
+    convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-float16)")
+    convert.set_defaults(command=_convert)
+
+    from upcast.cli import generate
+
+    generate.add_to(commands)
+
+    status = commands.add_parser("status", help="say what is active and why")
+    status.set_defaults(command=_status)
+
+    commands_on_models.add(commands)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from upcast.core import config
+
+    os.environ["UPCAST"] = "1"  # child processes too
+    config.read()  # an unknown value stops here, not in the middle of the program
+    _upcast_startup.start()
+    sys.argv = [arguments.target, *arguments.arguments]
+    if arguments.module:
+        sys.path.insert(0, os.getcwd())
+        runpy.run_module(arguments.target, run_name="__main__", alter_sys=True)
+        return 0
+    script = Path(arguments.target)
+    if not script.is_file():
+        raise UpcastError(f"no file {script}; run takes a Python script, or -m and a module. Check the path.")
+    sys.path.insert(0, str(script.resolve().parent))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from upcast.integrations.litgpt.convert import convert
+
+    try:
+        print(convert(arguments.checkpoint_dir, arguments.output))
+    except KeyboardInterrupt:
+        print("upcast: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from upcast.cli import status
+
+    print(status.describe())
+    return 0

@@ -1,0 +1,1 @@
+"""What every layer stands on: errors, environment, messages, modules, forwards, extensions; it names no library."""

@@ -1,0 +1,113 @@
+"""The checkpoint folder that a conversion reads: what must be in it, and what comes along to the float16 copy."""
+
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcast.checkpoint import reading
+from upcast.checkpoint.output_folder import OWN, WEIGHTS
+from upcast.core.errors import UpcastError
+from upcast.core.memory_layout import is_plain
+
+CONFIG = "model_config.yaml"
+NOT_COPIED = (
+    ".pth",
+    ".pt",
+    ".bin",
+    ".safetensors",
+    ".ckpt",
+    ".gguf",
+    ".lora",
+    ".adapter",
+    ".adapter_v2",
+    ".index.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint: its folder, its tensors, and what tells whether the file is still the same."""
+
+    folder: Path
+    identity: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    @staticmethod
+    def read(folder: Path) -> "Source":
+        """Return the checkpoint in ``folder``, mapped.
+
+        Raises:
+            UpcastError: it cannot be read, or holds tensors that are not dense.
+        """
+        identity = identity_of(folder)  # before the file is opened: what changes afterwards is told
+        source = Source(folder, identity, reading.read(folder / WEIGHTS))
+        source._check_dense()
+        return source
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What a plan and a manifest begin with."""
+        return {"upcast": version("upcast"), "source": self.identity, "beside": [p.name for p in beside(self.folder)]}
+
+    def is_of(self, content: dict[str, Any]) -> bool:
+        """Whether a plan or a manifest was made of this checkpoint, by this version."""
+        return content.get("source") == self.identity and content.get("upcast") == version("upcast")
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether the file can be mapped, and every tensor used where it lies."""
+        return reading.is_mappable(self.folder / WEIGHTS) and all(map(is_plain, self.weights.values()))
+
+    @property
+    def is_float16(self) -> bool:
+        """Whether every weight is float16 already."""
+        weights = [t for t in self.weights.values() if t.dim() >= 2 and t.is_floating_point()]
+        return bool(weights) and all(tensor.dtype == torch.float16 for tensor in weights)
+
+    def _check_dense(self) -> None:
+        for name, tensor in self.weights.items():
+            kinds = {"meta": tensor.is_meta, "quantized": tensor.is_quantized, "nested": tensor.is_nested}
+            found = [kind for kind, so in kinds.items() if so]
+            if tensor.layout != torch.strided and not found:
+                found = [str(tensor.layout).removeprefix("torch.")]
+            if found:
+                raise UpcastError(
+                    f"{self.folder / WEIGHTS}: {name} is a {found[0]} tensor; convert takes dense tensors with their "
+                    "numbers. Save the state dict with such ones."
+                )
+
+
+def checkpoint_folder(folder: Path) -> Path:
+    """Return the folder, looked for where LitGPT looks: as it is, then under ``checkpoints``."""
+    try:
+        found = next((each for each in (folder, "checkpoints" / folder) if each.is_dir()), None)
+        if found is None:
+            raise UpcastError(f"no folder {folder}; convert takes a LitGPT checkpoint folder. Check the path.")
+        for name in (CONFIG, WEIGHTS):
+            if not (found / name).is_file():
+                raise UpcastError(
+                    f"no file {found / name}; a LitGPT checkpoint folder holds {CONFIG} and {WEIGHTS}. "
+                    "Check the path, or run `litgpt download`."
+                )
+        return found.resolve()
+    except OSError as error:
+        raise UpcastError(f"{folder}: {error.strerror}; convert must be able to read it. Check the path.") from None
+
+
+def identity_of(folder: Path) -> dict[str, Any]:
+    """Return what tells whether the source is still the same."""
+    found = (folder / WEIGHTS).stat()
+    return {"folder": folder.name, "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
+def beside(folder: Path) -> list[Path]:
+    """Return the files that come along."""
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file() and not path.name.endswith(NOT_COPIED) and path.name not in OWN
+    ]

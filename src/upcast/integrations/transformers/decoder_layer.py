@@ -1,0 +1,164 @@
+"""One native call per decoder layer and token: Transformers' layers of the Llama kind over a float16 cache.
+
+A prompt, a batch that is padded, a layer that someone watches, and all that trains or traces run the forwards of
+`transformers_modules`, one by one, which give the same.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from upcast import kernels
+from upcast.core.errors import UpcastError
+from upcast.integrations.fused import float32, fuses
+from upcast.integrations.module_snapshot import Members
+from upcast.integrations.transformers.kv_cache import growing
+from upcast.integrations.transformers.modules import (
+    FusedAttention,
+    FusedGatedMLP,
+    FusedRMSNorm,
+    TransformersForward,
+    activation,
+    attention_roots,
+    turns,
+    wide,
+)
+from upcast.kernels import native, transforms
+from upcast.patching.fast_linear import LinearForward, operands
+from upcast.tensor import autocast
+from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
+from upcast.tensor.genuine import Originals, Root, calls, originals
+
+_NO_NORM = (None, None, 0, 0.0, 0.0)
+_NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
+# Whether gradients, autocast or a transformation want to see what is done; the profiler does without.
+_QUESTIONS = [torch.is_grad_enabled, autocast.enabled, *transforms.questions()]
+_OWNERS, _TOLD, _KEPT = map(list, zip(*transforms.flags(profiled=False), strict=True))
+
+
+class FusedDecoderLayer(TransformersForward):
+    """LlamaDecoderLayer for one new position per row, under SDPA and without a mask."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._known: tuple[Members, Originals, tuple[Any, ...] | None] | None = None  # replaced whole: threads share it
+
+    def fused(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        cache_position: Tensor | None = None,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        if attention_mask is None and wide(position_embeddings) and self._token(hidden_states):
+            y = self._in_one_call(hidden_states, position_embeddings, past_key_values)
+            if y is not None:
+                self.calls += 1
+                return y
+        return self.unfused(
+            hidden_states,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cache_position=cache_position,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_known": None}  # a copy collects its own
+
+    def _token(self, x: Tensor) -> bool:
+        """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
+        if transforms.dynamo() or not native.quiet(_QUESTIONS, _KEPT, _OWNERS, _TOLD):
+            return False
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or x.shape[1] != 1:
+            return False
+        return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
+
+    def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+        """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
+        plan = self._current_plan()
+        if plan is None or not turns(angles, x, self.module.self_attn.head_dim):
+            return None
+        layer = growing(cache, self.module.self_attn.layer_idx) if _own(cache) else None
+        room = None if layer is None else layer.reserve()
+        if layer is None or room is None or room[0].shape[0] != x.shape[0]:
+            return None
+        keys, values, rows = room
+        sizes, rest = plan
+        try:
+            y = native.block(x, *angles, keys, values, (native.WHOLE, *sizes, rows, rows, *rest))
+        except (UpcastError, TypeError):  # a vector that was converted in place, say: torch has a result, or its error
+            return None
+        if y is not None:
+            layer.advance(rows + 1)
+        return y
+
+    def _current_plan(self) -> tuple[Any, ...] | None:
+        """Return the sizes and the weights of the layer, or None if it has what the native call does not know."""
+        known = self._known
+        if known is None or not known[0].same():
+            inside = [module for module in self.module.modules() if module is not self.module]
+            code = originals(_roots, *dict.fromkeys(map(type, inside)))
+            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), code, _plan(self.module)
+        members, code, plan = known
+        if plan is None or self.module.self_attn.config._attn_implementation != "sdpa":
+            return None
+        return plan if not members.watched() and code.intact() else None
+
+
+def _roots(*kinds: type) -> list[Root]:
+    """Return what a layer of modules of these kinds runs, as the native call leaves it out."""
+    return [*calls(*kinds), *attention_roots(*kinds)]
+
+
+def _own(cache: Any) -> bool:
+    """Whether ``cache`` takes keys and values as Transformers' own caches do."""
+    kind: type = type(cache)
+    return "update" not in cache.__dict__ and originals(_cache_roots, kind).intact()
+
+
+def _cache_roots(cache: type) -> list[Root]:
+    from transformers import cache_utils
+
+    return [(cache, "update"), (cache_utils.Cache, "update"), (cache_utils.DynamicLayer, "update")]
+
+
+def _plan(layer: Any) -> tuple[Any, ...] | None:
+    attn, mlp = layer.self_attn, layer.mlp
+    gated = mlp.__dict__.get("forward")
+    if not fuses(attn, FusedAttention) or not fuses(mlp, FusedGatedMLP) or activation(mlp) != gated.activation:
+        return None
+    linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    matrices = [_matrix(linear) for linear in linears]
+    norms = [_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
+    norms += [_NO_NORM, _NO_NORM, *(_norm(attn._modules.get(name)) for name in ("q_norm", "k_norm"))]
+    if None in matrices or None in norms:
+        return None
+    heads, groups = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
+    sizes = (heads, groups, attn.head_dim, "q_norm" in attn._modules, False, False)
+    rest = [item for group in (*matrices, *norms, (KEY_LIMIT, VALUE_LIMIT)) if group for item in group]
+    return (*sizes, native.ACTIVATIONS[gated.activation], attn.scaling, 0.0, 0), tuple(rest)
+
+
+def _matrix(linear: Any) -> tuple[Any, Any] | None:
+    """Return (float16 weight, bias) of a plain patched Linear."""
+    if type(linear) is not nn.Linear or not isinstance(linear.__dict__.get("forward"), LinearForward):
+        return None
+    return operands(linear)
+
+
+def _norm(norm: Any) -> tuple[Any, ...] | None:
+    """Return (weight, bias, kind, eps, offset) of a fused RMSNorm, or of none."""
+    if norm is None:
+        return _NO_NORM
+    if not fuses(norm, FusedRMSNorm) or not float32(norm.weight):
+        return None
+    return (norm.weight, None, 1, norm.variance_epsilon, 0.0)

@@ -1,0 +1,176 @@
+"""Fused forwards for Transformers: norms, gated MLPs, attention and layers of the Llama kind, and float16 KV caches.
+
+Many families carry copies of the modules of Llama, Mistral, Qwen2 or Qwen3 under their own names. What counts as such a
+copy is decided by the code of its forward, compared with theirs in the installed version, so that a family whose module
+does anything else keeps its own. Their forwards are checked against float32 by tests/test_transformers_cache.py.
+"""
+
+import functools
+import inspect
+import sys
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import nn
+
+from upcast.core.errors import describe
+from upcast.core.extensions import Extension, register
+from upcast.core.forward_override import push
+from upcast.core.module_tree import modules
+from upcast.integrations import stepping_aside
+from upcast.integrations.transformers import saving
+from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
+from upcast.integrations.transformers.kv_cache import Place, narrow
+from upcast.integrations.transformers.modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
+from upcast.kernels import transforms
+from upcast.tensor import autocast
+
+_APPENDED = frozenset({"keys", "values", "_buffers"})  # the last are of our float16 layers
+
+
+class TransformersModels(Extension):
+    """The models of Transformers."""
+
+    name = "transformers"
+
+    def install(self, root: nn.Module, kv_cache: str) -> None:
+        """Give the models in ``root`` their fused forwards and, if asked for, float16 caches."""
+        library = sys.modules.get("transformers.modeling_utils")
+        if library is None:  # then no module of ``root`` can be of Transformers
+            return
+        saving.install(library)
+        hook = _Narrow()
+        for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
+            for module in modules(model):
+                if "forward" not in module.__dict__:
+                    _fuse(module)
+            for layer in modules(model):  # once what is inside is known
+                if "forward" not in layer.__dict__ and _is_layer(layer):
+                    push(layer, FusedDecoderLayer(layer))
+            if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
+                model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def remove(self, root: nn.Module) -> None:
+        """Take away the hooks that give caches."""
+        for module in modules(root):
+            _leave_caches_alone(module)
+
+    def doors(self, root: nn.Module) -> Iterator[nn.Module]:
+        """``generate`` calls the encoder of a model that has one by itself."""
+        for module in modules(root):
+            if hasattr(type(module), "generate") and getattr(
+                getattr(module, "config", None), "is_encoder_decoder", False
+            ):
+                yield module.get_encoder()  # type: ignore[operator]
+
+    def appended(self, state: object) -> frozenset[str]:
+        """A layer's keys and values grow by replacing them; a window of fixed size moves its rows along in place."""
+        library = sys.modules.get("transformers.cache_utils")
+        layer = getattr(library, "CacheLayerMixin", ())
+        moves = type(state).__name__ == "StaticSlidingWindowLayer"
+        return _APPENDED if isinstance(state, layer) and not moves else frozenset()
+
+
+def _leave_caches_alone(module: nn.Module) -> None:
+    for key in [key for key, hook in module._forward_pre_hooks.items() if _is_ours(hook)]:
+        del module._forward_pre_hooks[key]
+    for key in module._forward_pre_hooks_with_kwargs.keys() - module._forward_pre_hooks.keys():
+        del module._forward_pre_hooks_with_kwargs[key]
+
+
+class _Narrow:
+    """What the models within one patched root call before they run; ``wide`` is what `narrow` leaves in float32."""
+
+    def __init__(self) -> None:
+        self.wide: set[Place] = set()
+
+    def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
+            return
+        try:
+            narrow(cache, self.wide, compiled=_is_compiled(model))
+        except Exception as error:  # each layer is Transformers' own or ours, and works as it is
+            _leave_caches_alone(model)
+            stepping_aside.say_once(f"the KV cache stays in float32: {describe(error)}")
+
+
+def _is_ours(hook: Any) -> bool:
+    return isinstance(hook, _Narrow)
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether calls of the model go through torch.compile: by Transformers' ``generate``, or by the program's code."""
+    return "_compiled_call" in vars(model) or hasattr(model.forward, "_torchdynamo_orig_callable")
+
+
+def _fuse(module: Any) -> None:
+    if not type(module).__module__.startswith("transformers.models."):
+        return
+    kinds = _patterns()
+    code = _code(type(module).forward)
+    if code is None:
+        return
+    if code == kinds["norm"] and _vector(module, "weight") and hasattr(module, "variance_epsilon"):
+        push(module, FusedRMSNorm(module))
+    elif code == kinds["mlp"] and (name := activation(module)):
+        push(module, FusedGatedMLP(module, name))
+    elif code in kinds["attention"] and _rope(module) == kinds["rope"]:
+        push(module, FusedAttention(module))
+
+
+def _is_layer(module: Any) -> bool:
+    """Whether ``module`` is a decoder layer of the Llama kind whose parts are all fused."""
+    parts = {"self_attn": FusedAttention, "mlp": FusedGatedMLP}
+    parts |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), FusedRMSNorm)
+    inside = module._modules
+    if not all(name in inside and isinstance(inside[name].__dict__.get("forward"), parts[name]) for name in parts):
+        return False
+    code = _code(type(module).forward)
+    return code is not None and bool(code == _patterns()["layer"])
+
+
+@functools.cache
+def _patterns() -> dict[str, Any]:
+    from transformers.models.llama import modeling_llama as llama
+    from transformers.models.mistral.modeling_mistral import MistralAttention
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+    attentions = (llama.LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+    # Before 4.56 a cache came under another name, and layers returned tuples: those run as they are.
+    ours = "past_key_values" in inspect.signature(llama.LlamaAttention.forward).parameters
+    return {
+        "norm": _code(llama.LlamaRMSNorm.forward),
+        "mlp": _code(llama.LlamaMLP.forward),
+        "attention": [_code(kind.forward) for kind in attentions if ours],
+        "layer": _code(llama.LlamaDecoderLayer.forward) if ours else None,
+        "rope": (_code(llama.apply_rotary_pos_emb), _code(llama.rotate_half)),
+    }
+
+
+def _rope(module: Any) -> Any:
+    home = sys.modules[type(module).__module__]
+    parts = (getattr(home, "apply_rotary_pos_emb", None), getattr(home, "rotate_half", None))
+    return tuple(map(_code, parts))
+
+
+def _code(function: Any) -> Any:
+    """Return what a function does, without its name and its docstring; None for what is no function."""
+    while type(function) is FunctionType and hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    if type(function) is not FunctionType:
+        return None
+    code: CodeType = function.__code__
+    constants = tuple(value for value in code.co_consts if value != function.__doc__)
+    return code.co_code, code.co_names, code.co_varnames, constants
+
+
+def _vector(module: nn.Module, name: str) -> bool:
+    weight = module._parameters.get(name)
+    return weight is not None and weight.dim() == 1 and weight.dtype == torch.float32
+
+
+register(TransformersModels())

@@ -1,0 +1,356 @@
+"""Transformers' KV caches in float16: twins of its cache layers that a patched model is given before it runs.
+
+``generate`` makes its cache itself, so the layers of a cache change their class on the way into a patched model. They
+store float16 and hand out `HalfWeight`: float32 to the model's code, float16 to the attention kernel. A prompt's first
+attention sees its own float32 keys and values. A layer that meets keys or values that are not for float16, or anything
+else that a twin does not cover, becomes Transformers' own layer again; so are those that take its place in later caches
+of the model. A model that is given no cache makes one of its own, in float32; it is narrowed when it comes back with
+the next token. Pickled, a twin is Transformers' own layer with float32 tensors.
+"""
+
+import copy
+import copyreg
+import functools
+import inspect
+import operator
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcast import kernels
+from upcast.core import console
+from upcast.kernels import reference, transforms
+from upcast.tensor import autocast
+from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
+from upcast.tensor.genuine import Root, is_own, originals
+from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.store import Fallbacks
+
+_ROOM = 64  # positions added at once, at least
+_handed_out = Fallbacks("a KV cache")  # what is widened of a cache are rows in use, not weights: counted apart
+_beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
+Place = tuple[str, int]  # what the cache is of, "" or "cross-attention", and the layer's index
+# What a twin's model knows of its caches: the places that are not for float16, and where the twin is.
+_homes: weakref.WeakKeyDictionary[Any, tuple[set[Place], Place]] = weakref.WeakKeyDictionary()
+
+
+@functools.cache
+def twins() -> dict[type, type]:
+    """Return cache layer of Transformers -> its float16 twin; none where caches have no layers (before 4.54)."""
+    from transformers import cache_utils
+
+    if not hasattr(cache_utils, "DynamicSlidingWindowLayer"):
+        return {}
+
+    def twin(name: str, ours: type, original: type) -> Any:
+        # One base and the methods of ours: with two bases, an object could not change its class.
+        methods = {key: value for kind in (_Twin, ours) for key, value in vars(kind).items() if callable(value)}
+        return kind_of(name, (original,), {**methods, "original": original})
+
+    kind_of = _kind_of_twins(type(cache_utils.DynamicLayer))
+
+    return {
+        cache_utils.DynamicLayer: twin("HalfDynamicLayer", _Growing, cache_utils.DynamicLayer),
+        cache_utils.DynamicSlidingWindowLayer: twin(
+            "HalfSlidingWindowLayer", _Sliding, cache_utils.DynamicSlidingWindowLayer
+        ),
+        cache_utils.StaticLayer: twin("HalfStaticLayer", _Static, cache_utils.StaticLayer),
+    }
+
+
+def _kind_of_twins(kind: type) -> Any:
+    """Return a metaclass whose classes pickle as those that they are twins of: a cache names its layers' class."""
+    twin = type("TwinType", (kind,), {})
+    reduce: Any = lambda cls: (operator.getitem, ((cls.original,), 0))  # noqa: E731
+    copyreg.pickle(twin, reduce)
+    return twin
+
+
+def narrow(cache: Any, wide: set[Place], part: str = "", *, compiled: bool = False) -> None:
+    """Turn the layers of a cache to their float16 twins, with what they hold; other layers and caches stay.
+
+    Those at the places ``wide`` stay too, and twins that cannot go on add theirs. ``compiled``: the model's call is
+    compiled. Then static layers stay too: torch.compile takes their tensors as they are, and cannot follow the question
+    whether new rows fit.
+    """
+    for name, inner in (("", "self_attention_cache"), ("cross-attention", "cross_attention_cache")):
+        if getattr(cache, inner, None) is not None:
+            narrow(getattr(cache, inner), wide, name, compiled=compiled)
+    if getattr(cache, "offloading", True) or not twins():  # an offloading cache moves its tensors itself
+        return
+    if not is_own(type(cache), type(cache).__name__, "transformers"):  # a cache of the user's may do anything
+        return
+    for index, layer in enumerate(cache.layers):
+        kind: type = type(layer)
+        twin = twins().get(kind)
+        if compiled and not hasattr(layer, "crop"):
+            _beyond.add(layer)  # the models inside of this one are asked too
+        if twin is None or layer in _beyond or (part, index) in wide or not originals(_roots, kind).intact():
+            continue
+        _homes[layer] = wide, (part, index)
+        if not layer.is_initialized:
+            layer.__class__ = twin
+        elif hasattr(layer, "crop"):  # static ones have their addresses
+            _adopt(layer, twin)
+    replicated = cache.layer_class_to_replicate
+    cache.layer_class_to_replicate = twins().get(replicated, replicated)
+
+
+def _roots(layer: type) -> list[Root]:
+    return [(layer, "update"), (layer, "lazy_initialization")]
+
+
+def _adopt(layer: Any, twin: type) -> None:
+    """Turn a layer that holds float32 rows to its twin; it stays as it is if that would lose a value or a gradient."""
+    held = layer.keys, layer.values
+    if not all(_storable(states) and not states.requires_grad for states in held):
+        return
+    keys, values = _half(layer.keys, KEY_LIMIT), _half(layer.values, VALUE_LIMIT)
+    if keys is None or values is None:
+        _keep_wide(layer, "stays in")
+        return
+    layer.__class__ = twin
+    layer.keys, layer.values = _out(keys), _out(values)
+
+
+def growing(cache: Any, index: int) -> Any:
+    """Return the layer ``index`` of a cache if it is the twin of a DynamicLayer, or None."""
+    from transformers import cache_utils
+
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if type(layer) is twins()[cache_utils.DynamicLayer] else None
+
+
+class _Twin:
+    """What the twins share. ``keys`` and ``values`` are `HalfWeight`, or what the last reordering made of them."""
+
+    original: Any
+    keys: Any
+    values: Any
+    is_initialized: bool
+
+    def update(self, key_states: Tensor, value_states: Tensor, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
+        """Store (B, H, T, D) keys and values in float16 and return all rows."""
+        own = torch.compiler.is_compiling() or originals(_roots, self.original).intact()
+        if not own or not all(map(_storable, (key_states, value_states))) or not self._holds_halves():
+            return self._give_up(key_states, value_states, cache_kwargs)
+        stored = self._store(key_states, value_states, cache_kwargs)
+        if stored is None:
+            _keep_wide(self, "goes to")
+            return self._give_up(key_states, value_states, cache_kwargs)
+        return stored
+
+    def _holds_halves(self) -> bool:
+        """Whether keys and values are float16, or now are: someone may have assigned others that float16 holds."""
+        for name, limit in (("keys", KEY_LIMIT), ("values", VALUE_LIMIT)):
+            held = self.__dict__.get(name)
+            if held is None or isinstance(held, HalfWeight) or not held.numel():
+                continue
+            half = _half(held, limit) if _storable(held) and not held.requires_grad else None
+            if half is None:
+                return False
+            setattr(self, name, _out(half))
+        return True
+
+    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+        raise NotImplementedError
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        if isinstance(self.keys, HalfWeight):
+            self.keys, self.values = (_out(held.stored[indices]) for held in (self.keys, self.values))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch, as beam search does after each token."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row of the batch, as assisted generation does."""
+        if isinstance(self.keys, HalfWeight):
+            held = (self.keys.stored, self.values.stored)
+            self.keys, self.values = (_out(each.repeat_interleave(repeats, dim=0)) for each in held)
+
+    def __copy__(self) -> Any:
+        new = self.__class__.__new__(self.__class__)
+        new.__dict__.update(self.__dict__)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        memo[id(self)] = new = self.__class__.__new__(self.__class__)
+        for name, value in self.__dict__.items():
+            if name != "_buffers":
+                held = isinstance(value, HalfWeight)
+                new.__dict__[name] = _out(value.stored.clone()) if held else copy.deepcopy(value, memo)
+        return new
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        fields = {name: value for name, value in self.__dict__.items() if name != "_buffers"}
+        plain = {name: value.widened() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
+        return copyreg._reconstructor, (self.original, object, None), plain  # type: ignore[attr-defined]
+
+    def _give_up(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+        """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
+        original = self.original
+        if not torch.compiler.is_compiling():  # which cannot follow this: the twin then does what its original does
+            self.__class__ = original
+        self.dtype = torch.float16 if keys.dtype == torch.float16 and not autocast.active() else torch.float32
+        for name in ("keys", "values"):
+            held = getattr(self, name, None)
+            if isinstance(held, HalfWeight):
+                setattr(self, name, held.stored if self.dtype == torch.float16 else held.widened())
+        full: tuple[Tensor, Tensor] = original.update(self, keys, values, settings)
+        return full
+
+
+def _storable(states: Tensor) -> bool:
+    if transforms.active() or autocast.enabled():  # under which a cache is of what dtype it may be
+        return False
+    plain = type(states) is Tensor and states.dtype == torch.float32 and states.dim() == 4 and states.is_cpu
+    return plain and not (torch.is_grad_enabled() and states.requires_grad)
+
+
+def _half(states: Tensor, limit: float) -> Tensor | None:
+    """Return ``states`` in float16, or None if a finite value does not fit, or a position is beyond the limit."""
+    half = states.half()
+    return None if bool((half.isinf() & states.isfinite()).any()) or reference.beyond(states, limit) else half
+
+
+def _keep_wide(layer: Any, how: str) -> None:
+    """Have the layer, and what takes its place in later caches of its model, be float32; the first time say so."""
+    _beyond.add(layer)
+    wide, place = _homes.get(layer, (set(), ("", -1)))  # a cache made without a config adds its layers itself
+    if place in wide:
+        return
+    wide.add(place)
+    part, index = place
+    which = "a layer" if index < 0 else f"layer {index}{part and f' ({part})'}"
+    console.say(f"the KV cache of {which} {how} float32: {WHY_FLOAT32}")
+
+
+def _out(stored: Tensor) -> HalfWeight:
+    return HalfWeight(stored, _handed_out)
+
+
+class _Buffers:
+    """Keys and values (B, H, S, D) with room, and how many rows were ever written.
+
+    Layers that are copies of one another share them. Rows that have been handed out are never written again: after a
+    crop, say, someone may still hold them, and the rows go to new buffers.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
+        self.keys, self.values, self.rows = keys, values, rows
+        self.room = keys.shape[2]
+        self.handed: tuple[HalfWeight, HalfWeight] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "handed": None}
+
+    def hand_out(self, rows: int) -> tuple[HalfWeight, HalfWeight]:
+        """Return the first ``rows`` rows, which are in use from now on."""
+        self.rows = rows
+        self.handed = handed = _out(self.keys.narrow(2, 0, rows)), _out(self.values.narrow(2, 0, rows))
+        return handed
+
+    def handed_out(self, keys: Any, values: Any) -> bool:
+        """Whether these are the very rows that were handed out last, and still float16."""
+        handed = self.handed
+        if handed is None or keys is not handed[0] or values is not handed[1] or type(keys) is not HalfWeight:
+            return False
+        return type(values) is HalfWeight and keys.store.half is not None and values.store.half is not None
+
+    def fit(self, keys: Any, values: Any, before: int, after: int) -> bool:
+        """Whether ``keys`` and ``values`` are the first ``before`` rows of these, and ``after`` have room."""
+        if before != self.rows or after > self.room:
+            return False
+        return self.handed_out(keys, values) or (_begins(self.keys, keys) and _begins(self.values, values))
+
+
+def _begins(buffer: Tensor, held: Any) -> bool:
+    """Whether ``held`` still is the first rows of the buffer: beams reorder them."""
+    if not isinstance(held, HalfWeight) or held.shape[:2] != buffer.shape[:2]:
+        return False
+    stored = held.stored
+    return stored.data_ptr() == buffer.data_ptr() and stored.stride() == buffer.stride()
+
+
+class _Growing(_Twin):
+    """DynamicLayer: buffers with room, so that a token costs its own rows and not a copy of all."""
+
+    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+        before: int = self.get_seq_length()  # type: ignore[attr-defined]
+        after = before + keys.shape[2]
+        buffers = self._room(keys, values, before, after)
+        for buffer, new, limit in ((buffers.keys, keys, KEY_LIMIT), (buffers.values, values, VALUE_LIMIT)):
+            if not kernels.active().kv_append(buffer, new, before, limit):
+                return None
+        self.advance(after)
+        self.dtype, self.device, self.is_initialized = torch.float32, keys.device, True
+        return (keys, values) if before == 0 else (self.keys, self.values)
+
+    def reserve(self) -> tuple[Tensor, Tensor, int] | None:
+        """Return float16 keys and values (B, H, S, D) with room for one more row, and how many they hold; or None."""
+        known: _Buffers | None = self.__dict__.get("_buffers")
+        if known is not None and 0 < known.rows < known.room and known.handed_out(self.keys, self.values):
+            return known.keys, known.values, known.rows
+        if not isinstance(self.keys, HalfWeight) or not isinstance(self.values, HalfWeight):
+            return None
+        rows = self.keys.shape[2]
+        if not rows:
+            return None
+        buffers = self._room(self.keys, self.values, rows, rows + 1)
+        return buffers.keys, buffers.values, rows
+
+    def advance(self, rows: int) -> None:
+        """Say that the buffers hold ``rows`` rows now."""
+        self.keys, self.values = self._buffers.hand_out(rows)
+
+    def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> _Buffers:
+        """Return buffers that hold the first ``before`` rows and have room for ``after``."""
+        buffers: _Buffers | None = self.__dict__.get("_buffers")
+        if buffers is not None and before and buffers.fit(self.keys, self.values, before, after):
+            return buffers
+        room = after + max(_ROOM, after // 2) if before else after + _ROOM
+        made = []
+        for new, held in ((keys, self.__dict__.get("keys")), (values, self.__dict__.get("values"))):
+            with torch.inference_mode(False):  # what is born there could not be written to outside of it
+                buffer = torch.empty((*new.shape[:2], room, new.shape[3]), dtype=torch.float16, device="cpu")
+            if before and held is not None:
+                buffer[:, :, :before] = held.stored if isinstance(held, HalfWeight) else held
+            made.append(buffer)
+        self._buffers = _Buffers(made[0], made[1], before)
+        return self._buffers
+
+
+class _Sliding(_Twin):
+    """DynamicSlidingWindowLayer: the window is kept in float16; its rows are returned in float32, with the new ones."""
+
+    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+        if _half(keys, KEY_LIMIT) is None or _half(values, VALUE_LIMIT) is None:
+            return None
+        full: tuple[Tensor, Tensor] = self.original.update(self, keys, values, settings)
+        self.keys, self.values = _out(self.keys.half()), _out(self.values.half())
+        return full
+
+
+class _Static(_Twin):
+    """StaticLayer: allocated once in float16."""
+
+    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+        halves = _half(keys, KEY_LIMIT), _half(values, VALUE_LIMIT)
+        if halves[0] is None or halves[1] is None:
+            return None
+        if not self.is_initialized:
+            takes = len(inspect.signature(self.original.lazy_initialization).parameters) - 1
+            with torch.inference_mode(False):  # what is born there could not be written to outside of it
+                self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 the keys alone
+            self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
+        positions = (settings or {}).get("cache_position")
+        if positions is None:
+            positions = torch.arange(keys.shape[2])
+        for buffer, half in zip((self.keys, self.values), halves, strict=True):
+            buffer.stored.index_copy_(2, positions, half)
+        return self.keys, self.values

@@ -1,0 +1,270 @@
+"""What patching would do to each tensor of a model: pure, printable, and what `upcast.patching.engine` carries out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from upcast.core import console, extensions, memory_layout
+from upcast.core.pattern import matches
+from upcast.core.tensor_ref import Slot
+from upcast.kernels.rounding import Rounding, measure, survey
+from upcast.patching import trainable as learning
+from upcast.patching.discovery import prepare, slots
+from upcast.patching.parts import Part, parts_of, roots_of
+
+CONVERT = "convert"  # rounded to float16
+WRAP = "wrap"  # float16 already: used as it is, without a copy
+SHARE = "share"  # bitwise equal to another weight: one storage for both
+WIDEN = "widen"  # to float32
+KEEP = "keep"  # left as it is
+IN_FLOAT16 = (CONVERT, WRAP, SHARE)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What happens to one tensor."""
+
+    name: str
+    action: str
+    reason: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes_before: int
+    bytes_after: int
+    rounding: Rounding
+
+    @property
+    def in_float16(self) -> bool:
+        """Whether the tensor is stored in float16 afterwards."""
+        return self.action in IN_FLOAT16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The changes, one per tensor. Printing it gives a table; tied tensors appear once.
+
+    Attributes:
+        model: the name of the model's class.
+        changes: one per tensor.
+        remarks: what else there is to say, such as which modules keep their own, slower forward and why.
+    """
+
+    model: str
+    changes: tuple[Change, ...]
+    remarks: tuple[str, ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        """Bytes of all listed tensors before patching."""
+        return sum(change.bytes_before for change in self.changes)
+
+    @property
+    def bytes_after(self) -> int:
+        """Bytes of all listed tensors after patching."""
+        return sum(change.bytes_after for change in self.changes)
+
+    def __str__(self) -> str:
+        headers = (
+            "tensor",
+            "shape",
+            "dtype",
+            "action",
+            "MB before",
+            "after",
+            "max error",
+            "to zero",
+            "reason",
+        )
+        rows = [_row(change) for change in self.changes]
+        total = f"{console.megabytes(self.bytes_before)} -> {console.megabytes(self.bytes_after)}"
+        return "\n".join([console.table(headers, rows, right=(4, 5, 6, 7)), f"{self.model}: {total}", *self.remarks])
+
+    def in_float32(self) -> dict[str, int]:
+        """Return reason -> count for the tensors that are float32 afterwards."""
+        reasons: dict[str, int] = {}
+        for change in self.changes:
+            if not change.in_float16:
+                reasons[change.reason] = reasons.get(change.reason, 0) + 1
+        return reasons
+
+
+def _row(change: Change) -> tuple[str, ...]:
+    error = "lossless" if change.rounding.lossless else f"{change.rounding.max_error:.1e}"
+    return (
+        change.name,
+        "x".join(map(str, change.shape)),
+        str(change.dtype).removeprefix("torch."),
+        change.action,
+        f"{change.bytes_before / 1e6:,.3f}",
+        f"{change.bytes_after / 1e6:,.3f}",
+        error if change.in_float16 else "",
+        f"{change.rounding.flushed:,}" if change.in_float16 else "",
+        change.reason,
+    )
+
+
+def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, str]:
+    """Return (action, reason) for a slot, from its kind and shape alone (not from its numbers)."""
+    tensor = slot.tensor
+    if any(isinstance(module, torch.jit.ScriptModule) for module, _ in slot.places):
+        return KEEP, "compiled by TorchScript"
+    if not slot.is_parameter:
+        return _decide_buffer(tensor, widen_float64)
+    unsupported = _unsupported(tensor)
+    if unsupported:
+        return KEEP, unsupported
+    if slot.learns:
+        return (KEEP if tensor.dtype == torch.float32 else WIDEN), "it learns"
+    if memory_layout.is_expanded(tensor):
+        return _to_float32(tensor), "expanded"
+    pattern = next((p for p in keep if matches(slot.name, p)), None)
+    if pattern is None and tensor.dim() >= 2:
+        return (WRAP, "float16 already") if tensor.dtype == torch.float16 else (CONVERT, "a weight")
+    reason = f"matches keep pattern {pattern!r}" if pattern is not None else "a vector"
+    return _to_float32(tensor), reason
+
+
+def _to_float32(tensor: Tensor) -> str:
+    return KEEP if tensor.dtype == torch.float32 and memory_layout.is_plain(tensor) else WIDEN
+
+
+def _decide_buffer(tensor: Tensor, widen_float64: bool) -> tuple[str, str]:
+    halves = (torch.float16, torch.bfloat16) + ((torch.float64,) if widen_float64 else ())
+    return (WIDEN, "a buffer") if tensor.dtype in halves and type(tensor) is Tensor else (KEEP, "a buffer")
+
+
+def _unsupported(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided:
+        return f"{tensor.layout} layout".replace("torch.", "")
+    if tensor.is_quantized or tensor.dtype not in (
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ):
+        return f"stored as {tensor.dtype}".replace("torch.", "")
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return f"a {type(tensor).__name__}"
+    return ""
+
+
+def relevant(slot: Slot) -> bool:
+    """Whether a slot belongs in the table: every parameter, and the buffers that may change."""
+    return slot.is_parameter or slot.tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
+
+
+def settle(
+    found: Sequence[Slot], keep: Sequence[str], look: Callable[[Tensor], Rounding] = survey
+) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
+    """Yield (slot, action, reason, its numbers as ``look`` finds them, twin) for the slots that belong in the table.
+
+    ``look`` is called with what may go to float16, and with one of equal tensors only.
+    """
+    widen_float64 = any(slot.is_parameter and slot.tensor.dtype == torch.float64 for slot in found)
+    twins, known = Twins(), dict[str, Rounding]()
+    for slot in filter(relevant, found):
+        action, reason = decide(slot, keep, widen_float64)
+        numbers, twin = Rounding(), None
+        if action in IN_FLOAT16:
+            twin = twins.find(slot)
+            numbers = known[slot.name] = look(slot.tensor) if twin is None else known[twin.name]
+            if not numbers.fits:
+                (action, reason), twin = _left_in_float32(slot, numbers), None
+            elif twin is not None:
+                action, reason = SHARE, f"equal to {twin.name}"
+        yield slot, action, reason, numbers, twin
+
+
+def _left_in_float32(slot: Slot, numbers: Rounding) -> tuple[str, str]:
+    found = []
+    if numbers.out_of_range:
+        found.append(f"{numbers.out_of_range} values beyond 65504")
+    if numbers.nonfinite:
+        found.append(f"{numbers.nonfinite} values not finite")
+    return _to_float32(slot.tensor), " and ".join(found)
+
+
+def change_of(slot: Slot, action: str, reason: str, rounding: Rounding) -> Change:
+    """Return the table's row for a slot."""
+    tensor, elements = slot.tensor, slot.tensor.numel()
+    before = elements * tensor.element_size()
+    after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, WIDEN: 4 * elements, KEEP: before}[action]
+    return Change(slot.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
+
+
+_ALIKE = 16  # weights that may begin alike and differ
+
+
+class Twins:
+    """Finds weights that are bitwise equal, so that they can share one storage."""
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[object, ...], list[Slot]] = {}
+
+    def find(self, slot: Slot) -> Slot | None:
+        """Return an earlier slot with the same bits, if there is one; remember this one otherwise."""
+        tensor = slot.tensor
+        earlier = self._seen.setdefault((tensor.shape, tensor.dtype, _sample(tensor)), [])
+        for other in earlier:
+            if _bits_equal(other.tensor, tensor):
+                return other
+        if len(earlier) < _ALIKE:  # or a file of weights that begin alike would take the square of its size in time
+            earlier.append(slot)
+        return None
+
+
+def _sample(tensor: Tensor) -> tuple[float, ...]:
+    """A few numbers that tell most weights apart without reading them whole."""
+    rows = tensor.detach()[:: max(1, len(tensor) // 8)]
+    while rows.dim() > 2:
+        rows = rows[:, :1].squeeze(1)
+    return tuple(rows[:, :8].flatten().tolist())
+
+
+def _bits_equal(a: Tensor, b: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return torch.equal(*(memory_layout.plain(each.detach()).view(integer) for each in (a, b)))
+
+
+def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> Plan:
+    """Return what `upcast.patch` would do to each tensor of ``model``; changes nothing.
+
+    Of what is patched already, the model or parts of it, the plan tells what was done.
+
+    Args:
+        model: any module on the CPU, or what else `upcast.patch` accepts.
+        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+        trainable: as for `upcast.patch`.
+
+    Raises:
+        UpcastError: as `upcast.patch` would.
+    """
+    done = parts_of(model)
+    if done:
+        return _of_parts(model, done, keep, trainable)
+    root, found = prepare(model, keep, trainable)
+    return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + extensions.remarks(root))
+
+
+def _changes(found: Sequence[Slot], keep: Sequence[str]) -> tuple[Change, ...]:
+    return tuple(change_of(*settled[:4]) for settled in settle(found, keep, measure))
+
+
+def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str]) -> Plan:
+    """Return what was done to the parts that are patched, and what `patch` would do to each of the others alone."""
+    roots = roots_of(model)
+    changes = [_under(part.name, change) for part in parts for change in part.record.plan.changes]
+    inside = {id(slot.tensor) for part in parts for slot in slots(part.module)}
+    for name, root in roots.items():
+        rest = [slot for slot in slots(root) if id(slot.tensor) not in inside]
+        learning.mark(root, rest, trainable)
+        changes += [_under(name, change) for change in _changes(rest, keep)]
+    said = tuple(line for part in parts for line in part.record.plan.remarks)
+    listed = ", ".join(part.name or type(part.module).__name__ for part in parts)
+    return Plan(type(model).__name__, tuple(changes), (*said, f"patched already: {listed}"))
+
+
+def _under(prefix: str, change: Change) -> Change:
+    return replace(change, name=f"{prefix}.{change.name}") if prefix else change

@@ -1,0 +1,140 @@
+"""All or nothing: how a model gets other tensors and forwards, or its own back, wherever that is interrupted.
+
+An interruption (Ctrl-C, a time limit, an error in the model's own code) may come between any two lines. Tensors are
+made before the first change. Then a `Record` with the model's own tensors stands on the model, and until it says that
+the patch is whole the way leads back: where it is cut short, and, if a second interruption cuts that short as well,
+when the model is next looked at.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from upcast.core import extensions, forward_override
+from upcast.core.errors import UpcastError
+from upcast.core.extensions import Extension
+from upcast.core.module_tree import modules
+from upcast.core.tensor_ref import Slot, set_tensor
+from upcast.patching import hooks
+from upcast.patching.parts import RECORD
+from upcast.patching.plan import Plan
+from upcast.policy import module_scope
+from upcast.policy.module_scope import Selection
+from upcast.policy.policy import Policy
+from upcast.tensor.store import Fallbacks
+
+Places = list[tuple[nn.Module, str, Tensor]]
+
+
+@dataclass
+class Record:
+    """What `patch` did to a model: all that `unpatch` and the report need."""
+
+    plan: Plan
+    fallbacks: Fallbacks
+    policy: Policy
+    selection: Selection | None  # None: the policy intercepts nothing
+    originals: Places | None = None  # what was replaced, while the model is on its way; None: the patch is whole
+    thread: int = 0  # which is on that way
+
+    def settle(self, root: nn.Module) -> bool:
+        """Take ``root`` back if a patch was cut short, and the way back too; return whether the patch is whole.
+
+        Raises:
+            UpcastError: another thread is at work on the model.
+        """
+        if self.originals is None:
+            return True
+        if self.thread != threading.get_ident() and self.thread in sys._current_frames():
+            raise UpcastError(
+                f"another thread is patching this {type(root).__name__}, or taking it back; one at a time can. Wait "
+                "for that thread."
+            )
+        take_back(root, self.originals)
+        return False
+
+
+def places(slot: Slot, tensor: Tensor) -> Places:
+    """Return every place of ``slot``, with what is to be there."""
+    return [(module, name, tensor) for module, name in slot.places]
+
+
+def put(tensors: Places) -> None:
+    """Put tensors at their places; twice is as good as once."""
+    for module, name, tensor in tensors:
+        set_tensor(module, name, tensor)
+
+
+def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, install: Callable[[], None]) -> None:
+    """Put ``tensors`` into ``root`` and call ``install``; all of it, or the originals are back and nothing is left."""
+    record.originals, record.thread = originals, threading.get_ident()
+    try:
+        standing = root.__dict__.setdefault(RECORD, record)  # in one step: of several threads one goes on
+        if standing is record:
+            put(tensors)
+            install()
+            record.originals = None  # from here on the model is patched
+    except BaseException:
+        if record.originals is not None and root.__dict__.get(RECORD) is record:
+            take_back(root, originals)
+        raise
+    if standing is not record:
+        standing.settle(root)
+        raise UpcastError(
+            f"another thread has just patched this {type(root).__name__}; one patch is enough. Use the model as it is."
+        )
+
+
+def take_back(root: nn.Module, originals: Places) -> None:
+    """Give ``root`` the tensors that it had before the patch, however much of that was done; the record goes last."""
+    record = root.__dict__.get(RECORD)
+    if isinstance(record, Record):
+        record.originals, record.thread = originals, threading.get_ident()
+    remove(root)
+    put(originals)
+    root.__dict__.pop(RECORD, None)
+
+
+def unpatch(roots: Sequence[nn.Module], tensors: Places, present: Places) -> None:
+    """Put ``tensors`` in place of those that are ``present``, and take away all that `patch` installed in ``roots``.
+
+    Until all tensors are there the way leads back, and then on. A second interruption leaves a model that is patched
+    with some of its tensors, which `upcast.unpatch` takes for what it is.
+    """
+    there = False
+    try:
+        put(tensors)
+        there = True
+        _clear(roots)
+    except BaseException:
+        if there:
+            _clear(roots)
+        else:
+            put(present)
+        raise
+
+
+def _clear(roots: Sequence[nn.Module]) -> None:
+    for root in roots:
+        remove(root)
+        root.__dict__.pop(RECORD, None)
+
+
+def remove(root: nn.Module) -> None:
+    """Take away every hook and forward of ours, however many are there."""
+    for module in modules(root):
+        forward_override.remove(module, "guard")
+    module_scope.remove(root)
+    hooks.remove(root)
+    for extension in extensions.registered():
+        remove_extension(root, extension)
+
+
+def remove_extension(root: nn.Module, extension: Extension) -> None:
+    """Take away what an extension gave ``root``."""
+    extension.remove(root)
+    for module in modules(root):
+        forward_override.remove(module, extension.name)

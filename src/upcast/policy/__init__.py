@@ -1,0 +1,1 @@
+"""Which operations run in float32: the value, its classes, and how a model runs under it."""

@@ -1,0 +1,78 @@
+"""HalfWeights for torch.export: the program keeps them as they are, and opens them with an operator.
+
+Exporting traces a model on imitations of its tensors. In the imitation of a HalfWeight a look at ``stored`` is an
+operation of its own, ``upcast::stored``, so that the program has it between a parameter and the products. The
+decompositions that come before lowering replace both by the float16 tensor inside.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from upcast.core.errors import UpcastError
+from upcast.tensor.half_weight import OTHERWISE, HalfWeight
+from upcast.tensor.view_ops import handles
+
+
+@torch.library.custom_op("upcast::stored", mutates_args=())
+def stored(weight: Tensor) -> Tensor:
+    """Return the float16 tensor inside ``weight``, a HalfWeight of any shape; every HalfWeight answers this itself.
+
+    A program that was saved and loaded has ordinary float32 parameters with numbers of float16: those are rounded once.
+    """
+    known: tuple[int, Tensor] | None = getattr(weight, "_upcast_stored", None)
+    version = -1 if weight.is_inference() else weight._version
+    if known is None or known[0] != version:
+        half = weight.half()
+        if not torch.equal(half.float(), weight):
+            raise UpcastError(
+                f"upcast::stored of a {type(weight).__name__} with numbers that float16 does not have; it opens "
+                "weights that are stored in float16. Give the exported program the weights that it was exported with."
+            )
+        known = weight._upcast_stored = version, half  # type: ignore[attr-defined]
+    return known[1]
+
+
+@handles(torch.ops.upcast.stored.default)
+def _stored(weight: HalfWeight) -> Tensor:
+    return weight.stored
+
+
+class ImitatedWeight(HalfWeight):
+    """A HalfWeight without numbers, in whose place torch.export records what is done."""
+
+    @property
+    def imitated(self) -> Any:
+        """What stands for the float16 tensor."""
+        return self.store.half
+
+    @property
+    def stored(self) -> Any:
+        """The imitated float16 tensor; while operations are recorded, as the result of one."""
+        if get_proxy_mode() is None:
+            return self.imitated
+        with torch._C.DisableTorchFunctionSubclass():
+            return torch.ops.upcast.stored(self)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.upcast.stored.default:
+            return args[0].imitated
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def around(inner: Tensor) -> HalfWeight:
+    """Return a HalfWeight around ``inner``, which torch may have imitated.
+
+    torch.compile, whose imitations know their place in a program already, gets an ordinary HalfWeight.
+    """
+    compiles = torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
+    return HalfWeight(inner) if compiles or not isinstance(inner, FakeTensor) else ImitatedWeight(inner)
+
+
+OTHERWISE["unflatten"] = around
