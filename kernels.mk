@@ -1,5 +1,5 @@
 # Targets of the native kernels, included by the Makefile.
-NATIVE := src/upcast/kernels/native
+NATIVE := csrc
 DRIVER := tests/kernels/driver.cpp
 KERNEL_BUILD := build/kernels
 KERNEL_FLAGS := -std=c++17 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -ffp-contract=fast -I$(NATIVE)
@@ -37,7 +37,7 @@ test-aarch64: | $(KERNEL_BUILD)
 
 # The macOS thread path cannot run here; it must keep compiling.
 check-libdispatch:
-	$(CXX) $(KERNEL_FLAGS) -DUPCAST_CHECK_LIBDISPATCH -fsyntax-only $(NATIVE)/threads.cpp
+	$(CXX) $(KERNEL_FLAGS) -DUPCAST_CHECK_LIBDISPATCH -fsyntax-only $(NATIVE)/runtime/threads.cpp
 
 $(KERNEL_BUILD):
 	mkdir -p $@

@@ -1,7 +1,7 @@
 // The kernels of one level without Python: every operation against double precision, over edge sizes or, given
 // a number of seconds, over random ones. Inputs sit at the very end of exactly sized allocations, so that a
 // sanitizer sees any read beyond them. Exits with 1 at the first disagreement.
-#include "level.cpp"
+#include "simd/level.cpp"
 
 #include <initializer_list>
 #include <math.h>

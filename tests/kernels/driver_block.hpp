@@ -1,7 +1,7 @@
 // One transformer block against the same in double precision: norms, rope, cache, grouped heads, both residuals.
-#include "block.cpp"
-#include "launch.cpp"
-#include "threads.cpp"
+#include "runtime/block.cpp"
+#include "runtime/launch.cpp"
+#include "runtime/threads.cpp"
 
 namespace upcast {
 bool likes_streams() { return below(2) != 0; }

@@ -2,7 +2,7 @@
 
 Whoever writes to a mapped file changes the memory of all who map it, and whoever truncates it takes the memory away.
 On Linux a file can be held by a lease: the system makes writers wait until we have taken a copy of what we use. So a
-loaded model is moved to mappings of ours that have one; see kernels/native/bind_files.cpp.
+loaded model is moved to mappings of ours that have one; see csrc/python/bind_files.cpp.
 """
 
 import ctypes

@@ -1,4 +1,4 @@
-"""Files that stay mapped while others may write to them: the native part of checkpoint/mapped.py, in files.cpp."""
+"""Files that stay mapped while others may write to them: the native part of checkpoint/mapped.py, bind_files.cpp."""
 
 from upcast.kernels import native
 

@@ -1,0 +1,49 @@
+// The Python functions of the module, and what they share.
+#pragma once
+
+#include "runtime/launch.hpp"
+#include "python/python.hpp"
+#include "python/tensor.hpp"
+
+namespace upcast {
+
+// Bits of an operation's result: arguments whose layout it cannot walk. Nothing was done; the caller
+// copies them and calls again. Zero means done.
+enum Copy : long { COPY_NOTHING = 0, COPY_FIRST = 1, COPY_SECOND = 2 };
+
+// Interpreter released for the life of the object.
+class Released {
+  public:
+    Released() : state_(PyEval_SaveThread()) {}
+    ~Released() { PyEval_RestoreThread(state_); }
+    Released(const Released &) = delete;
+    Released &operator=(const Released &) = delete;
+
+  private:
+    PyThreadState *state_;
+};
+
+// These set the error and return false.
+bool take_count(const char *function, Py_ssize_t given, Py_ssize_t wanted);
+bool read_threads(PyObject *object, int &threads);
+bool read_float(PyObject *object, float &value);
+bool read_integer(PyObject *object, int64_t &value);
+bool read_bool(PyObject *object, bool &value);
+
+PyObject *finish(Outcome outcome);
+
+typedef PyObject *Fast(PyObject *self, PyObject *const *args, Py_ssize_t count);
+Fast py_linear, py_embedding, py_grouped;                       // bind_linear.cpp
+Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cpp
+Fast py_block, py_blocks;                                       // bind_block.cpp
+Fast py_survey, py_look, py_compare;                             // bind_survey.cpp
+Fast py_unchanged, py_quiet;                                    // bind_state.cpp
+PyObject *py_all_empty(PyObject *self, PyObject *dicts);
+Fast py_meet, py_add_up;                                        // bind_shared.cpp
+Fast py_hold_file, py_own;                                      // bind_files.cpp
+PyObject *py_drop_part(PyObject *self, PyObject *part);
+PyObject *py_before_fork(PyObject *self, PyObject *none);
+PyObject *py_after_fork(PyObject *self, PyObject *is_child);
+Fast py_digest;                                                 // bind_digest.cpp
+
+} // namespace upcast

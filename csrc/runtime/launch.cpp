@@ -1,0 +1,214 @@
+#include "runtime/launch.hpp"
+
+#include "runtime/dispatch.hpp"
+#include "runtime/threads.hpp"
+
+#include <stdlib.h>
+
+namespace upcast {
+namespace {
+
+// Scratch of one call: calls from many threads never meet in it.
+class Scratch {
+  public:
+    explicit Scratch(size_t bytes) {
+        if (bytes != 0 && posix_memalign(&data_, 64, bytes) != 0) data_ = nullptr;
+        failed_ = bytes != 0 && !data_;
+    }
+    ~Scratch() { free(data_); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    bool failed() const { return failed_; }
+    void *data() const { return data_; }
+
+  private:
+    void *data_ = nullptr;
+    bool failed_ = false;
+};
+
+struct LinearCall {
+    const Level &level;
+    const Linear &args;
+    const LinearPlan &plan;
+    void *scratch;
+    int phase;
+};
+
+void linear_task(void *context, int index) {
+    const LinearCall &call = *static_cast<const LinearCall *>(context);
+    call.level.linear(call.args, call.plan, call.scratch, call.phase, index);
+}
+
+// Contiguous ranges of `count` items, one per task.
+template <class Args> struct RangeCall {
+    void (*kernel)(const Args &, int64_t begin, int64_t end);
+    const Args &args;
+    int64_t count;
+    int tasks;
+};
+
+template <class Args> void range_task(void *context, int index) {
+    const RangeCall<Args> &call = *static_cast<const RangeCall<Args> *>(context);
+    call.kernel(call.args, call.count * index / call.tasks, call.count * (index + 1) / call.tasks);
+}
+
+// `work` counts floats touched; small calls stay on the calling thread.
+int tasks_for(int64_t count, int64_t work, int threads) {
+    constexpr int64_t WORK_PER_THREAD = 16 * 1024;
+    int64_t tasks = work / WORK_PER_THREAD;
+    if (tasks > threads) tasks = threads;
+    if (tasks > count) tasks = count;
+    return tasks < 1 ? 1 : static_cast<int>(tasks);
+}
+
+template <class Args>
+void launch_range(void (*kernel)(const Args &, int64_t, int64_t), const Args &args, int64_t count, int64_t work,
+                  int threads) {
+    RangeCall<Args> call = {kernel, args, count, tasks_for(count, work, threads)};
+    parallel(call.tasks, range_task<Args>, &call);
+}
+
+struct RefuseCall {
+    const Level &level;
+    const Append &args;
+    int64_t positions;
+    int tasks;
+    bool found;
+};
+
+void refuse_task(void *context, int index) {
+    RefuseCall &call = *static_cast<RefuseCall *>(context);
+    const int64_t begin = call.positions * index / call.tasks, end = call.positions * (index + 1) / call.tasks;
+    if (call.level.refuses(call.args, begin, end)) __atomic_store_n(&call.found, true, __ATOMIC_RELAXED);
+}
+
+constexpr int MOST_SURVEYORS = 64;
+
+struct SurveyCall {
+    const Level &level;
+    const Survey &args;
+    int64_t count;
+    int tasks;
+    Surveyed found[MOST_SURVEYORS];
+};
+
+void survey_task(void *context, int index) {
+    SurveyCall &call = *static_cast<SurveyCall *>(context);
+    call.found[index] =
+        call.level.survey(call.args, call.count * index / call.tasks, call.count * (index + 1) / call.tasks);
+}
+
+void add(Surveyed &sum, const Surveyed &other) {
+    if (other.largest > sum.largest) sum.largest = other.largest;
+    if (other.max_error > sum.max_error) sum.max_error = other.max_error;
+    sum.nonfinite += other.nonfinite, sum.out_of_range += other.out_of_range;
+    sum.nonzero += other.nonzero, sum.flushed += other.flushed;
+}
+
+struct AttentionCall {
+    const Level &level;
+    const Attention &args;
+    const AttentionPlan &plan;
+    float *own, *partials;
+    int64_t queries;
+    int tasks;
+};
+
+// Units are dealt out in turn: under a causal mask later ones have more to do.
+void attention_task(void *context, int index) {
+    const AttentionCall &call = *static_cast<const AttentionCall *>(context);
+    float *own = call.own + index * call.plan.own;
+    for (int unit = index; unit < call.plan.units; unit += call.tasks) {
+        call.level.attention(call.args, call.plan, own, call.partials, unit);
+    }
+}
+
+void attention_join_task(void *context, int index) {
+    const AttentionCall &call = *static_cast<const AttentionCall *>(context);
+    call.level.attention_join(call.args, call.plan, call.partials, call.queries * index / call.tasks,
+                              call.queries * (index + 1) / call.tasks);
+}
+
+} // namespace
+
+Outcome launch_linear(const Level &level, const Linear &args, int threads) {
+    if (args.M == 0 || args.N == 0) return Outcome::done;
+    LinearPlan plan = level.plan_linear(args, threads);
+    plan.streams = likes_streams();
+    const Scratch scratch(plan.scratch);
+    if (scratch.failed()) return Outcome::no_memory;
+    LinearCall call = {level, args, plan, scratch.data(), 0};
+    for (; call.phase < 2 && plan.tasks[call.phase] > 0; ++call.phase) {
+        parallel(plan.tasks[call.phase], linear_task, &call);
+    }
+    return Outcome::done;
+}
+
+Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *counts, int64_t experts,
+                       int64_t weight_stride, int threads) {
+    Linear expert = args;
+    expert.bias = expert.residual = nullptr;
+    for (int64_t e = 0; e < experts; ++e) {
+        expert.M = counts[e];
+        if (launch_linear(level, expert, threads) == Outcome::no_memory) return Outcome::no_memory;
+        expert.x += expert.M * expert.ldx;
+        expert.y += expert.M * expert.ldy;
+        expert.w += weight_stride;
+    }
+    return Outcome::done;
+}
+
+void launch_embedding(const Level &level, const Embedding &args, int threads) {
+    launch_range(level.embedding, args, args.count, args.count * args.width, threads);
+}
+
+// Exponentials and divisions weigh more than the floats that pass through them.
+constexpr int64_t ACTIVATION_WORK = 4;
+
+void launch_norm(const Level &level, const Norm &args, int threads) {
+    launch_range(level.norm, args, args.rows, args.rows * args.width, threads);
+}
+
+void launch_gated(const Level &level, const Gated &args, int threads) {
+    launch_range(level.gated, args, args.rows, args.rows * args.width * ACTIVATION_WORK, threads);
+}
+
+void launch_rope(const Level &level, const Rope &args, int64_t rows, int threads) {
+    launch_range(level.rope, args, rows, rows * args.width, threads);
+}
+
+bool launch_append(const Level &level, const Append &args, int64_t rows, int threads) {
+    if (!args.wide && rows > 0) {
+        const int64_t positions = rows / args.heads;
+        RefuseCall check = {level, args, positions, tasks_for(positions, rows * args.width, threads), false};
+        parallel(check.tasks, refuse_task, &check);
+        if (check.found) return false;
+    }
+    launch_range(level.append, args, rows, rows * args.width, threads);
+    return true;
+}
+
+Outcome launch_attention(const Level &level, const Attention &args, int threads) {
+    const int64_t queries = args.batch * args.kv_heads * args.group * args.time;
+    if (queries == 0 || args.value_width == 0) return Outcome::done;
+    const AttentionPlan plan = level.plan_attention(args, threads);
+    const int tasks = tasks_for(plan.units, plan.work, threads);
+    const int64_t floats = tasks * plan.own + plan.partials;
+    const Scratch scratch(sizeof(float) * static_cast<size_t>(floats));
+    if (scratch.failed()) return Outcome::no_memory;
+    float *own = static_cast<float *>(scratch.data());
+    AttentionCall call = {level, args, plan, own, own + tasks * plan.own, queries, tasks};
+    parallel(tasks, attention_task, &call);
+    call.tasks = tasks_for(queries, plan.partials, threads);
+    parallel(call.tasks, attention_join_task, &call);
+    return Outcome::done;
+}
+
+Surveyed launch_survey(const Level &level, const Survey &args, int64_t count, int threads) {
+    SurveyCall call = {level, args, count, tasks_for(count, count, threads < MOST_SURVEYORS ? threads : MOST_SURVEYORS), {}};
+    parallel(call.tasks, survey_task, &call);
+    for (int i = 1; i < call.tasks; ++i) add(call.found[0], call.found[i]);
+    return call.found[0];
+}
+
+} // namespace upcast

@@ -1,0 +1,29 @@
+// Operations over the thread pool: plan, scratch, phases. No Python.
+#pragma once
+
+#include "runtime/kernels.hpp"
+
+namespace upcast {
+
+enum class Outcome { done, no_memory };
+
+Outcome launch_linear(const Level &level, const Linear &args, int threads);
+
+// `counts[e]` consecutive rows of args.x meet the e-th weight, `weight_stride` halves after the previous.
+// args.M, bias and residual are ignored; experts without rows are not touched.
+Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *counts, int64_t experts,
+                       int64_t weight_stride, int threads);
+
+void launch_embedding(const Level &level, const Embedding &args, int threads);
+void launch_norm(const Level &level, const Norm &args, int threads);
+void launch_gated(const Level &level, const Gated &args, int threads);
+void launch_rope(const Level &level, const Rope &args, int64_t rows, int threads);
+
+// False, and nothing written, if a finite value would become infinite in the cache's float16, or is beyond its limit.
+bool launch_append(const Level &level, const Append &args, int64_t rows, int threads);
+
+Outcome launch_attention(const Level &level, const Attention &args, int threads);
+
+Surveyed launch_survey(const Level &level, const Survey &args, int64_t count, int threads);
+
+} // namespace upcast
