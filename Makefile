@@ -16,8 +16,8 @@ include kernels.mk
 help:
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
 	@echo "make bench-quick  the same in under a minute"
-	@echo "make test         set up, then lint, types and tests (what CI runs; JOBS=2 tests at a time)"
-	@echo "make check        lint and types only"
+	@echo "make test         set up, then lint, types, layers and tests (what CI runs; JOBS=2 tests at a time)"
+	@echo "make check        lint, types and layers only"
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
 	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
@@ -45,6 +45,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --config pyproject.toml
 
 test: check
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -m "not slow" $(PARALLEL) $(ARGS)
