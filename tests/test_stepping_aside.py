@@ -106,7 +106,7 @@ TRANSFORMERS = [
     "upcast.patching.hooks.install",
     "upcast.patching.trainable.check",
     "upcast.kernels.survey",
-    "upcast.checkpoint.reading.give_back_pages",
+    "upcast.integrations.loading.give_back_pages",
     "upcast.integrations.loading.Loading.arrive",
     "upcast.integrations.loading.Loading.adopt",
     "upcast.integrations.loading.check_arguments",
@@ -139,7 +139,7 @@ DOORS: dict[Callable[[Path], nn.Module], tuple[list[str], list[str]]] = {
     ),
     lora: (
         ["litgpt.finetune.lora"],
-        [name for name in SCRIPT if not name.endswith("litgpt.arguments")]
+        [name for name in SCRIPT if not name.endswith("load.arguments")]
         + ["upcast.integrations.litgpt.finetune._read", "upcast.integrations.litgpt.finetune._fill"],
     ),
 }
@@ -304,15 +304,20 @@ def test_a_wrong_variable_after_the_start_breaks_nothing(folder: Path, monkeypat
 # --- fast ways --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["install", "_fuse"])
 @pytest.mark.parametrize(
-    ("door", "library"), [(causal_lm, "transformers_fused"), (llm_load, "litgpt_fused")], ids=["llama", "litgpt"]
+    ("door", "fails"),
+    [
+        (causal_lm, "transformers.install.TransformersModels.install"),
+        (causal_lm, "transformers.install._fuse"),
+        (llm_load, "litgpt.install.LitGPTModels.install"),
+        (llm_load, "litgpt.install._fuse"),
+    ],
 )
 def test_a_fast_way_that_fails_costs_only_itself(
-    folder: Path, unpatched: Any, door: Any, library: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    folder: Path, unpatched: Any, door: Any, fails: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setenv("UPCAST", "1")
-    calls = failing(monkeypatch, f"upcast.integrations.{library}.{name}")
+    calls = failing(monkeypatch, f"upcast.integrations.{fails}")
     model, _ = outcome(door, folder)
     assert calls
     assert half_weights(model)

@@ -156,7 +156,13 @@ def test_a_missing_library_says_why(tmp_path: Path) -> None:
     package.mkdir(parents=True)
     (tmp_path / "upcast" / "core").mkdir()
     source = Path(native.__file__)
-    for name in ("kernels/native.py", "kernels/reference.py", "core/functional.py", "core/errors.py", "core/__init__.py"):
+    for name in (
+        "kernels/native.py",
+        "kernels/reference.py",
+        "core/functional.py",
+        "core/errors.py",
+        "core/__init__.py",
+    ):
         (tmp_path / "upcast" / name).write_text((source.parents[1] / name).read_text())
     (package / "native_missing.txt").write_text("no C++ compiler was found when upcast was installed\n")
     (package / "__init__.py").touch()
