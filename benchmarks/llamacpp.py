@@ -59,7 +59,7 @@ def write_gguf(state: Mapping[str, Tensor], config: Config, eps: float, path: Pa
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    pages.settle(path)  # as LitGPT's checkpoint was
+    pages.advise(path)  # as LitGPT's checkpoint was
 
 
 def _tensors(state: Mapping[str, Tensor], config: Config) -> list[tuple[str, NDArray[Any]]]:

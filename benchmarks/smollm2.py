@@ -124,7 +124,7 @@ def _prepare_into(cache: Path, folder: Path) -> None:
         if folder.exists():  # incomplete, damaged, or by an older recipe
             shutil.rmtree(folder)
         fresh.rename(folder)
-        pages.settle(folder / "lit_model.pth")
+        pages.advise(folder / "lit_model.pth")
 
 
 def _progress() -> Progress:

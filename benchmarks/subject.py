@@ -88,7 +88,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _read(folder: Path, weights: str, window: int, windows: int) -> Subject:
-    pages.settle(folder / "lit_model.pth")  # other programs push a file out, and it comes back in small ones
+    pages.advise(folder / "lit_model.pth")  # other programs push a file out, and it comes back in small ones
     config = Config.from_checkpoint(folder)
     needed = PROMPT_TOKENS + window * windows
     if has_tokenizer(folder):

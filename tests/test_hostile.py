@@ -19,7 +19,7 @@ from upcast import UpcastError
 from upcast.checkpoint import reading
 from upcast.cli import analysis
 from upcast.core import config
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.patching import plan
 
 LOADED = {"litgpt": LITGPT, "one": ONE, "sharded": SHARDED}
@@ -102,7 +102,7 @@ def test_weights_that_begin_alike_are_compared_with_few(monkeypatch: pytest.Monk
     equal = plan._bits_equal
     monkeypatch.setattr(plan, "_bits_equal", lambda a, b: compared.append(a) or equal(a, b))
     twins = plan.Twins()
-    slots = [Slot(str(i), torch.zeros(9, 9), True, []) for i in range(99)]
+    slots = [TensorRef(str(i), torch.zeros(9, 9), True, []) for i in range(99)]
     for i, slot in enumerate(slots):
         slot.tensor[8, 8] = i  # not among the few numbers that are looked at first
     assert [twins.find(slot) for slot in slots] == [None] * 99

@@ -166,7 +166,7 @@ def test_a_file_that_was_just_written_is_read_again(on_disk: Path, monkeypatch: 
     on_disk.write_bytes(content := bytes(range(250)) * 30_000)
     read = []
     monkeypatch.setattr(pages, "read_ahead", lambda path: read.append(cached(path)))
-    pages.settle(on_disk)
+    pages.advise(on_disk)
     assert read == [0]
     assert on_disk.read_bytes() == content
 

@@ -17,14 +17,14 @@ from tests.planted import IDS, plant
 from tests.test_patching import Net
 from upcast import UpcastError
 from upcast.analysis.diagnose import relative_error
-from upcast.analysis.runner import NONE, SAFE, Trial, answer, samples, trial
+from upcast.analysis.runner import NONE, SAFE, PolicyRunner, answer, samples, trial
 from upcast.policy.policy import CLASSES, Policy
 
 FAST = range(12)
 TOLERANCE = 1e-2
 
 
-def enough(run: Trial, policy: Policy) -> bool:
+def enough(run: PolicyRunner, policy: Policy) -> bool:
     (sample,) = samples([IDS], {})
     want = answer(run.run(SAFE, sample)).float().clone()
     got = answer(run.run(policy, sample)).float()

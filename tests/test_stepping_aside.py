@@ -102,7 +102,7 @@ def lora(folder: Path) -> nn.Module:
 TRANSFORMERS = [
     "upcast.patching.engine.adopt",
     "upcast.patching.engine._patch",
-    "upcast.patching.engine.settle",
+    "upcast.patching.engine.decisions",
     "upcast.patching.hooks.install",
     "upcast.patching.trainable.check",
     "upcast.kernels.survey",

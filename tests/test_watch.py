@@ -15,7 +15,7 @@ from tests.planted import IDS, Planted, build, plant
 from tests.test_patching import IDS as NET_IDS
 from tests.test_patching import Net, snapshot
 from upcast import UpcastError
-from upcast.guard.forward import State, Watch
+from upcast.guard.forward import GuardedForward, State
 from upcast.policy.policy import CLASSES, Policy
 from upcast.tensor.half_weight import HalfWeight
 
@@ -199,7 +199,7 @@ def test_watching_changes_no_bit_and_leaves_no_trace(policy: str) -> None:
     before = snapshot(model)
     want = upcast.patch(copy.deepcopy(model), policy=policy)(NET_IDS)
     upcast.patch(model, policy=policy, guard=True, heal=True)
-    assert isinstance(model.__dict__["forward"], Watch)
+    assert isinstance(model.__dict__["forward"], GuardedForward)
     assert torch.equal(model(NET_IDS), want)
     assert torch.equal(copy.deepcopy(model)(NET_IDS), want)
     upcast.unpatch(model)

@@ -13,7 +13,7 @@ import upcast
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.test_transformers import FAMILIES, make
 from upcast import UpcastError
-from upcast.guard.forward import Watch
+from upcast.guard.forward import GuardedForward
 
 # class, where the encoder overflows, the layer behind it
 ENCODERS = [
@@ -121,7 +121,7 @@ def test_a_model_inside_the_patched_one_is_watched(build: Any, where: str, tmp_p
     with pytest.raises(UpcastError, match=rf"not finite under policy sensitive; first in .*{where}"):
         tokens(model)
     upcast.unpatch(model)
-    assert not any(isinstance(each.__dict__.get("forward"), Watch) for each in model.modules())
+    assert not any(isinstance(each.__dict__.get("forward"), GuardedForward) for each in model.modules())
     upcast.patch(model, policy="sensitive", heal=True)
     capsys.readouterr()
     assert tokens(model) == want
@@ -130,13 +130,13 @@ def test_a_model_inside_the_patched_one_is_watched(build: Any, where: str, tmp_p
 
 def test_the_outermost_of_one_model_watches_and_other_models_watch_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
     watched: list[str] = []
-    mend = Watch._mend
+    mend = GuardedForward._mend
 
-    def noted(self: Watch, *args: Any) -> Any:
+    def noted(self: GuardedForward, *args: Any) -> Any:
         watched.append(type(self.module).__name__)
         return mend(self, *args)
 
-    monkeypatch.setattr(Watch, "_mend", noted)
+    monkeypatch.setattr(GuardedForward, "_mend", noted)
     model, inputs = overflowing(*ENCODERS[0])
     upcast.patch(model, policy="none", heal=True)
     model(**inputs, decoder_input_ids=inputs["input_ids"])

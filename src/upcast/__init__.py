@@ -8,7 +8,7 @@ from typing import Any as _Any
 from upcast.analysis.ablate import Ablation, ablate
 from upcast.analysis.certify import Certificate, certify
 from upcast.analysis.diagnose import Diagnosis, diagnose
-from upcast.analysis.search import Found, search
+from upcast.analysis.search import SearchResult, search
 from upcast.api import patch, patched, plan, report, unpatch
 from upcast.core.errors import UpcastError
 from upcast.guard.headroom import Headroom
@@ -37,13 +37,13 @@ __all__ = [
     "Certificate",
     "Diagnosis",
     "FabricPrecision",
-    "Found",
     "HalfWeight",
     "Headroom",
     "HeadroomCallback",
     "LightningHeadroomCallback",
     "Plan",
     "Policy",
+    "SearchResult",
     "UpcastError",
     "ablate",
     "certify",

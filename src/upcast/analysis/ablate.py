@@ -8,7 +8,7 @@ from typing import Any
 
 from upcast.analysis.diagnose import relative_error
 from upcast.analysis.range_observer import all_finite
-from upcast.analysis.runner import Sample, Samples, Trial, answer, trial
+from upcast.analysis.runner import PolicyRunner, Sample, Samples, answer, trial
 from upcast.core import console
 from upcast.policy import fingerprint
 from upcast.policy.policy import ALL, CLASSES, PRESETS, Policy
@@ -93,7 +93,7 @@ def _policies(extra: tuple[str, ...]) -> list[tuple[str, Policy, str, bool]]:
     return [*chosen, ("everything (safe)", Policy(), "", False)]
 
 
-def _error(run: Trial, policy: Policy, sample: Sample, reference: Any) -> float:
+def _error(run: PolicyRunner, policy: Policy, sample: Sample, reference: Any) -> float:
     try:
         got = answer(run.run(policy, sample))
     except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due

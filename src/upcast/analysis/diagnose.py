@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from upcast.analysis.range_observer import Culprit, Findings, Site, all_finite
+from upcast.analysis.range_observer import Culprit, OpStats, RangeObserver, all_finite
 from upcast.analysis.runner import NONE, answer, samples, trial
 from upcast.core import console
 from upcast.core.errors import UpcastError
@@ -33,7 +33,7 @@ class Diagnosis:
 
     model: str
     architecture: dict[str, Any]
-    sites: list[Site]
+    sites: list[OpStats]
     culprit: Culprit | None
     finite: bool  # whether plain float16 gives a finite result
     error: float  # of plain float16's result, relative to float32's (NaN if not finite)
@@ -53,7 +53,7 @@ class Diagnosis:
         more = f"... and {rest} more operations\n" if rest > 0 else ""
         return f"{self.model}: {found}\n{table}\n{more}{result}\nsuggested policy: {self.policy}"
 
-    def worst(self, count: int) -> list[Site]:
+    def worst(self, count: int) -> list[OpStats]:
         """Return the sites with the least headroom, worst first."""
         return sorted(self.sites, key=lambda site: (-site.largest, site.order))[:count]
 
@@ -88,7 +88,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
             already, or its result in float32 is not finite (the message names where).
     """
     with trial(model) as run:
-        found = Findings(tolerance)
+        found = RangeObserver(tolerance)
         errors, sound = [], True
         for sample in samples(inputs, kwargs):
             reference = run.finite_reference(sample, found.in_float32)
@@ -134,7 +134,7 @@ def _squares(piece: Tensor) -> float:
     return found if math.isfinite(found) and found > _SMALL else float(piece.double().square().sum())
 
 
-def suggested(sites: list[Site], culprit: Culprit | None = None) -> Policy:
+def suggested(sites: list[OpStats], culprit: Culprit | None = None) -> Policy:
     """Return the culprit's class, and those whose results, or whose inputs, come within a bit of float16's end."""
     limit = FLOAT16_MAX / 2**MARGIN
     needed = {site.op_class for site in sites if max(site.largest, site.largest_input) > limit}
@@ -145,7 +145,7 @@ def suggested(sites: list[Site], culprit: Culprit | None = None) -> Policy:
 # --- showing ----------------------------------------------------------------------------------------------------------
 
 
-def _row(site: Site) -> tuple[str, ...]:
+def _row(site: OpStats) -> tuple[str, ...]:
     state = f"{site.nonfinite:,} not finite" if site.nonfinite else f"error {site.drift:.1e}"
     headroom = f"{site.headroom:+.1f} bits" if site.largest else ""
     return (site.module or "(model)", site.what, f"{site.largest:,.6g}", headroom, f"{site.flushed:.1%}", state)

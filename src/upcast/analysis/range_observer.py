@@ -42,7 +42,7 @@ _WORDS = {
 
 
 @dataclass
-class Site:
+class OpStats:
     """One operation of one module, over all calls and samples.
 
     Attributes:
@@ -111,12 +111,12 @@ class Noted(NamedTuple):
     largest: float
 
 
-class Findings:
+class RangeObserver:
     """What the two passes note."""
 
     def __init__(self, tolerance: float) -> None:
         self.tolerance = tolerance
-        self.sites: dict[tuple[str, str | None, str], Site] = {}
+        self.sites: dict[tuple[str, str | None, str], OpStats] = {}
         self.culprit: Culprit | None = None
         self.first_nonfinite = ""
         self._numbers = torch.empty(ROWS, KEPT, dtype=torch.float32)  # a row per result
@@ -178,7 +178,7 @@ class Findings:
             self._numbers = torch.cat((self._numbers, torch.empty_like(self._numbers)))
         return self._rows - 1
 
-    def _note(self, site: Site, bad: int, drift: float, entering: float, largest: float) -> None:
+    def _note(self, site: OpStats, bad: int, drift: float, entering: float, largest: float) -> None:
         site.nonfinite += max(bad, 0)
         if bad <= 0:
             site.drift = max(site.drift, drift)
@@ -206,10 +206,10 @@ class Findings:
         """Return the classes that reach beyond 65504."""
         return {op_class for op_class in CLASSES if self.reach(op_class) > FLOAT16_MAX}
 
-    def _site(self, module: str, op_class: str | None, name: str) -> Site:
+    def _site(self, module: str, op_class: str | None, name: str) -> OpStats:
         key = (module, op_class, name)
         if key not in self.sites:
-            self.sites[key] = Site(module, op_class, name, len(self.sites))
+            self.sites[key] = OpStats(module, op_class, name, len(self.sites))
         return self.sites[key]
 
     def _key(self, which: int, module: str, name: str) -> Key:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, RandomSampler
 
-from upcast.analysis.range_observer import Findings, all_finite
+from upcast.analysis.range_observer import RangeObserver, all_finite
 from upcast.core import scopes
 from upcast.core.errors import UpcastError
 from upcast.core.forward_override import unobserved
@@ -129,7 +129,7 @@ def answer(output: Any) -> Tensor:
     return found
 
 
-class Trial:
+class PolicyRunner:
     """A model that can be run under any policy.
 
     Attributes:
@@ -188,7 +188,7 @@ class Trial:
         value = answer(self.reference(sample, observer)).float()
         if all_finite(value):
             return value.clone()
-        findings = Findings(math.inf)
+        findings = RangeObserver(math.inf)
         self.run(SAFE, sample, findings.in_float32)
         raise UpcastError(
             f"{type(self.root).__name__} is not finite in float32 already{which}, first in "
@@ -198,7 +198,7 @@ class Trial:
 
 
 @contextmanager
-def trial(model: object, *, training: bool = False) -> Iterator[Trial]:
+def trial(model: object, *, training: bool = False) -> Iterator[PolicyRunner]:
     """Give the model, patched or not, as one that runs under any policy; afterwards it is as it was.
 
     Raises:
@@ -211,13 +211,13 @@ def trial(model: object, *, training: bool = False) -> Iterator[Trial]:
     if not any(isinstance(parameter, HalfWeight) for parameter in root.parameters()):
         with engine.borrowed(root, policy=NONE, trial=True) as record:
             assert record.selection is not None
-            yield Trial(root, record.selection)
+            yield PolicyRunner(root, record.selection)
         return
     record = engine.record_of(root)
     if record.selection is not None:
         selection, policy = record.selection, record.selection.policy
         try:
-            yield Trial(root, selection)
+            yield PolicyRunner(root, selection)
             module_scope.change(root, selection, policy)
         except BaseException:  # an interruption of the line above, too
             module_scope.change(root, selection, policy)
@@ -226,7 +226,7 @@ def trial(model: object, *, training: bool = False) -> Iterator[Trial]:
     selection = Selection(SAFE)
     try:
         module_scope.install(root, selection)
-        yield Trial(root, selection)
+        yield PolicyRunner(root, selection)
         module_scope.remove(root)
     except BaseException:
         module_scope.remove(root)

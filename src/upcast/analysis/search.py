@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from upcast.analysis.diagnose import relative_error
-from upcast.analysis.range_observer import Culprit, Findings, all_finite
-from upcast.analysis.runner import NONE, SAFE, Sample, Samples, Trial, answer, trial
+from upcast.analysis.range_observer import Culprit, RangeObserver, all_finite
+from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Sample, Samples, answer, trial
 from upcast.core import console
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import named_modules
@@ -38,7 +38,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """A policy and its evidence. ``upcast.patch`` takes it as it is, and as the path it was saved to.
 
     Attributes:
@@ -85,7 +85,7 @@ def search(
     modules: bool = True,
     verbose: bool = True,
     **kwargs: Any,
-) -> Found:
+) -> SearchResult:
     """Return the smallest policy whose result is finite and within ``tolerance`` of float32's.
 
     Args:
@@ -118,10 +118,10 @@ class _Judge:
     """Tries policies, remembers the results, decides."""
 
     def __init__(
-        self, run: Trial, data: Iterable[Sample], tolerance: float, metric: Metric | None, verbose: bool
+        self, run: PolicyRunner, data: Iterable[Sample], tolerance: float, metric: Metric | None, verbose: bool
     ) -> None:
         self.run, self.data, self.tolerance, self.metric, self.verbose = run, data, tolerance, metric, verbose
-        self.findings = Findings(math.inf)
+        self.findings = RangeObserver(math.inf)
         self.results: dict[Policy, tuple[bool, float]] = {}
         self.steps: list[Step] = []
         self.first: Any = None  # float32's answer to the first sample; for a metric of the user, the whole output
@@ -245,10 +245,10 @@ class _Judge:
                 short = middle
         return enough
 
-    def found(self, policy: Policy) -> Found:
+    def found(self, policy: Policy) -> SearchResult:
         """Return the result with its evidence."""
         culprit: Culprit | None = self.findings.culprit
-        return Found(
+        return SearchResult(
             policy=policy,
             error=self.results[policy][1],
             tolerance=self.tolerance,
@@ -260,7 +260,7 @@ class _Judge:
         )
 
 
-def _blocks(run: Trial) -> list[str]:
+def _blocks(run: PolicyRunner) -> list[str]:
     """Return the names of the model's blocks: the list of modules with most of the weights, not a block's experts."""
     lists = [(name, module) for name, module in named_modules(run.root) if isinstance(module, torch.nn.ModuleList)]
     name, modules = max(lists, key=lambda item: _weights(item[1]), default=("", torch.nn.ModuleList()))

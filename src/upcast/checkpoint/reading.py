@@ -14,7 +14,7 @@ from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import is_plain, plain
 from upcast.core.memory_layout import memory as numbers
 from upcast.core.pages import Memory, give_back_pages
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.kernels.rounding import Rounding, to_half
 from upcast.patching.plan import CONVERT, decide
 
@@ -129,7 +129,7 @@ def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Seq
     known: Known = {}
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
-        action, _ = decide(Slot(name, tensor, True, []), keep, False)
+        action, _ = decide(TensorRef(name, tensor, True, []), keep, False)
         key = (action, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_neg())  # tied tensors stay tied
         if action != CONVERT:
             if not is_plain(tensor):

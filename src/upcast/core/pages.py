@@ -85,7 +85,7 @@ def read_ahead(path: Path) -> None:
                 page[0]
 
 
-def settle(path: Path) -> None:
+def advise(path: Path) -> None:
     """Have the system hold a file that was just written in large pages: its writer leaves it in small ones."""
     if _HUGE is not None:
         with path.open("rb") as file, contextlib.suppress(OSError):  # a file system that cannot

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 
 @dataclass
-class Slot:
-    """One tensor of a model and every place that holds it (several when tied)."""
+class TensorRef:
+    """One tensor of a model and every owner, a module and its name for it (several when tied)."""
 
     name: str
     tensor: Tensor
     is_parameter: bool
-    places: list[tuple[nn.Module, str]]
+    owners: list[tuple[nn.Module, str]]
     learns: bool = False  # it gets gradients, and stays the float32 parameter that it is
     wants_grad: bool = False  # it requires grad, and goes to float16 until something trains it
 
@@ -24,7 +24,7 @@ class Slot:
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put ``tensor`` in a place; recurrent layers list their weights twice more, once by weak references."""
+    """Put ``tensor`` in its place; recurrent layers list their weights twice more, once by weak references."""
     setattr(module, name, tensor)
     if isinstance(module, nn.RNNBase):
         module._flat_weight_refs = [None if each is None else weakref.ref(each) for each in module._flat_weights]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast.analysis.range_observer import Findings
+from upcast.analysis.range_observer import RangeObserver
 from upcast.analysis.runner import SAFE, trial
 from upcast.core import console, extensions, scopes
 from upcast.core import forward_override as forwards
@@ -35,7 +35,7 @@ from upcast.policy.policy import Policy, show
 _local: Any = threading.local()  # .roots: models whose forward this thread is in
 
 
-class Watch(Forward):
+class GuardedForward(Forward):
     """The forward of a watched model, around the one that it has; also of a module inside it that is called by itself.
 
     Of the watched modules of one model that are inside one another, the outermost that is called watches.
@@ -197,7 +197,7 @@ def install(root: nn.Module, selective: bool, guard: bool, heal: bool) -> None:
     """Have ``root`` watched, by whichever door it is entered; healing is for policies that are ``selective``."""
     heal = heal and selective  # safe has nothing to widen
     for module in list(_doors(root)) if guard or heal else ():
-        forwards.push(module, Watch(module, root, guard, heal))
+        forwards.push(module, GuardedForward(module, root, guard, heal))
 
 
 def _doors(root: nn.Module) -> Iterator[nn.Module]:
@@ -236,5 +236,5 @@ def _has_nan(output: Any) -> bool:
     return value is not None and bool(value.isnan().any())
 
 
-def _findings() -> Findings:
-    return Findings(math.inf)
+def _findings() -> RangeObserver:
+    return RangeObserver(math.inf)

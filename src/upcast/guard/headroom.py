@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from upcast.analysis.range_observer import Findings, Site
+from upcast.analysis.range_observer import OpStats, RangeObserver
 from upcast.analysis.runner import Sample, trial
 from upcast.core import console
 from upcast.core.errors import UpcastError
@@ -56,7 +56,7 @@ class Headroom:
                 "upcast.patch(model) before training; upcast.diagnose measures a model that is not patched."
             )
         self.module, self.every, self.steps = patched, every, 0
-        self.sites: list[Site] = []
+        self.sites: list[OpStats] = []
         self._closed = False
         self._sample: Sample | None = None
         self._handle: Any = None
@@ -100,7 +100,7 @@ class Headroom:
             self._sample = pytree.tree_map_only(Tensor, Tensor.detach, (args, dict(kwargs)))
 
     def _measured(self, sample: Sample) -> dict[str, float]:
-        found = Findings(math.inf)
+        found = RangeObserver(math.inf)
         state = State((), {}, self.module)
         try:
             with trial(self.module, training=True) as run:
@@ -115,7 +115,7 @@ class Headroom:
         self._say(worst, found.first_nonfinite)
         return {f"headroom/{block}": each for block, each in [*bits.items(), ("least", min(bits.values()))]}
 
-    def _say(self, worst: dict[str, Site], nonfinite: str) -> None:
+    def _say(self, worst: dict[str, OpStats], nonfinite: str) -> None:
         least = min(worst.values(), key=lambda site: site.headroom)
         where = f"{least.module or '(the model itself)'}: {least.what}, {least.largest:,.0f} of {FLOAT16_MAX:,.0f}"
         bad = f"a number that is not finite, first in {nonfinite}; else " if nonfinite else ""
@@ -143,9 +143,9 @@ def block_of(module: str) -> str:
     return found.group(1) if found else module or "model"
 
 
-def _worst(sites: list[Site]) -> dict[str, Site]:
+def _worst(sites: list[OpStats]) -> dict[str, OpStats]:
     """Return block -> its operation with the largest numbers, in order of execution."""
-    worst: dict[str, Site] = {}
+    worst: dict[str, OpStats] = {}
     for site in sites:
         block = block_of(site.module)
         if site.largest and (block not in worst or site.largest > worst[block].largest):

@@ -21,7 +21,7 @@ from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import plain, to_float32
 from upcast.core.pages import Memory, give_back_pages
 from upcast.core.pattern import matches
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.core.torch_modes import float32_by_default, outside_inference_mode
 from upcast.integrations import stepping_aside
 from upcast.integrations.stepping_aside import NotOurs
@@ -78,7 +78,7 @@ class Loading:
             return self._arrived(name, tensor, ours, in_place)
 
     def _arrived(self, name: str, tensor: Tensor, ours: bool, in_place: bool) -> Tensor:
-        action, _ = decide(Slot(name, tensor, True, []), (), False)
+        action, _ = decide(TensorRef(name, tensor, True, []), (), False)
         if action == CONVERT:
             half, rounding = to_half(tensor, self.memory if in_place else None)  # a block holds what stays
             if ours:

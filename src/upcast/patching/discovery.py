@@ -12,50 +12,50 @@ from upcast.core import extensions
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import named_modules
 from upcast.core.pattern import matches
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.patching import trainable as learning
 from upcast.tensor.half_weight import HalfWeight
 
 
-def slots(model: nn.Module) -> list[Slot]:
-    """Return the parameters and buffers of ``model``, each tensor once, with all of its places."""
-    found: dict[int, Slot] = {}
+def refs(model: nn.Module) -> list[TensorRef]:
+    """Return the parameters and buffers of ``model``, each tensor once, with all of its owners."""
+    found: dict[int, TensorRef] = {}
     for prefix, module in named_modules(model):
         for is_parameter, tensors in ((True, module._parameters), (False, module._buffers)):
             for name, tensor in tensors.items():
                 if tensor is not None:
                     full = f"{prefix}.{name}" if prefix else name
-                    slot = found.setdefault(id(tensor), Slot(full, tensor, is_parameter, []))
-                    slot.places.append((module, name))
+                    ref = found.setdefault(id(tensor), TensorRef(full, tensor, is_parameter, []))
+                    ref.owners.append((module, name))
     return list(found.values())
 
 
 def prepare(
     model: object, keep: Sequence[str], trainable: Sequence[str] = (), *, optimizers: bool = False
-) -> tuple[nn.Module, list[Slot]]:
+) -> tuple[nn.Module, list[TensorRef]]:
     """Return the module to patch and its tensors, after every check that can refuse it. Changes nothing.
 
     ``optimizers`` says that one may hold what is replaced.
     """
     root = unwrap(model)
-    found = slots(root)
+    found = refs(root)
     name = type(root).__name__
     if isinstance(root, torch.jit.ScriptModule):
         raise UpcastError(
             f"a {name}; TorchScript has compiled its code for the tensors that it has. Patch the module that it was "
             "made of, for what does not need TorchScript."
         )
-    for slot in found:
-        _check_tensor(slot, name)
+    for ref in found:
+        _check_tensor(ref, name)
     check_patterns(root, found, keep, trainable)
     if not optimizers:
         _check_optimizers(found, keep)
     return root, found
 
 
-def check_patterns(root: nn.Module, found: Sequence[Slot], keep: Sequence[str], trainable: Sequence[str]) -> None:
+def check_patterns(root: nn.Module, found: Sequence[TensorRef], keep: Sequence[str], trainable: Sequence[str]) -> None:
     """Raise UpcastError for a pattern that names nothing, and for what cannot be trained; mark what learns."""
-    names = [slot.name for slot in found if slot.is_parameter]
+    names = [ref.name for ref in found if ref.is_parameter]
     for kind, pattern in (*(("keep", each) for each in keep), *(("trainable", each) for each in trainable)):
         if not any(matches(each, pattern) for each in names):
             raise UpcastError(
@@ -84,29 +84,29 @@ def unwrap(model: object) -> nn.Module:
     return unwrap(inner)
 
 
-def _check_tensor(slot: Slot, model: str) -> None:
-    tensor = slot.tensor
+def _check_tensor(ref: TensorRef, model: str) -> None:
+    tensor = ref.tensor
     if isinstance(tensor, HalfWeight):
         raise UpcastError(
-            f"{model} is patched already ({slot.name} is stored in float16); a model is patched once. "
+            f"{model} is patched already ({ref.name} is stored in float16); a model is patched once. "
             "Call upcast.unpatch(model) first to patch it differently; or unpatch the piece, of a larger model."
         )
     if isinstance(tensor, (nn.UninitializedParameter, nn.UninitializedBuffer)):
-        raise UpcastError(f"{slot.name} of {model} has no shape yet; run one forward pass first.")
+        raise UpcastError(f"{ref.name} of {model} has no shape yet; run one forward pass first.")
     if tensor.is_meta:
         raise UpcastError(
-            f"{slot.name} of {model} is on the meta device: it has no numbers to store. Load the weights first."
+            f"{ref.name} of {model} is on the meta device: it has no numbers to store. Load the weights first."
         )
     if tensor.device.type != "cpu":
         raise UpcastError(
-            f"{slot.name} of {model} is on {tensor.device}; upcast computes on the CPU. Call model.to('cpu') first."
+            f"{ref.name} of {model} is on {tensor.device}; upcast computes on the CPU. Call model.to('cpu') first."
         )
 
 
-def _check_optimizers(found: Sequence[Slot], keep: Sequence[str]) -> None:
+def _check_optimizers(found: Sequence[TensorRef], keep: Sequence[str]) -> None:
     """Refuse an optimizer that holds a parameter to be replaced: it would go on with one that no model has."""
-    may_be_held = _held_elsewhere([slot for slot in found if slot.is_parameter and not _stays(slot, keep)])
-    replaced = {id(slot.tensor): slot for slot in may_be_held}
+    may_be_held = _held_elsewhere([ref for ref in found if ref.is_parameter and not _stays(ref, keep)])
+    replaced = {id(ref.tensor): ref for ref in may_be_held}
     for candidate in gc.get_objects() if replaced else ():  # which takes a tenth of a second and more
         if issubclass(type(candidate), torch.optim.Optimizer):
             for group in candidate.param_groups:
@@ -115,33 +115,33 @@ def _check_optimizers(found: Sequence[Slot], keep: Sequence[str]) -> None:
                         _refuse_optimizer(replaced[id(tensor)], type(candidate).__name__)
 
 
-def _held_elsewhere(slots: Sequence[Slot]) -> list[Slot]:
-    """Return those whose tensor may be held by anything but the model and the slot."""
-    alone = _references(Slot("", nn.Parameter(torch.empty(0)), True, []))
-    return [slot for slot in slots if _references(slot) > alone]
+def _held_elsewhere(refs: Sequence[TensorRef]) -> list[TensorRef]:
+    """Return those whose tensor may be held by anything but the model and the ref."""
+    alone = _references(TensorRef("", nn.Parameter(torch.empty(0)), True, []))
+    return [ref for ref in refs if _references(ref) > alone]
 
 
-def _references(slot: Slot) -> int:
+def _references(ref: TensorRef) -> int:
     """Return how many references there are beside those of the modules; a shallow copy shares the original's."""
-    of_modules = {(id(module._parameters), name) for module, name in slot.places}
-    return sys.getrefcount(slot.tensor) - len(of_modules)
+    of_modules = {(id(module._parameters), name) for module, name in ref.owners}
+    return sys.getrefcount(ref.tensor) - len(of_modules)
 
 
-def _stays(slot: Slot, keep: Sequence[str]) -> bool:
+def _stays(ref: TensorRef, keep: Sequence[str]) -> bool:
     """Whether the parameter is the same object afterwards."""
-    if slot.tensor.dtype != torch.float32:
-        return not slot.tensor.is_floating_point()
-    return not slot.is_weight or slot.learns or any(matches(slot.name, pattern) for pattern in keep)
+    if ref.tensor.dtype != torch.float32:
+        return not ref.tensor.is_floating_point()
+    return not ref.is_weight or ref.learns or any(matches(ref.name, pattern) for pattern in keep)
 
 
-def _refuse_optimizer(slot: Slot, optimizer: str) -> NoReturn:
-    if not slot.tensor.requires_grad:
+def _refuse_optimizer(ref: TensorRef, optimizer: str) -> NoReturn:
+    if not ref.tensor.requires_grad:
         raise UpcastError(
-            f"a {optimizer} optimizer holds {slot.name}, which is frozen: it would keep the weight's old numbers in "
+            f"a {optimizer} optimizer holds {ref.name}, which is frozen: it would keep the weight's old numbers in "
             "memory beside float16's. Build it from [p for p in model.parameters() if p.requires_grad]."
         )
-    becomes = "float32, as a new parameter" if slot.learns else "float16 and is frozen"
+    becomes = "float32, as a new parameter" if ref.learns else "float16 and is frozen"
     raise UpcastError(
-        f"{slot.name} requires grad and a {optimizer} optimizer holds it; patching stores it in {becomes}. Delete the "
+        f"{ref.name} requires grad and a {optimizer} optimizer holds it; patching stores it in {becomes}. Delete the "
         "optimizer, or patch the model before creating one for the parameters that still require grad."
     )

@@ -16,15 +16,15 @@ from upcast.core.errors import UpcastError, describe
 from upcast.core.extensions import Extension
 from upcast.core.memory_layout import to_float32
 from upcast.core.pages import Memory
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.core.torch_modes import ordinary, outside_inference_mode
 from upcast.kernels.rounding import Rounding, survey, to_half
 from upcast.patching import hooks, pieces, transaction
 from upcast.patching import trainable as learning
-from upcast.patching.discovery import check_patterns, prepare, slots
+from upcast.patching.discovery import check_patterns, prepare, refs
 from upcast.patching.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
-from upcast.patching.plan import KEEP, WIDEN, Change, Plan, change_of, settle
-from upcast.patching.transaction import Places, Record, places, take_back
+from upcast.patching.plan import KEEP, WIDEN, Change, Plan, change_of, decisions
+from upcast.patching.transaction import Assignments, Record, assignments, take_back
 from upcast.policy import fingerprint, module_scope
 from upcast.policy import policy as policies
 from upcast.policy.module_scope import Selection
@@ -69,26 +69,26 @@ def unpatch(model: Model) -> Model:
         return model
     found = patched_parts_of(model)
     with outside_inference_mode():
-        transaction.unpatch([part.module for part in found], *_restored_places(roots_of(model).values(), found))
+        transaction.unpatch([part.module for part in found], *_restored(roots_of(model).values(), found))
     for part in found:
         console.say(_loss(part.record.plan))
     return model
 
 
-def _restored_places(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple[Places, Places]:
+def _restored(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple[Assignments, Assignments]:
     """Return the tensors as they were before the patch, and those that are there now.
 
     For every place that holds them, also where parts share them.
     """
-    held = {id(slot.tensor): slot for root in roots for slot in slots(root)}
+    held = {id(ref.tensor): ref for root in roots for ref in refs(root)}
     done: set[int] = set()
-    restored, present = Places(), Places()
-    for slot, record in ((slot, part.record) for part in parts for slot in slots(part.module)):
-        tensor = None if id(slot.tensor) in done else _restored(slot, record)
+    restored, present = Assignments(), Assignments()
+    for ref, record in ((ref, part.record) for part in parts for ref in refs(part.module)):
+        tensor = None if id(ref.tensor) in done else _before(ref, record)
         if tensor is not None:
-            done.add(id(slot.tensor))  # it lives as long as ``held`` does
-            restored += _places(held[id(slot.tensor)], tensor)
-            present += places(held[id(slot.tensor)], slot.tensor)
+            done.add(id(ref.tensor))  # it lives as long as ``held`` does
+            restored += _assignments(held[id(ref.tensor)], tensor)
+            present += assignments(held[id(ref.tensor)], ref.tensor)
     return restored, present
 
 
@@ -102,7 +102,7 @@ def borrowed(
     they come back before it can step.
     """
     prepared = _prepared(model, policy, keep, kv_cache, trial=trial)
-    originals = Places()
+    originals = Assignments()
     try:
         yield _patch(*prepared, originals=originals)
         take_back(prepared[0], originals)
@@ -114,13 +114,13 @@ def borrowed(
 def is_patched(module: nn.Module) -> bool:
     """Whether this module itself was given to `patch` (not one around or inside it)."""
     record = module.__dict__.get(RECORD)
-    return isinstance(record, Record) and record.settle(module)
+    return isinstance(record, Record) and record.recover(module)
 
 
 def record_of(root: nn.Module) -> Record:
     """Return what `patch` noted on ``root``; raise UpcastError when it is not patched."""
     record = root.__dict__.get(RECORD)
-    if isinstance(record, Record) and record.settle(root):
+    if isinstance(record, Record) and record.recover(root):
         return record
     pieces.refuse(root)
     inner = next(iter(parts_of(root)), None)
@@ -168,7 +168,7 @@ def adopt(
 def check(root: nn.Module, policy: Choice, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> None:
     """Raise what `adopt` would of a model whose weights a loader is about to read, where that can be known by then."""
     kernels.active()
-    check_patterns(root, slots(root), keep, trainable)
+    check_patterns(root, refs(root), keep, trainable)
     module_scope.check(root, policies.resolve(policy, check=functools.partial(fingerprint.check, root, loaded=False)))
 
 
@@ -180,7 +180,7 @@ def _prepared(
     trainable: Sequence[str] = (),
     *,
     trial: bool = False,
-) -> tuple[nn.Module, list[Slot], list[str], Policy]:
+) -> tuple[nn.Module, list[TensorRef], list[str], Policy]:
     """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
     kernels.active()  # an impossible choice is refused before anything changes
     if kv_cache is not None:
@@ -211,49 +211,49 @@ class _Weights:
         self._half, rounding = to_half(tensor.detach(), self._memory)
         return rounding
 
-    def make(self, slot: Slot, action: str, twin: Slot | None) -> Tensor | None:
+    def make(self, ref: TensorRef, action: str, alias: TensorRef | None) -> Tensor | None:
         """Return the new tensor, or None for one that is kept."""
         half, self._half = self._half, None
         if action == WIDEN:
-            return _widened(slot)
+            return _widened(ref)
         if action == KEEP:
             return None
-        if twin is not None:
-            half = self._made[twin.name].stored
+        if alias is not None:
+            half = self._made[alias.name].stored
         elif half is None:
-            half = ordinary(slot.tensor.detach())
-        weight = parameter(half, self.fallbacks, slot.wants_grad)
-        if twin is not None:
-            weight.store.share(self._made[twin.name].store)
-        self._made[slot.name] = weight
+            half = ordinary(ref.tensor.detach())
+        weight = parameter(half, self.fallbacks, ref.wants_grad)
+        if alias is not None:
+            weight.store.share(self._made[alias.name].store)
+        self._made[ref.name] = weight
         return weight
 
 
 @outside_inference_mode()
 def _patch(
     root: nn.Module,
-    found: Sequence[Slot],
+    found: Sequence[TensorRef],
     keep: Sequence[str],
     policy: Policy,
     known: Mapping[str, tuple[torch.dtype, Rounding]] | None = None,
     *,
-    originals: Places | None = None,
+    originals: Assignments | None = None,
     watcher: Watcher | None = None,
 ) -> Record:
     """Patch ``root``, all or nothing; what is replaced comes into ``originals`` as well, before it is."""
-    weights, tensors = _Weights(type(root).__name__), Places()
-    originals = Places() if originals is None else originals
+    weights, tensors = _Weights(type(root).__name__), Assignments()
+    originals = Assignments() if originals is None else originals
     changes: dict[str, Change] = {}
-    for slot, action, reason, rounding, twin in settle(found, keep, weights.look):
-        new = weights.make(slot, action, twin)
+    for ref, action, reason, rounding, alias in decisions(found, keep, weights.look):
+        new = weights.make(ref, action, alias)
         if new is not None:
-            tensors += _places(slot, new)
-            originals += places(slot, slot.tensor)
-        change = change_of(slot, action, reason, rounding)
-        if known and slot.name in known:
-            dtype, lost = known[slot.name]
-            change = replace(change, dtype=dtype, rounding=lost, bytes_before=slot.tensor.numel() * dtype.itemsize)
-        changes[slot.name] = change
+            tensors += _assignments(ref, new)
+            originals += assignments(ref, ref.tensor)
+        change = change_of(ref, action, reason, rounding)
+        if known and ref.name in known:
+            dtype, lost = known[ref.name]
+            change = replace(change, dtype=dtype, rounding=lost, bytes_before=ref.tensor.numel() * dtype.itemsize)
+        changes[ref.name] = change
         if isinstance(new, HalfWeight):
             new.store.before = change.dtype
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + extensions.remarks(root))
@@ -287,23 +287,23 @@ def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> 
         console.say(f"{type(root).__name__} runs without its fast ways for {extension.name}: {describe(error)}")
 
 
-def _widened(slot: Slot) -> Tensor:
-    wide = to_float32(slot.tensor.detach())
-    return nn.Parameter(wide, slot.tensor.requires_grad) if slot.is_parameter else wide
+def _widened(ref: TensorRef) -> Tensor:
+    wide = to_float32(ref.tensor.detach())
+    return nn.Parameter(wide, ref.tensor.requires_grad) if ref.is_parameter else wide
 
 
-def _places(slot: Slot, new: Tensor) -> Places:
+def _assignments(ref: TensorRef, new: Tensor) -> Assignments:
     """Return where ``new`` goes; what users hung on a parameter goes with it."""
-    if slot.is_parameter:
-        new.__dict__.update({key: value for key, value in vars(slot.tensor).items() if key not in OURS})
-    return places(slot, new)
+    if ref.is_parameter:
+        new.__dict__.update({key: value for key, value in vars(ref.tensor).items() if key not in OURS})
+    return assignments(ref, new)
 
 
-def _restored(slot: Slot, record: Record) -> Tensor | None:
+def _before(ref: TensorRef, record: Record) -> Tensor | None:
     """Return the tensor as it was before the patch, or None when the patch did not change it."""
-    change = next((change for change in record.plan.changes if change.name == slot.name), None)
+    change = next((change for change in record.plan.changes if change.name == ref.name), None)
     dtype = torch.float32 if change is None else change.dtype
-    tensor = slot.tensor
+    tensor = ref.tensor
     if isinstance(tensor, HalfWeight) and tensor.reclaim():
         if dtype == torch.float16:
             tensor.store.unshare()  # an equal weight's numbers are its own again
@@ -316,7 +316,7 @@ def _restored(slot: Slot, record: Record) -> Tensor | None:
             return None
     else:
         return None
-    return nn.Parameter(plain, tensor.requires_grad) if slot.is_parameter else plain
+    return nn.Parameter(plain, tensor.requires_grad) if ref.is_parameter else plain
 
 
 def say(record: Record) -> None:

@@ -21,7 +21,7 @@ from upcast.core.module_tree import modules
 from upcast.kernels import native, transforms
 from upcast.tensor import autocast, genuine
 from upcast.tensor.genuine import bound
-from upcast.tensor.half_weight import HalfWeight, settled
+from upcast.tensor.half_weight import HalfWeight, resolved
 
 # Looked up once: a call costs little more than its lookups.
 _traced, _dynamo, _autocast = torch.compiler.is_compiling, transforms.dynamo, autocast.enabled
@@ -85,7 +85,7 @@ class LinearForward(Forward):
 def _like(input: Any, weight: Any) -> Any:
     """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
     if type(weight) is HalfWeight and weight.store.half is None:
-        settled((weight,), {})
+        resolved((weight,), {})
     if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or _autocast():
         return input
     halved = type(input) is Tensor and input.dtype in (torch.float16, torch.bfloat16)

@@ -50,7 +50,7 @@ def _found(roots: dict[str, nn.Module]) -> Iterator[Part]:
     for prefix, root in roots.items():
         for name, module in named_modules(root):
             record = module.__dict__.get(RECORD)
-            if record is not None and record.settle(module):
+            if record is not None and record.recover(module):
                 yield Part(".".join(filter(None, (prefix, name))), module, record)
 
 
@@ -58,7 +58,7 @@ def took_back(model: object) -> bool:
     """Take back every patch in ``model`` that was cut short, and its way back too; return whether there was one."""
     inside = [module for root in roots_of(model).values() for module in modules(root)]
     records = [(module, module.__dict__[RECORD]) for module in inside if RECORD in module.__dict__]
-    whole = [record.settle(module) for module, record in records]
+    whole = [record.recover(module) for module, record in records]
     return not all(whole)
 
 

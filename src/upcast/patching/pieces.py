@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from upcast import kernels
 from upcast.core import console
 from upcast.core.errors import UpcastError
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.patching import transaction
-from upcast.patching.discovery import slots
+from upcast.patching.discovery import refs
 from upcast.patching.parts import parts_of, roots_of
 from upcast.tensor import materialize
 from upcast.tensor.half_weight import HalfWeight
@@ -23,11 +23,11 @@ _UNPATCHED = "a piece of the model was unpatched"
 
 def weights_of(root: nn.Module) -> dict[str, HalfWeight]:
     """Return the weights of ``root`` that are stored in float16, by their names in it."""
-    return {slot.name: slot.tensor for slot in slots(root) if _in_float16(slot)}  # type: ignore[misc]
+    return {ref.name: ref.tensor for ref in refs(root) if _in_float16(ref)}  # type: ignore[misc]
 
 
-def _in_float16(slot: Slot) -> bool:
-    return isinstance(slot.tensor, HalfWeight) and slot.tensor.reclaim()
+def _in_float16(ref: TensorRef) -> bool:
+    return isinstance(ref.tensor, HalfWeight) and ref.tensor.reclaim()
 
 
 def pieces_of(model: object) -> dict[nn.Module, dict[str, HalfWeight]]:
@@ -86,9 +86,9 @@ def _restore(wanted: Sequence[tuple[Tensor, torch.dtype]]) -> None:
 
 def _report(root: nn.Module, weights: dict[str, HalfWeight]) -> str:
     first = next(iter(weights.values()))
-    others = [slot for slot in slots(root) if slot.is_parameter and slot.name not in weights]
+    others = [ref for ref in refs(root) if ref.is_parameter and ref.name not in weights]
     rows = [(name, _shape(weight), "float16") for name, weight in weights.items()]
-    rows += [(slot.name, _shape(slot.tensor), str(slot.tensor.dtype).removeprefix("torch.")) for slot in others]
+    rows += [(ref.name, _shape(ref.tensor), str(ref.tensor.dtype).removeprefix("torch.")) for ref in others]
     size = console.megabytes(sum(weight.stored.nbytes for weight in weights.values()))
     return "\n".join(
         [

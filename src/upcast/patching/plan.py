@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from upcast.core import console, extensions, memory_layout
 from upcast.core.pattern import matches
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.kernels.rounding import Rounding, measure, survey
 from upcast.patching import trainable as learning
-from upcast.patching.discovery import prepare, slots
+from upcast.patching.discovery import prepare, refs
 from upcast.patching.parts import Part, parts_of, roots_of
 
 CONVERT = "convert"  # rounded to float16
@@ -105,21 +105,21 @@ def _row(change: Change) -> tuple[str, ...]:
     )
 
 
-def decide(slot: Slot, keep: Sequence[str], widen_float64: bool) -> tuple[str, str]:
-    """Return (action, reason) for a slot, from its kind and shape alone (not from its numbers)."""
-    tensor = slot.tensor
-    if any(isinstance(module, torch.jit.ScriptModule) for module, _ in slot.places):
+def decide(ref: TensorRef, keep: Sequence[str], widen_float64: bool) -> tuple[str, str]:
+    """Return (action, reason) for a ref, from its kind and shape alone (not from its numbers)."""
+    tensor = ref.tensor
+    if any(isinstance(module, torch.jit.ScriptModule) for module, _ in ref.owners):
         return KEEP, "compiled by TorchScript"
-    if not slot.is_parameter:
+    if not ref.is_parameter:
         return _decide_buffer(tensor, widen_float64)
     unsupported = _unsupported(tensor)
     if unsupported:
         return KEEP, unsupported
-    if slot.learns:
+    if ref.learns:
         return (KEEP if tensor.dtype == torch.float32 else WIDEN), "it learns"
     if memory_layout.is_expanded(tensor):
         return _to_float32(tensor), "expanded"
-    pattern = next((p for p in keep if matches(slot.name, p)), None)
+    pattern = next((p for p in keep if matches(ref.name, p)), None)
     if pattern is None and tensor.dim() >= 2:
         return (WRAP, "float16 already") if tensor.dtype == torch.float16 else (CONVERT, "a weight")
     reason = f"matches keep pattern {pattern!r}" if pattern is not None else "a vector"
@@ -150,68 +150,68 @@ def _unsupported(tensor: Tensor) -> str:
     return ""
 
 
-def relevant(slot: Slot) -> bool:
-    """Whether a slot belongs in the table: every parameter, and the buffers that may change."""
-    return slot.is_parameter or slot.tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
+def relevant(ref: TensorRef) -> bool:
+    """Whether a ref belongs in the table: every parameter, and the buffers that may change."""
+    return ref.is_parameter or ref.tensor.dtype in (torch.float16, torch.bfloat16, torch.float64)
 
 
-def settle(
-    found: Sequence[Slot], keep: Sequence[str], look: Callable[[Tensor], Rounding] = survey
-) -> Iterator[tuple[Slot, str, str, Rounding, Slot | None]]:
-    """Yield (slot, action, reason, its numbers as ``look`` finds them, twin) for the slots that belong in the table.
+def decisions(
+    found: Sequence[TensorRef], keep: Sequence[str], look: Callable[[Tensor], Rounding] = survey
+) -> Iterator[tuple[TensorRef, str, str, Rounding, TensorRef | None]]:
+    """Yield (ref, action, reason, its numbers as ``look`` finds them, alias) for the refs that belong in the table.
 
     ``look`` is called with what may go to float16, and with one of equal tensors only.
     """
-    widen_float64 = any(slot.is_parameter and slot.tensor.dtype == torch.float64 for slot in found)
-    twins, known = Twins(), dict[str, Rounding]()
-    for slot in filter(relevant, found):
-        action, reason = decide(slot, keep, widen_float64)
-        numbers, twin = Rounding(), None
+    widen_float64 = any(ref.is_parameter and ref.tensor.dtype == torch.float64 for ref in found)
+    aliases, known = Aliases(), dict[str, Rounding]()
+    for ref in filter(relevant, found):
+        action, reason = decide(ref, keep, widen_float64)
+        numbers, alias = Rounding(), None
         if action in IN_FLOAT16:
-            twin = twins.find(slot)
-            numbers = known[slot.name] = look(slot.tensor) if twin is None else known[twin.name]
+            alias = aliases.find(ref)
+            numbers = known[ref.name] = look(ref.tensor) if alias is None else known[alias.name]
             if not numbers.fits:
-                (action, reason), twin = _left_in_float32(slot, numbers), None
-            elif twin is not None:
-                action, reason = SHARE, f"equal to {twin.name}"
-        yield slot, action, reason, numbers, twin
+                (action, reason), alias = _left_in_float32(ref, numbers), None
+            elif alias is not None:
+                action, reason = SHARE, f"equal to {alias.name}"
+        yield ref, action, reason, numbers, alias
 
 
-def _left_in_float32(slot: Slot, numbers: Rounding) -> tuple[str, str]:
+def _left_in_float32(ref: TensorRef, numbers: Rounding) -> tuple[str, str]:
     found = []
     if numbers.out_of_range:
         found.append(f"{numbers.out_of_range} values beyond 65504")
     if numbers.nonfinite:
         found.append(f"{numbers.nonfinite} values not finite")
-    return _to_float32(slot.tensor), " and ".join(found)
+    return _to_float32(ref.tensor), " and ".join(found)
 
 
-def change_of(slot: Slot, action: str, reason: str, rounding: Rounding) -> Change:
-    """Return the table's row for a slot."""
-    tensor, elements = slot.tensor, slot.tensor.numel()
+def change_of(ref: TensorRef, action: str, reason: str, rounding: Rounding) -> Change:
+    """Return the table's row for a ref."""
+    tensor, elements = ref.tensor, ref.tensor.numel()
     before = elements * tensor.element_size()
     after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, WIDEN: 4 * elements, KEEP: before}[action]
-    return Change(slot.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
+    return Change(ref.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
 
 
 _ALIKE = 16  # weights that may begin alike and differ
 
 
-class Twins:
+class Aliases:
     """Finds weights that are bitwise equal, so that they can share one storage."""
 
     def __init__(self) -> None:
-        self._seen: dict[tuple[object, ...], list[Slot]] = {}
+        self._seen: dict[tuple[object, ...], list[TensorRef]] = {}
 
-    def find(self, slot: Slot) -> Slot | None:
-        """Return an earlier slot with the same bits, if there is one; remember this one otherwise."""
-        tensor = slot.tensor
+    def find(self, ref: TensorRef) -> TensorRef | None:
+        """Return an earlier ref with the same bits, if there is one; remember this one otherwise."""
+        tensor = ref.tensor
         earlier = self._seen.setdefault((tensor.shape, tensor.dtype, _sample(tensor)), [])
         for other in earlier:
             if _bits_equal(other.tensor, tensor):
                 return other
         if len(earlier) < _ALIKE:  # or a file of weights that begin alike would take the square of its size in time
-            earlier.append(slot)
+            earlier.append(ref)
         return None
 
 
@@ -248,17 +248,17 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + extensions.remarks(root))
 
 
-def _changes(found: Sequence[Slot], keep: Sequence[str]) -> tuple[Change, ...]:
-    return tuple(change_of(*settled[:4]) for settled in settle(found, keep, measure))
+def _changes(found: Sequence[TensorRef], keep: Sequence[str]) -> tuple[Change, ...]:
+    return tuple(change_of(*decision[:4]) for decision in decisions(found, keep, measure))
 
 
 def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str]) -> Plan:
     """Return what was done to the parts that are patched, and what `patch` would do to each of the others alone."""
     roots = roots_of(model)
     changes = [_under(part.name, change) for part in parts for change in part.record.plan.changes]
-    inside = {id(slot.tensor) for part in parts for slot in slots(part.module)}
+    inside = {id(ref.tensor) for part in parts for ref in refs(part.module)}
     for name, root in roots.items():
-        rest = [slot for slot in slots(root) if id(slot.tensor) not in inside]
+        rest = [ref for ref in refs(root) if id(ref.tensor) not in inside]
         learning.mark(root, rest, trainable)
         changes += [_under(name, change) for change in _changes(rest, keep)]
     said = tuple(line for part in parts for line in part.record.plan.remarks)

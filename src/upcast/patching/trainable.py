@@ -12,7 +12,7 @@ from upcast.core import extensions
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import named_modules
 from upcast.core.pattern import matches
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 
 _INFERENCE = (
     "inference: {share} of the weights require grad, as in every fresh model, so none is taken to learn; "
@@ -20,34 +20,34 @@ _INFERENCE = (
 )
 
 
-def mark(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str]) -> None:
-    """Set ``learns`` of the slots. With patterns, what matches and requires grad learns; else `_for_inference` decides.
+def mark(root: nn.Module, found: Sequence[TensorRef], trainable: Sequence[str]) -> None:
+    """Set ``learns`` of the refs. With patterns, what matches and requires grad learns; else `_for_inference` decides.
 
     Raises:
         UpcastError: patterns that name no parameter that requires grad.
     """
     inference = not trainable and _for_inference(root, found)
-    for slot in found:
-        wanted = not trainable or any(matches(slot.name, pattern) for pattern in trainable)
-        slot.learns = slot.is_parameter and slot.tensor.requires_grad and wanted and not inference
-        slot.wants_grad = slot.is_parameter and slot.tensor.requires_grad and inference
-    if trainable and not any(slot.learns for slot in found):
+    for ref in found:
+        wanted = not trainable or any(matches(ref.name, pattern) for pattern in trainable)
+        ref.learns = ref.is_parameter and ref.tensor.requires_grad and wanted and not inference
+        ref.wants_grad = ref.is_parameter and ref.tensor.requires_grad and inference
+    if trainable and not any(ref.learns for ref in found):
         raise UpcastError(
             f"trainable={list(trainable)!r} leaves nothing to train in {type(root).__name__}: none of these parameters "
             "requires grad. Call requires_grad_(True) on them first, or leave trainable= out for inference."
         )
 
 
-def check(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str] = ()) -> None:
+def check(root: nn.Module, found: Sequence[TensorRef], trainable: Sequence[str] = ()) -> None:
     """Raise UpcastError if all weights of the model are to be trained, or some on top of a quantized base."""
-    weights = [slot for slot in found if slot.is_weight]
-    if trainable and weights and all(slot.learns for slot in weights):
+    weights = [ref for ref in found if ref.is_weight]
+    if trainable and weights and all(ref.learns for ref in weights):
         raise UpcastError(
             f"trainable={list(trainable)!r} names all weights of {type(root).__name__}; small steps are lost in "
             "float16, so weights that learn stay in float32 and nothing would be stored in float16. Train it in "
             "float32; or freeze the base (requires_grad_(False)) and train adapters."
         )
-    quantized = _quantized(root, found) if any(slot.learns for slot in found) else ""
+    quantized = _quantized(root, found) if any(ref.learns for ref in found) else ""
     if quantized:
         raise UpcastError(
             f"{quantized} of {type(root).__name__} is quantized, and adapters are to learn on top of it; upcast trains "
@@ -56,12 +56,12 @@ def check(root: nn.Module, found: Sequence[Slot], trainable: Sequence[str] = ())
         )
 
 
-def remarks(root: nn.Module, found: Sequence[Slot]) -> tuple[str, ...]:
+def remarks(root: nn.Module, found: Sequence[TensorRef]) -> tuple[str, ...]:
     """Return a line for the foot of the plan: how much learns, or why nothing does though it requires grad."""
-    weights = [slot for slot in found if slot.is_weight]
-    learning = sum(slot.tensor.numel() for slot in found if slot.learns)
+    weights = [ref for ref in found if ref.is_weight]
+    learning = sum(ref.tensor.numel() for ref in found if ref.learns)
     if learning:
-        total = sum(slot.tensor.numel() for slot in found if slot.is_parameter)
+        total = sum(ref.tensor.numel() for ref in found if ref.is_parameter)
         return (f"training: {learning:,} of {total:,} parameters learn, in float32",)
     share = _share(weights)
     if _for_inference(root, found):
@@ -69,32 +69,32 @@ def remarks(root: nn.Module, found: Sequence[Slot]) -> tuple[str, ...]:
     return ()
 
 
-def _quantized(root: nn.Module, found: Sequence[Slot]) -> str:
+def _quantized(root: nn.Module, found: Sequence[TensorRef]) -> str:
     """Return the name of a weight that holds integers in place of numbers, or an empty string."""
-    for slot in found:
-        tensor = slot.tensor
+    for ref in found:
+        tensor = ref.tensor
         integers = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dim() >= 2
-        packed = slot.name.rpartition(".")[2] == "qweight"  # GPTQ's and AWQ's are buffers
+        packed = ref.name.rpartition(".")[2] == "qweight"  # GPTQ's and AWQ's are buffers
         if (
             tensor.is_quantized
             or type(tensor).__module__.startswith("torchao")
-            or (integers and (slot.is_parameter or packed))
+            or (integers and (ref.is_parameter or packed))
         ):
-            return slot.name
+            return ref.name
     ours = "torch.ao.nn.quantized"  # their weights are neither parameters nor buffers
     return next((name for name, module in named_modules(root) if type(module).__module__.startswith(ours)), "")
 
 
-def _for_inference(root: nn.Module, found: Sequence[Slot]) -> bool:
+def _for_inference(root: nn.Module, found: Sequence[TensorRef]) -> bool:
     """All weights require grad; or most, in eval mode: some models freeze a table of positions and nothing else."""
-    share = _share([slot for slot in found if slot.is_weight])
+    share = _share([ref for ref in found if ref.is_weight])
     return share == 1 or (share > 0.5 and not _trains(root))
 
 
-def _share(weights: Sequence[Slot]) -> float:
+def _share(weights: Sequence[TensorRef]) -> float:
     """Return which part of the numbers in the weights requires grad."""
-    total = sum(slot.tensor.numel() for slot in weights)
-    return sum(slot.tensor.numel() for slot in weights if slot.tensor.requires_grad) / total if total else 0.0
+    total = sum(ref.tensor.numel() for ref in weights)
+    return sum(ref.tensor.numel() for ref in weights if ref.tensor.requires_grad) / total if total else 0.0
 
 
 def _trains(root: nn.Module) -> bool:

@@ -17,7 +17,7 @@ from upcast.core import extensions, forward_override
 from upcast.core.errors import UpcastError
 from upcast.core.extensions import Extension
 from upcast.core.module_tree import modules
-from upcast.core.tensor_ref import Slot, set_tensor
+from upcast.core.tensor_ref import TensorRef, set_tensor
 from upcast.patching import hooks
 from upcast.patching.parts import RECORD
 from upcast.patching.plan import Plan
@@ -26,7 +26,7 @@ from upcast.policy.module_scope import Selection
 from upcast.policy.policy import Policy
 from upcast.tensor.store import Fallbacks
 
-Places = list[tuple[nn.Module, str, Tensor]]
+Assignments = list[tuple[nn.Module, str, Tensor]]
 
 
 @dataclass
@@ -37,10 +37,10 @@ class Record:
     fallbacks: Fallbacks
     policy: Policy
     selection: Selection | None  # None: the policy intercepts nothing
-    originals: Places | None = None  # what was replaced, while the model is on its way; None: the patch is whole
+    originals: Assignments | None = None  # what was replaced, while the model is on its way; None: the patch is whole
     thread: int = 0  # which is on that way
 
-    def settle(self, root: nn.Module) -> bool:
+    def recover(self, root: nn.Module) -> bool:
         """Take ``root`` back if a patch was cut short, and the way back too; return whether the patch is whole.
 
         Raises:
@@ -57,18 +57,20 @@ class Record:
         return False
 
 
-def places(slot: Slot, tensor: Tensor) -> Places:
-    """Return every place of ``slot``, with what is to be there."""
-    return [(module, name, tensor) for module, name in slot.places]
+def assignments(ref: TensorRef, tensor: Tensor) -> Assignments:
+    """Return every place of ``ref``, with what is to be there."""
+    return [(module, name, tensor) for module, name in ref.owners]
 
 
-def put(tensors: Places) -> None:
-    """Put tensors at their places; twice is as good as once."""
+def put(tensors: Assignments) -> None:
+    """Give tensors to their owners; twice is as good as once."""
     for module, name, tensor in tensors:
         set_tensor(module, name, tensor)
 
 
-def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, install: Callable[[], None]) -> None:
+def patch(
+    root: nn.Module, record: Record, tensors: Assignments, originals: Assignments, install: Callable[[], None]
+) -> None:
     """Put ``tensors`` into ``root`` and call ``install``; all of it, or the originals are back and nothing is left."""
     record.originals, record.thread = originals, threading.get_ident()
     try:
@@ -82,13 +84,13 @@ def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, i
             take_back(root, originals)
         raise
     if standing is not record:
-        standing.settle(root)
+        standing.recover(root)
         raise UpcastError(
             f"another thread has just patched this {type(root).__name__}; one patch is enough. Use the model as it is."
         )
 
 
-def take_back(root: nn.Module, originals: Places) -> None:
+def take_back(root: nn.Module, originals: Assignments) -> None:
     """Give ``root`` the tensors that it had before the patch, however much of that was done; the record goes last."""
     record = root.__dict__.get(RECORD)
     if isinstance(record, Record):
@@ -98,7 +100,7 @@ def take_back(root: nn.Module, originals: Places) -> None:
     root.__dict__.pop(RECORD, None)
 
 
-def unpatch(roots: Sequence[nn.Module], tensors: Places, present: Places) -> None:
+def unpatch(roots: Sequence[nn.Module], tensors: Assignments, present: Assignments) -> None:
     """Put ``tensors`` in place of those that are ``present``, and take away all that `patch` installed in ``roots``.
 
     Until all tensors are there the way leads back, and then on. A second interruption leaves a model that is patched

@@ -120,7 +120,7 @@ class HalfWeight(torch.Tensor):
         if len(types) > 1 and not all(issubclass(kind, torch.Tensor) for kind in types):
             return NotImplemented  # what is no tensor, as one that is yet to be loaded, knows what it stands for
         if Store.dissolved:
-            args, kwargs = settled(args, kwargs or {})
+            args, kwargs = resolved(args, kwargs or {})
             if not any(isinstance(each, HalfWeight) for each in pytree.tree_leaves((args, kwargs))):
                 return func(*args, **kwargs)
         handler = HANDLERS.get(func)
@@ -253,19 +253,19 @@ class HalfWeight(torch.Tensor):
         return f"HalfWeight(float32 {shape} {where}:\n{self.memory()})"
 
 
-def settled(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def resolved(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the arguments of a torch function with ordinary tensors in place of dissolved weights."""
 
     def gone(value: Any) -> bool:
         return isinstance(value, HalfWeight) and value.store.half is None and not value.reclaim()
 
-    def settle(weight: Any) -> Any:
+    def resolve(weight: Any) -> Any:
         return materialize.alias(weight) if gone(weight) and not materialize.become(weight) else weight
 
     if not any(map(gone, pytree.tree_leaves((args, kwargs)))):
         return args, kwargs
-    settled_args, settled_kwargs = pytree.tree_map_only(HalfWeight, settle, (args, kwargs))
-    return settled_args, settled_kwargs
+    resolved_args, resolved_kwargs = pytree.tree_map_only(HalfWeight, resolve, (args, kwargs))
+    return resolved_args, resolved_kwargs
 
 
 def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from upcast.core.errors import UpcastError
 from upcast.tensor import materialize
-from upcast.tensor.half_weight import OTHERWISE, HalfWeight, settled
+from upcast.tensor.half_weight import OTHERWISE, HalfWeight, resolved
 
 _AUGMENTED = {torch.Tensor.add_, torch.Tensor.sub_, torch.Tensor.mul_, torch.Tensor.div_}  # += and its like
 _references: list[
@@ -36,8 +36,8 @@ def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if needed:
         for weight in needed:
             materialize.dissolve(weight, materialize.MEMORY)
-        return call_widened(func, *settled(args, kwargs))
-    return copies.settle(result)
+        return call_widened(func, *resolved(args, kwargs))
+    return copies.write_back(result)
 
 
 def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], copies: "_Copies") -> Any:
@@ -47,7 +47,7 @@ def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], copies
     result = func(*copies.widen(args), **copies.widen(kwargs))
     if hasattr(result, "wait"):
         result.wait()
-    return copies.settle(result, (args, kwargs))
+    return copies.write_back(result, (args, kwargs))
 
 
 def dispatch_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -59,7 +59,7 @@ def dispatch_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         )
     copies = _Copies(str(getattr(func, "__name__", func)))
     result = func(*copies.widen(args), **copies.widen(kwargs))
-    return copies.settle(result, _written(func, args, kwargs))
+    return copies.write_back(result, _written(func, args, kwargs))
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
@@ -131,7 +131,7 @@ class _Copies:
                 found += [] if owner is None else [owner]
         return found
 
-    def settle(self, result: Any, written: Any = ()) -> Any:
+    def write_back(self, result: Any, written: Any = ()) -> Any:
         """Write back what was written into copies, and return ``result`` with weights in place of them.
 
         ``written``: arguments of which it is known; of the others their version tells.

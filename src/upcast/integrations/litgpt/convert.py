@@ -1,6 +1,6 @@
-"""``python -m upcast convert``: a float16 twin of a LitGPT checkpoint, written tensor by tensor.
+"""``python -m upcast convert``: a float16 copy of a LitGPT checkpoint, written tensor by tensor.
 
-The twin grows in ``OUTPUT.partial`` (`upcast.checkpoint.output_folder`): the weights' file is laid out first, then
+The copy grows in ``OUTPUT.partial`` (`upcast.checkpoint.output_folder`): the weights' file is laid out first, then
 filled in place, with a journal of what is done, so that an interrupted conversion goes on where it was. It takes its
 final name when every checksum has been read back. What is rounded and what is not is decided by `upcast.patching.plan`,
 as for a model in memory.
@@ -36,10 +36,10 @@ from upcast.core import console, pages
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import memory, plain
 from upcast.core.pages import give_back_pages
-from upcast.core.tensor_ref import Slot
+from upcast.core.tensor_ref import TensorRef
 from upcast.integrations.litgpt.convert_source import Source, beside, checkpoint_folder, identity_of
 from upcast.kernels.rounding import Rounding, write_half
-from upcast.patching.plan import CONVERT, IN_FLOAT16, KEEP, WIDEN, Change, Plan, change_of, settle
+from upcast.patching.plan import CONVERT, IN_FLOAT16, KEEP, WIDEN, Change, Plan, change_of, decisions
 
 ROW = 1000  # bytes of the disk for what is noted about a tensor: in the plan, the journal, the manifest and the archive
 BLOCK = 4096  # bytes of the disk that a file may take beyond its own
@@ -47,16 +47,16 @@ BLOCK = 4096  # bytes of the disk that a file may take beyond its own
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the checkpoint and what becomes of it; ``twin`` names an earlier tensor with the same numbers."""
+    """One tensor of the checkpoint and what becomes of it; ``alias`` names an earlier tensor with the same numbers."""
 
     name: str
     action: str
     reason: str
-    twin: str | None
+    alias: str | None
 
 
 def convert(folder: Path, output: Path | None = None) -> str:
-    """Write a float16 twin of the LitGPT checkpoint in ``folder`` and return a report to print.
+    """Write a float16 copy of the LitGPT checkpoint in ``folder`` and return a report to print.
 
     Weights are rounded to nearest float16; vectors and what float16 cannot hold are stored in float32. The files
     beside the weights (config, tokenizer) are copied. Interrupted, it is resumed by the same call.
@@ -84,7 +84,7 @@ def convert(folder: Path, output: Path | None = None) -> str:
 
 
 def _twin(source: Source, partial: Partial) -> str:
-    """Write the twin, or the rest of it, and return the report."""
+    """Write the copy, or the rest of it, and return the report."""
     progress = console.Progress(_work(source.weights))
     try:
         changes = _whole(partial, source)
@@ -104,8 +104,8 @@ def _twin(source: Source, partial: Partial) -> str:
         partial.finish(source.folder)
     finally:
         progress.close()
-    with suppress(OSError):  # the twin stands; this makes it faster
-        pages.settle(partial.output / WEIGHTS)
+    with suppress(OSError):  # the copy stands; this makes it faster
+        pages.advise(partial.output / WEIGHTS)
     plan = Plan(source.folder.name, tuple(changes))
     console.say(f"converted {source.folder.name}", plan)
     return _report(plan, partial.output)
@@ -134,7 +134,7 @@ def _followed(output: Path) -> Path:
 
 
 def _already(folder: Path, output: Path) -> str | None:
-    """Return what to say when ``output`` is the twin; refuse it when it is the checkpoint itself, or taken."""
+    """Return what to say when ``output`` is the copy; refuse it when it is the checkpoint itself, or taken."""
     if output == folder:
         raise UpcastError(
             f"the output {output} is the checkpoint itself; nothing is overwritten. Name another folder with --output."
@@ -145,8 +145,8 @@ def _already(folder: Path, output: Path) -> str | None:
         return f"{output} is there already, converted from this checkpoint: nothing to do{but}"
     if os.path.lexists(output) and (not output.is_dir() or any(output.iterdir())):
         raise UpcastError(
-            f"{output} is there already, and is not a twin of this checkpoint as it is now; nothing is overwritten. "
-            "Delete it, or name another folder with --output."
+            f"{output} is there already, and is not a float16 copy of this checkpoint as it is now; nothing is "
+            "overwritten. Delete it, or name another folder with --output."
         )
     return None
 
@@ -180,10 +180,10 @@ def _planned(partial: Partial, source: Source, progress: console.Progress) -> li
         return None
     try:
         items = [Item(**row) for row in content["tensors"]]
-        firsts = {item.name for item in items if item.twin is None}
+        firsts = {item.name for item in items if item.alias is None}
     except (KeyError, TypeError):
         return None
-    sound = all(item.action in (*IN_FLOAT16, WIDEN, KEEP) and (item.twin or item.name) in firsts for item in items)
+    sound = all(item.action in (*IN_FLOAT16, WIDEN, KEEP) and (item.alias or item.name) in firsts for item in items)
     if not sound or [item.name for item in items] != list(source.weights):
         return None
     progress.phase("resuming")
@@ -214,11 +214,12 @@ def _survey(source: Source, progress: console.Progress) -> list[Item]:
     """Decide about every tensor; only the one that is looked at stays in memory."""
     progress.phase("surveying")
     items = []
-    for slot, action, reason, _, twin in settle([Slot(name, t, True, []) for name, t in source.weights.items()], ()):
-        items.append(Item(slot.name, action, reason, twin.name if twin else None))
-        for read in filter(None, (slot, twin)):
+    refs = [TensorRef(name, t, True, []) for name, t in source.weights.items()]
+    for ref, action, reason, _, alias in decisions(refs, ()):
+        items.append(Item(ref.name, action, reason, alias.name if alias else None))
+        for read in filter(None, (ref, alias)):
             give_back_pages(read.tensor)
-        progress.advance(slot.tensor.nbytes)
+        progress.advance(ref.tensor.nbytes)
     return items
 
 
@@ -232,9 +233,9 @@ def _lay_out(partial: Partial, source: Source, items: Sequence[Item], goes_on: b
     for item in items:
         tensor = source.weights[item.name]
         # never touched: torch.empty gives addresses, and memory only to who writes
-        made = state[item.twin] if item.twin else torch.empty(memory(tensor).shape, dtype=_dtype(item, tensor))
+        made = state[item.alias] if item.alias else torch.empty(memory(tensor).shape, dtype=_dtype(item, tensor))
         state[item.name] = made if memory(tensor) is tensor else made.as_strided(tensor.shape, tensor.stride())
-    sizes = [memory(state[item.name]).nbytes for item in items if not item.twin]
+    sizes = [memory(state[item.name]).nbytes for item in items if not item.alias]
     files = [sum(sizes), *(path.stat().st_size for path in beside(source.folder))]
     partial.needed = sum(size + BLOCK for size in [*files, *[0] * len(OWN)]) + ROW * len(items)
     if goes_on and _is_laid_out(partial.weights, sizes):
@@ -264,7 +265,7 @@ def _fill(partial: Partial, source: Source, items: Sequence[Item], progress: con
     written: dict[str, dict[str, Any]] = {}
     with partial.weights.open("r+b") as file, partial.journal.open("a") as journal:
         for item in items:
-            if item.twin is None:
+            if item.alias is None:
                 place, entry = next(places), known.get(item.name)
                 if entry is None or entry["crc32"] != zip_writer.checksum(file, place):
                     entry = _write_tensor(item, source.weights[item.name], file, place)
@@ -279,7 +280,7 @@ def _fill(partial: Partial, source: Source, items: Sequence[Item], progress: con
             source.weights[item.name],
             item.action,
             item.reason,
-            _rounding(written[item.twin or item.name], "flushed"),
+            _rounding(written[item.alias or item.name], "flushed"),
         )
         for item in items
     ]
@@ -308,7 +309,7 @@ def _rounding(row: dict[str, Any], flushed: str) -> Rounding:
 
 
 def _change(name: str, tensor: Tensor, action: str, reason: str, rounding: Rounding) -> Change:
-    return change_of(Slot(name, tensor, True, []), action, reason, rounding)
+    return change_of(TensorRef(name, tensor, True, []), action, reason, rounding)
 
 
 def _verify(partial: Partial, source: Source, progress: console.Progress) -> None:
@@ -324,13 +325,13 @@ def _verify(partial: Partial, source: Source, progress: console.Progress) -> Non
     except Exception as error:  # damaged archives fail in many ways
         partial.clear()
         raise UpcastError(
-            f"what was read back is not what was written ({error}); a twin must be whole. Check the disk, and convert "
+            f"what was read back is not what was written ({error}); a copy must be whole. Check the disk, and convert "
             "again: the broken file is deleted."
         ) from None
 
 
 def _gather(partial: Partial, source: Source, items: Sequence[Item], changes: Sequence[Change]) -> None:
-    """Copy the other files, and write the manifest: from here on the twin is whole."""
+    """Copy the other files, and write the manifest: from here on the copy is whole."""
     if identity_of(source.folder) != source.identity:
         partial.clear()
         raise UpcastError(
