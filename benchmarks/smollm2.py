@@ -174,8 +174,8 @@ def convert_weights(reader: Any, config: Config, progress: Progress | None = Non
 
     def read(name: str) -> NDArray[np.float32]:
         tensor = stored[name]
-        widened: NDArray[np.float32] = gguf.dequantize(tensor.data, tensor.tensor_type)
-        return widened
+        upcast: NDArray[np.float32] = gguf.dequantize(tensor.data, tensor.tensor_type)
+        return upcast
 
     embedding = _to_float16(read("token_embd.weight"))
     state = {

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from upcast.distributed import Group, join, leave
-from upcast.distributed.shared_memory import PLACE
+from upcast.distributed.shared_memory import SEGMENT
 
-SIZES = (1, 768, PLACE // 4, PLACE // 2 + 3, PLACE + 5)
+SIZES = (1, 768, SEGMENT // 4, SEGMENT // 2 + 3, SEGMENT + 5)
 
 mesh = join(timeout=120)
 ours, gloo = Group(mesh.get_group()), Group(mesh.get_group())

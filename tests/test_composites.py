@@ -107,7 +107,7 @@ def test_each_part_is_reported(folder: Path, make: Any, names: list[str]) -> Non
     model = make(folder)
     assert [part.name for part in parts_of(model)] == names
     text = upcast.report(model)
-    assert text.count("kernels: ") == text.count("widened whole: ") == len(names)
+    assert text.count("kernels: ") == text.count("upcast whole: ") == len(names)
     for name in filter(None, names):
         assert f"{name}: " in text
 

@@ -1,4 +1,4 @@
-"""HalfWeight is float32 to everyone who looks: every operation gives what the widened weight gives."""
+"""HalfWeight is float32 to everyone who looks: every operation gives what the upcast weight gives."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ TOKENS = torch.randn(7, 32)
 IDS = torch.tensor([[0, 5, 128], [1, 1, 7]])
 OFFSETS = torch.tensor([2, 2, 7], dtype=torch.int32)
 
-# name, shape of the weight, operation; none of these may widen the weight whole
+# name, shape of the weight, operation; none of these may upcast the weight whole
 HANDLED: list[tuple[str, tuple[int, ...], Callable[[Tensor], Tensor]]] = [
     ("linear", (129, 33), lambda w: F.linear(X, w)),
     ("linear with bias", (129, 33), lambda w: F.linear(X, w, torch.ones(129))),
@@ -163,7 +163,7 @@ def make(*shape: int) -> HalfWeight:
 @pytest.mark.parametrize(("shape", "operation"), [pytest.param(s, f, id=n) for n, s, f in HANDLED])
 def test_handled_without_a_float32_copy(shape: tuple[int, ...], operation: Callable[[Tensor], Tensor]) -> None:
     weight = make(*shape)
-    got, want = operation(weight), operation(weight.widened())
+    got, want = operation(weight), operation(weight.upcast())
     assert type(got) is Tensor
     assert got.dtype == want.dtype
     assert got.shape == want.shape
@@ -177,7 +177,7 @@ def test_views_stay_in_float16(operation: Callable[[Tensor], Tensor]) -> None:
     got = operation(weight)
     assert isinstance(got, HalfWeight)
     assert got.dtype == torch.float32
-    assert torch.equal(got.widened(), operation(weight.widened()))
+    assert torch.equal(got.upcast(), operation(weight.upcast()))
     assert got.stored.untyped_storage().data_ptr() == weight.stored.untyped_storage().data_ptr()
     assert weight.fallbacks.calls == {}
 
@@ -193,21 +193,21 @@ def _saved(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("operation", [pytest.param(f, id=n) for n, f in COPIED])
 def test_copies_are_ordinary_float32_tensors(operation: Callable[[Tensor], Tensor]) -> None:
     weight = make(129, 33)
-    got, want = operation(weight), operation(weight.widened())
+    got, want = operation(weight), operation(weight.upcast())
     assert type(got) is Tensor
     assert got.dtype == torch.float32
     assert got.stride() == want.stride()
     assert torch.equal(got, want)
-    before = weight.widened()
+    before = weight.upcast()
     got += 1e-6  # no rounding, and nothing arrives in the weight
     assert torch.equal(got, want + 1e-6)
-    assert torch.equal(weight.widened(), before)
+    assert torch.equal(weight.upcast(), before)
 
 
 @pytest.mark.parametrize("operation", [pytest.param(f, id=n) for n, f in FALLS_BACK])
 def test_anything_else_is_right_and_counted(operation: Callable[[Tensor], Tensor]) -> None:
     weight = make(129, 33)
-    got, want = operation(weight), operation(weight.widened())
+    got, want = operation(weight), operation(weight.upcast())
     assert type(got) is Tensor
     assert torch.equal(got, want)
     assert sum(weight.fallbacks.calls.values()) >= 1
@@ -219,7 +219,7 @@ def test_large_weights_are_widened_in_tiles(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("upcast.tensor.matmul_ops.TILE", 100)
     for name, shape, operation in HANDLED:
         weight = make(*shape)
-        assert relative_error(operation(weight), operation(weight.widened())) < 1e-6, name
+        assert relative_error(operation(weight), operation(weight.upcast())) < 1e-6, name
 
 
 def test_it_looks_like_a_float32_parameter_and_weighs_half() -> None:
@@ -249,7 +249,7 @@ INPLACE: list[tuple[str, Callable[[Tensor], object]]] = [
 @pytest.mark.parametrize("operation", [pytest.param(f, id=n) for n, f in INPLACE])
 def test_in_place_operations_write_through(operation: Callable[[Tensor], object], inference: bool) -> None:
     weight = make(7, 33)
-    want, storage = weight.widened(), weight.stored.data_ptr()
+    want, storage = weight.upcast(), weight.stored.data_ptr()
     with torch.inference_mode() if inference else torch.no_grad():
         operation(want)
         operation(weight)
@@ -266,7 +266,7 @@ def test_a_write_beyond_float16_makes_it_float32(value: float) -> None:
         lambda w: w.t().__setitem__((0, 1), value),
         lambda w: w.view(-1)[3:5].copy_(torch.tensor([value, 1.0])),
     ):
-        weight, want = make(7, 33), make(7, 33).widened()
+        weight, want = make(7, 33), make(7, 33).upcast()
         write(weight)
         write(want)
         assert torch.equal(weight.nan_to_num(), want.nan_to_num())
@@ -290,7 +290,7 @@ def test_gradients_flow_through_and_only_float16_is_saved() -> None:
     saved = y.grad_fn.next_functions[0][0].saved_tensors  # type: ignore[union-attr]
     assert [t.dtype for t in saved] == [torch.float16]
     y.square().sum().backward()
-    F.linear(reference, weight.widened()).square().sum().backward()
+    F.linear(reference, weight.upcast()).square().sum().backward()
     assert relative_error(x.grad, reference.grad) < 1e-6
     assert bias.grad is not None
     assert weight.fallbacks.calls == {}
@@ -304,7 +304,7 @@ def test_second_derivatives() -> None:
         (grad,) = torch.autograd.grad(F.linear(x, w).pow(3).sum(), x, create_graph=True)
         return torch.autograd.grad(grad.square().sum(), x)[0]
 
-    assert relative_error(penalty(weight), penalty(weight.widened())) < 1e-5
+    assert relative_error(penalty(weight), penalty(weight.upcast())) < 1e-5
 
 
 def test_only_float16_can_be_stored() -> None:
@@ -335,7 +335,7 @@ def test_a_bare_parameter_pickles_as_a_float32_parameter(wants: bool) -> None:
     for loaded in (_saved(weight), pickle.loads(pickle.dumps(weight))):
         assert type(loaded) is nn.Parameter
         assert loaded.requires_grad is wants
-        assert torch.equal(loaded, weight.widened())
+        assert torch.equal(loaded, weight.upcast())
     assert pickle.loads(pickle.dumps(weight)).mark == 7
 
 
@@ -352,8 +352,8 @@ def test_linear_equals_float32_linear_for_any_shape(m: int, n: int, k: int, tran
     stored = torch.randn((k, n) if transposed else (n, k), generator=generator).half()
     x = torch.randn(m, k, generator=generator)
     weight = HalfWeight(stored.t() if transposed else stored)
-    want = F.linear(x.double(), weight.widened().double())
-    torch_error = (F.linear(x, weight.widened()).double() - want).abs().sum()
+    want = F.linear(x.double(), weight.upcast().double())
+    torch_error = (F.linear(x, weight.upcast()).double() - want).abs().sum()
     assert (F.linear(x, weight).double() - want).abs().sum() <= 2 * torch_error + 1e-5
 
 

@@ -31,7 +31,7 @@ def by_hand(model: Any, mode: Any, tokens: int = 5, **options: Any) -> tuple[tor
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "encoder and decoder"])
-def test_a_cache_that_the_model_makes_is_narrowed_when_it_comes_back(kind: str, mode: Any) -> None:
+def test_a_cache_that_the_model_makes_is_downcast_when_it_comes_back(kind: str, mode: Any) -> None:
     model = lively(kind, "eager" if kind == "sinks" else "sdpa")
     want, before = by_hand(rounded(model), mode)
     upcast.patch(model)
@@ -252,8 +252,8 @@ def test_caches_of_other_kinds_are_left_alone() -> None:
     model = upcast.patch(lively("grouped heads"))
     cache = transformers.DynamicCache(config=model.config)
     cache.offloading = True
-    upcast.integrations.transformers.kv_cache.narrow(cache, set())
+    upcast.integrations.transformers.kv_cache.downcast(cache, set())
     assert {type(layer).__name__ for layer in cache.layers} == {"DynamicLayer"}
     windows = transformers.StaticCache(config=lively("sliding windows").config, max_cache_len=8)
-    upcast.integrations.transformers.kv_cache.narrow(windows, set())
+    upcast.integrations.transformers.kv_cache.downcast(windows, set())
     assert {type(layer).__name__ for layer in windows.layers} == {"StaticSlidingWindowLayer"}

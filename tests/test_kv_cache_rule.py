@@ -198,7 +198,7 @@ def generated(model: Any, **options: Any) -> tuple[Tensor, Any]:
 
 
 def by_hand(model: Any) -> tuple[Tensor, Any]:
-    """The model makes its cache itself, in float32; it is narrowed with the next token."""
+    """The model makes its cache itself, in float32; it is downcast with the next token."""
     with torch.no_grad():
         output, logits = model(IDS, use_cache=True), []
         for column in range(5):

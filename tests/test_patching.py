@@ -277,7 +277,7 @@ def test_65504_and_subnormals_are_stored() -> None:
     with torch.no_grad():
         model.weight.copy_(torch.tensor([[65504.0, -65504.0, 2.0**-24]]))
     upcast.patch(model)
-    assert torch.equal(model.weight.widened(), torch.tensor([[65504.0, -65504.0, 2.0**-24]]))
+    assert torch.equal(model.weight.upcast(), torch.tensor([[65504.0, -65504.0, 2.0**-24]]))
 
 
 @pytest.mark.parametrize(
@@ -351,7 +351,7 @@ def test_moving_to_the_cpu_copies_nothing() -> None:
 
 def test_in_place_scaling_is_rounded_once_or_goes_to_float32(capsys: pytest.CaptureFixture[str]) -> None:
     model = upcast.patch(nn.Linear(33, 7))
-    want = (model.weight.widened() / 4).half()
+    want = (model.weight.upcast() / 4).half()
     with torch.no_grad():
         model.weight.div_(4)
         assert torch.equal(model.weight.stored, want)

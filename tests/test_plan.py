@@ -6,7 +6,7 @@ from torch import nn
 
 import upcast
 from tests.test_patching import Net, snapshot
-from upcast.patching.plan import CONVERT, KEEP, SHARE, WIDEN, WRAP
+from upcast.patching.plan import CONVERT, KEEP, SHARE, UPCAST, WRAP
 
 pytestmark = pytest.mark.usefixtures("each_kernels")
 
@@ -34,7 +34,7 @@ def test_plan_is_pure_and_patch_does_what_it_says() -> None:
 
 def test_plan_of_a_float16_model_is_lossless() -> None:
     plan = upcast.plan(Net().half())
-    assert {change.action for change in plan.changes} == {WRAP, WIDEN}
+    assert {change.action for change in plan.changes} == {WRAP, UPCAST}
     assert all(change.rounding.lossless for change in plan.changes)
 
 
@@ -77,11 +77,11 @@ def test_the_report_counts_float32_copies() -> None:
             return x @ self.shares.softmax(-1).t()
 
     model = upcast.patch(Mixture())
-    assert "widened whole: none" in upcast.report(model)
+    assert "upcast whole: none" in upcast.report(model)
     for _ in range(2):
         model(torch.randn(5, 33))
     text = upcast.report(model)
-    assert "widened whole: softmax: 2 calls, up to 17,424 bytes" in text
+    assert "upcast whole: softmax: 2 calls, up to 17,424 bytes" in text
     assert "shares" in text
     with pytest.raises(upcast.UpcastError, match="is not patched"):
         upcast.report(nn.Linear(3, 3))

@@ -43,7 +43,7 @@ def test_an_unpatched_model_loads_it(model: Net) -> None:
     plain = Net()
     plain.load_state_dict(model.state_dict())
     assert relative_error(plain(IDS), model(IDS)) < 1e-6
-    assert torch.equal(plain.up.weight, model.up.weight.widened())
+    assert torch.equal(plain.up.weight, model.up.weight.upcast())
 
 
 @pytest.mark.parametrize("assign", [False, True], ids=["copy", "assign"])

@@ -331,7 +331,7 @@ def test_a_fast_way_that_fails_costs_only_itself(
         assert torch.equal(tensor.float(), want[key].half().float()), key
 
 
-def test_a_cache_that_cannot_be_narrowed_stays_as_it_is(
+def test_a_cache_that_cannot_be_downcast_stays_as_it_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("UPCAST", "1")
@@ -339,7 +339,7 @@ def test_a_cache_that_cannot_be_narrowed_stays_as_it_is(
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}
     want = model.generate(IDS, **options)
     lines(capsys)
-    calls = failing(monkeypatch, "upcast.integrations.transformers.install.narrow")
+    calls = failing(monkeypatch, "upcast.integrations.transformers.install.downcast")
     got = model.generate(IDS, **options)
     assert calls
     assert torch.equal(got, want)

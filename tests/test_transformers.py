@@ -83,7 +83,7 @@ def test_output_equals_float32(
     if dtype == torch.float16:
         model.half()
         # a model cast whole has rounded vectors and buffers too: that is the reference then
-        want = first_output(_widened(model), inputs)
+        want = first_output(_upcast(model), inputs)
     upcast.patch(model)
     assert_patched(model)
     assert model.dtype == torch.float32
@@ -94,7 +94,7 @@ def test_output_equals_float32(
     assert not large
 
 
-def _widened(model: Any) -> Any:
+def _upcast(model: Any) -> Any:
     import copy
 
     return copy.deepcopy(model).float()

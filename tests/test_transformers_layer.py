@@ -170,7 +170,7 @@ def test_hidden_states_are_those_of_float32() -> None:
 
 
 def test_a_decoded_value_beyond_float16_widens_one_layer(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its row is written nowhere before the layer is widened: the answer is float32's, with one row of keys each."""
+    """Its row is written nowhere before the layer is upcast: the answer is float32's, with one row of keys each."""
     source = lively()
     with torch.no_grad():
         source.model.embed_tokens.weight[77] = 50.0

@@ -47,7 +47,7 @@ class Recurrent(nn.LSTM):
 
 
 class Bare(nn.Module):
-    """Parameters without a layer: products of all kinds, experts, elementwise operations, one that widens."""
+    """Parameters without a layer: products of all kinds, experts, elementwise operations, one that upcasts."""
 
     def __init__(self) -> None:
         super().__init__()

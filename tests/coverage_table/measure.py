@@ -1,4 +1,4 @@
-"""One row of the coverage table: forward and generation against float32, and what had to be widened whole."""
+"""One row of the coverage table: forward and generation against float32, and what had to be upcast whole."""
 
 import copy
 import time
@@ -30,7 +30,7 @@ class Row:
         generated: relative error of the logits of ``generate``, or None if the model does not generate.
         before, after: bytes of the tensors, as the plan counts them.
         fused: the kinds of fused forward that the model got.
-        widened: operation and weight -> bytes of the float32 copy, at the published size where that is known.
+        upcast: operation and weight -> bytes of the float32 copy, at the published size where that is known.
         failure: an exception, in words.
     """
 
@@ -40,7 +40,7 @@ class Row:
     before: int = 0
     after: int = 0
     fused: tuple[str, ...] = ()
-    widened: dict[str, int] = field(default_factory=dict)
+    upcast: dict[str, int] = field(default_factory=dict)
     failure: str = ""
     seconds: float = 0.0
 
@@ -53,7 +53,7 @@ class Row:
             return f"forward differs by {self.forward:.1e}"
         if self.generated is not None and not self.generated <= CACHED_ERROR:
             return f"generate differs by {self.generated:.1e}"
-        large = {name: size for name, size in self.widened.items() if size > LARGEST_COPY}
+        large = {name: size for name, size in self.upcast.items() if size > LARGEST_COPY}
         return "".join(f"{name} makes a float32 copy of {size / 1e6:.0f} MB" for name, size in large.items())
 
 
@@ -84,7 +84,7 @@ def _fill(row: Row, case: Case) -> None:
     plan = record_of(model).plan
     row.before, row.after = plan.bytes_before, plan.bytes_after
     row.fused = fused_kinds(model)
-    row.widened = copies(case, watched)
+    row.upcast = copies(case, watched)
     if not any(isinstance(parameter, HalfWeight) for parameter in model.parameters()):
         row.failure = "nothing is stored in float16"
 
@@ -157,7 +157,7 @@ def _error(got: Tensor, wanted: Tensor) -> float:
     return float((got - wanted).norm() / wanted.norm().clamp_min(1e-30))
 
 
-# --- what was widened whole -------------------------------------------------------------------------------------------
+# --- what was upcast whole -------------------------------------------------------------------------------------------
 
 
 def watch(model: nn.Module) -> dict[str, Fallbacks]:

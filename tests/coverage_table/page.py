@@ -76,8 +76,8 @@ def _line(row: Row) -> str:
 
 
 def _copies(row: Row) -> str:
-    operations = sorted({name.split(" of ")[0] for name in row.widened})
-    return f"{', '.join(operations)}: {max(row.widened.values()) / 1e6:.2f} MB" if operations else ""
+    operations = sorted({name.split(" of ")[0] for name in row.upcast})
+    return f"{', '.join(operations)}: {max(row.upcast.values()) / 1e6:.2f} MB" if operations else ""
 
 
 def names() -> list[str]:

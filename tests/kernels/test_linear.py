@@ -121,9 +121,9 @@ def test_rows_of_any_size_keep_their_own_accuracy(isa: str, rows: int) -> None:
 
 def test_every_half_is_widened_exactly(isa: str) -> None:
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).reshape(256, 256)
-    widened = native.embedding(torch.arange(256), halves)
-    assert torch.equal(widened.isnan(), halves.isnan())
-    assert torch.equal(widened.nan_to_num(0.0), halves.float().nan_to_num(0.0))
+    upcast = native.embedding(torch.arange(256), halves)
+    assert torch.equal(upcast.isnan(), halves.isnan())
+    assert torch.equal(upcast.nan_to_num(0.0), halves.float().nan_to_num(0.0))
 
 
 def test_residual_is_added_after_the_sum(isa: str) -> None:

@@ -59,7 +59,7 @@ class Partial:
         free, more = shutil.disk_usage(where).free, self.needed - self.bytes_held()
         missing = f"{more - free:,} bytes are missing." if more > free else f"{free:,} are free: a quota or limit?"
         return (
-            f"the twin needs {max(more, 0):,} bytes more, and {where} has no room for it ({error.strerror}): "
+            f"the copy needs {max(more, 0):,} bytes more, and {where} has no room for it ({error.strerror}): "
             f"{missing} Free some space, or name a folder elsewhere with --output. {on}"
         )
 
@@ -86,7 +86,7 @@ class Partial:
         """Refuse a link, a file, and a folder with anything in it that convert did not write."""
         if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
             kind = "a link" if self.folder.is_symlink() else "not a folder"
-            raise UpcastError(f"{self.folder} is {kind}; convert grows a twin in a folder there. {_MOVE}")
+            raise UpcastError(f"{self.folder} is {kind}; convert grows a copy in a folder there. {_MOVE}")
         names, known = self.names(), {FRESH}
         for mark in map(self.read, (PLAN, MANIFEST)):
             if "upcast" in mark and "source" in mark and isinstance(mark.get("beside"), list):

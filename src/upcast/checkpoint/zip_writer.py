@@ -24,7 +24,7 @@ _READ = 1 << 20
 
 
 @dataclass(frozen=True)
-class Place:
+class Extent:
     """Where a storage lies in the file, and where the file's directory tells its checksum."""
 
     start: int
@@ -58,7 +58,7 @@ def _save_empty(path: Path, state: dict[str, Tensor]) -> None:
         torch.save(state, path)
 
 
-def places(path: Path) -> list[Place]:
+def places(path: Path) -> list[Extent]:
     """Return where the storages lie, in the order of saving.
 
     Raises:
@@ -66,13 +66,13 @@ def places(path: Path) -> list[Place]:
     """
     with zipfile.ZipFile(path) as archive:
         entries, at = archive.infolist(), archive.start_dir
-    found: dict[int, Place] = {}
+    found: dict[int, Extent] = {}
     with path.open("rb") as file:
         for entry in entries:
             storage = re.fullmatch(r"[^/]+/data/(\d+)", entry.filename)
             if storage:
                 header = _LOCAL + sum(_lengths(file, entry.header_offset + _LOCAL_LENGTHS, 2))
-                found[int(storage[1])] = Place(entry.header_offset + header, entry.file_size, at + _ENTRY_CRC)
+                found[int(storage[1])] = Extent(entry.header_offset + header, entry.file_size, at + _ENTRY_CRC)
             at += _ENTRY + sum(_lengths(file, at + _ENTRY_LENGTHS, 3))
     if sorted(found) != list(range(len(found))):
         raise zipfile.BadZipFile("storages are missing")
@@ -84,7 +84,7 @@ def _lengths(file: BinaryIO, position: int, count: int) -> tuple[int, ...]:
     return struct.unpack(f"<{count}H", file.read(2 * count))
 
 
-def write(file: BinaryIO, place: Place, tensor: Tensor) -> int:
+def write(file: BinaryIO, place: Extent, tensor: Tensor) -> int:
     """Write a contiguous tensor to its place, and hand it to the system; return its CRC-32."""
     content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
     file.seek(place.start)
@@ -93,7 +93,7 @@ def write(file: BinaryIO, place: Place, tensor: Tensor) -> int:
     return zlib.crc32(content)
 
 
-def checksum(file: BinaryIO, place: Place) -> int:
+def checksum(file: BinaryIO, place: Extent) -> int:
     """Return the CRC-32 of what the file holds at a place."""
     file.seek(place.start)
     crc, left = 0, place.bytes

@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="write a float16 twin of a LitGPT checkpoint",
-        description="Write a float16 twin of a LitGPT checkpoint folder, which is then mapped and shared instead of "
+        help="write a float16 copy of a LitGPT checkpoint",
+        description="Write a float16 copy of a LitGPT checkpoint folder, which is then mapped and shared instead of "
         "being rounded at every start. Streams tensor by tensor, goes on where it was interrupted, reads every "
         "checksum back, and takes its final name when it is whole. What float16 cannot hold stays in float32.",
     )

@@ -1,7 +1,7 @@
 """Ranks of one host add and gather through memory that they share: messages take longer than a small model's block.
 
-Each rank writes to its own place, all meet at counters (`kernels.native.meet`), and each reads every place; of a sum
-all this is one call (`add_up`). Two sets of places take turns: a rank that writes again has met the others once
+Each rank writes to its own segment, all meet at counters (`kernels.native.meet`), and each reads every segment; of a
+sum all this is one call (`add_up`). Two sets of segments take turns: a rank that writes again has met the others once
 more, and so they have read what was there.
 
 The memory has no name in any folder, so nothing is left behind. Each rank holds a lock on one byte of it, which the
@@ -25,7 +25,7 @@ from upcast.kernels import native
 with contextlib.suppress(ImportError):  # not on Windows, where `offer` refuses
     import fcntl
 
-PLACE = 256 * 1024  # bytes that a rank writes before the others read; more goes in pieces
+SEGMENT = 256 * 1024  # bytes that a rank writes before the others read; more goes in pieces
 _LOOK = 50_000_000  # nanoseconds of waiting, before a look at whether the late rank lives
 _LINE = 8  # int64 in each rank's line of counters
 _TOKEN = 16  # bytes at the start, by which the memory is known to be the right one
@@ -41,27 +41,27 @@ class Shared:
         counters = torch.frombuffer(self._memory, dtype=torch.int64, count=size * _LINE, offset=start)
         self._counters = counters.view(size, _LINE)
         start += _counter_bytes(size)
-        places = torch.frombuffer(self._memory, dtype=torch.uint8, count=2 * size * PLACE, offset=start)
-        self._bytes = places.view(2, size, PLACE)
-        self._floats = places.view(torch.float32).view(2, size, PLACE // 4).unbind()
+        segments = torch.frombuffer(self._memory, dtype=torch.uint8, count=2 * size * SEGMENT, offset=start)
+        self._bytes = segments.view(2, size, SEGMENT)
+        self._floats = segments.view(torch.float32).view(2, size, SEGMENT // 4).unbind()
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, rank)
 
     def sum(self, x: Tensor) -> None:
         """Make ``x`` (float32, contiguous) the sum of every rank's, added in the order of ranks."""
-        for piece in (x,) if x.numel() <= PLACE // 4 else x.view(-1).split(PLACE // 4):
+        for piece in (x,) if x.numel() <= SEGMENT // 4 else x.view(-1).split(SEGMENT // 4):
             self._turn += 1
             self._wait(native.add_up, piece, self._floats[self._turn % 2])
 
     def gather(self, x: Tensor, out: Tensor) -> None:
         """Fill ``out`` (ranks, *x.shape) with every rank's ``x``; both contiguous, of any dtype."""
         mine, all_of_them = x.view(-1).view(torch.uint8), out.view(len(out), -1).view(torch.uint8)
-        for start in range(0, len(mine), PLACE):
+        for start in range(0, len(mine), SEGMENT):
             self._turn += 1
-            end = min(start + PLACE, len(mine))
-            places = self._bytes[self._turn % 2, :, : end - start]
-            places[self.rank].copy_(mine[start:end])
+            end = min(start + SEGMENT, len(mine))
+            segments = self._bytes[self._turn % 2, :, : end - start]
+            segments[self.rank].copy_(mine[start:end])
             self._wait(native.meet)
-            all_of_them[:, start:end].copy_(places)
+            all_of_them[:, start:end].copy_(segments)
 
     def close(self) -> None:
         """Let go: whoever still waits for this rank finds it gone."""
@@ -135,4 +135,4 @@ def _counter_bytes(size: int) -> int:
 
 
 def _bytes(size: int) -> int:
-    return mmap.PAGESIZE + _counter_bytes(size) + 2 * size * PLACE
+    return mmap.PAGESIZE + _counter_bytes(size) + 2 * size * SEGMENT

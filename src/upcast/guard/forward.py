@@ -112,13 +112,13 @@ class GuardedForward(Forward):
         return self._run(args, kwargs)
 
     def _heal(self, findings: Any, state: State, args: Any, kwargs: Any) -> Any:
-        """Widen the policy by the smallest set of classes that gives a finite result, and return that result."""
+        """Upcast the policy by the smallest set of classes that gives a finite result, and return that result."""
         selection = record_of(self.root).selection
         assert selection is not None
         base = selection.policy
 
         def attempt(added: frozenset[str]) -> tuple[bool, Any]:
-            module_scope.change(self.root, selection, widened(base, added))
+            module_scope.change(self.root, selection, with_classes(base, added))
             state.restore()
             output = self._run(args, kwargs)
             return self._fine(output), output
@@ -182,7 +182,7 @@ def smallest(order: list[str], start: set[str], attempt: Any) -> tuple[frozenset
     return chosen, output if last == chosen else attempt(chosen)[1]
 
 
-def widened(policy: Policy, added: frozenset[str]) -> Policy:
+def with_classes(policy: Policy, added: frozenset[str]) -> Policy:
     """Return ``policy`` with more classes upcast, everywhere."""
     overrides = tuple((pattern, classes | added) for pattern, classes in policy.overrides)
     return Policy(policy.classes | added, overrides, policy.kv_cache, policy.storage)
@@ -195,7 +195,7 @@ def watcher(guard: bool, heal: bool) -> Callable[[nn.Module, bool], None] | None
 
 def install(root: nn.Module, selective: bool, guard: bool, heal: bool) -> None:
     """Have ``root`` watched, by whichever door it is entered; healing is for policies that are ``selective``."""
-    heal = heal and selective  # safe has nothing to widen
+    heal = heal and selective  # safe has nothing to upcast
     for module in list(_doors(root)) if guard or heal else ():
         forwards.push(module, GuardedForward(module, root, guard, heal))
 

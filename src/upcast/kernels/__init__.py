@@ -115,7 +115,7 @@ def unfollowed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> 
 
 
 def _suits_torch(x: Tensor, weight: Tensor) -> bool:
-    """Whether torch's product with one widened tile is faster: on AVX2, by a quarter from some hundred rows on."""
+    """Whether torch's product with one upcast tile is faster: on AVX2, by a quarter from some hundred rows on."""
     small = weight.numel() <= portable.TILE and x.numel() >= LONG * x.shape[-1]
     return small and active() is native and native.level() == "x86-64-v3"
 
@@ -179,11 +179,11 @@ def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Sur
     if whole and x.dtype in _LOOKED_AT and not (rounds and x.dtype == torch.float16):
         return active().survey(x, out, rounds=rounds)  # type: ignore[no-any-return]
     if whole and x.dtype == torch.bfloat16 and x.numel():
-        return _survey_widened(x.view(-1), None if out is None else out.view(-1), rounds)
+        return _survey_upcast(x.view(-1), None if out is None else out.view(-1), rounds)
     return portable.survey(x, out, rounds=rounds)
 
 
-def _survey_widened(x: Tensor, out: Tensor | None, rounds: bool) -> Survey:
+def _survey_upcast(x: Tensor, out: Tensor | None, rounds: bool) -> Survey:
     """Look at x (N,) in pieces of float32, which holds every bfloat16."""
     pieces = x.split(portable.CHUNK)
     outs = [None] * len(pieces) if out is None else out.split(portable.CHUNK)

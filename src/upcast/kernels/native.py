@@ -1,6 +1,6 @@
 """The native kernels: tensors in, tensors out, over the limited-API module `_native`.
 
-Activations are float32 and weights float16, all on the CPU; weights are read in place and widened in
+Activations are float32 and weights float16, all on the CPU; weights are read in place and upcast in
 registers. Nothing here records gradients. Whatever a kernel cannot take is refused with an
 `UpcastError` before any memory is touched.
 """
@@ -150,7 +150,7 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
 
 def embedding(indices: Tensor, weight: Tensor) -> Tensor:
-    """Rows of weight, widened to float32.
+    """Rows of weight, upcast to float32.
 
     indices: int64 or int32, any shape. weight: (V, D) float16, elements of a row adjacent. Returns
     (*indices.shape, D) float32. IndexError where an index is out of range.

@@ -1,4 +1,4 @@
-"""The kernels in plain PyTorch: the portable path, and the reference twins of the native ones.
+"""The kernels in plain PyTorch: the portable path, and the references of the native ones.
 
 Weights are upcast in tiles of about a million elements into a scratch that is used again and again, so that no
 float32 copy of a large weight ever exists. Figures behind the tile size: 256 K elements lose 40 % on a large output

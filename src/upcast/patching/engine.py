@@ -23,7 +23,7 @@ from upcast.patching import hooks, pieces, transaction
 from upcast.patching import trainable as learning
 from upcast.patching.discovery import check_patterns, prepare, refs
 from upcast.patching.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
-from upcast.patching.plan import KEEP, WIDEN, Change, Plan, change_of, decisions
+from upcast.patching.plan import KEEP, UPCAST, Change, Plan, change_of, decisions
 from upcast.patching.transaction import Assignments, Record, assignments, take_back
 from upcast.policy import fingerprint, module_scope
 from upcast.policy import policy as policies
@@ -144,7 +144,7 @@ def report(model: object) -> str:
 
 
 def _report(record: Record) -> str:
-    lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}"]
+    lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"upcast whole: {record.fallbacks}"]
     for why, (count, size) in record.fallbacks.dissolved.items():
         lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, because {why}")
     return "\n".join([str(record.plan), *lines])
@@ -214,8 +214,8 @@ class _Weights:
     def make(self, ref: TensorRef, action: str, alias: TensorRef | None) -> Tensor | None:
         """Return the new tensor, or None for one that is kept."""
         half, self._half = self._half, None
-        if action == WIDEN:
-            return _widened(ref)
+        if action == UPCAST:
+            return _upcast(ref)
         if action == KEEP:
             return None
         if alias is not None:
@@ -287,7 +287,7 @@ def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> 
         console.say(f"{type(root).__name__} runs without its fast ways for {extension.name}: {describe(error)}")
 
 
-def _widened(ref: TensorRef) -> Tensor:
+def _upcast(ref: TensorRef) -> Tensor:
     wide = to_float32(ref.tensor.detach())
     return nn.Parameter(wide, ref.tensor.requires_grad) if ref.is_parameter else wide
 
@@ -309,7 +309,7 @@ def _before(ref: TensorRef, record: Record) -> Tensor | None:
             tensor.store.unshare()  # an equal weight's numbers are its own again
         plain = tensor.stored.to(dtype)
     elif isinstance(tensor, HalfWeight):
-        plain = tensor.widened()
+        plain = tensor.upcast()
     elif change is not None and change.action != KEEP and tensor.dtype == torch.float32 != dtype:
         plain = tensor.detach().to(dtype)
         if change.in_float16 and not plain.isfinite().all():  # it became float32 for what float16 cannot hold

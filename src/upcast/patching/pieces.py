@@ -96,7 +96,7 @@ def _report(root: nn.Module, weights: dict[str, HalfWeight]) -> str:
             f"{type(root).__name__}: a piece of a patched {first.fallbacks.model}, which has the whole report; "
             f"{len(weights)} weights in float16, {size}",
             f"kernels: {kernels.describe()}",
-            f"widened whole, in all of {first.fallbacks.model}: {first.fallbacks}",
+            f"upcast whole, in all of {first.fallbacks.model}: {first.fallbacks}",
         ]
     )
 

@@ -17,7 +17,7 @@ from upcast.patching.parts import Part, parts_of, roots_of
 CONVERT = "convert"  # rounded to float16
 WRAP = "wrap"  # float16 already: used as it is, without a copy
 SHARE = "share"  # bitwise equal to another weight: one storage for both
-WIDEN = "widen"  # to float32
+UPCAST = "upcast"  # to float32
 KEEP = "keep"  # left as it is
 IN_FLOAT16 = (CONVERT, WRAP, SHARE)
 
@@ -105,18 +105,18 @@ def _row(change: Change) -> tuple[str, ...]:
     )
 
 
-def decide(ref: TensorRef, keep: Sequence[str], widen_float64: bool) -> tuple[str, str]:
+def decide(ref: TensorRef, keep: Sequence[str], upcast_float64: bool) -> tuple[str, str]:
     """Return (action, reason) for a ref, from its kind and shape alone (not from its numbers)."""
     tensor = ref.tensor
     if any(isinstance(module, torch.jit.ScriptModule) for module, _ in ref.owners):
         return KEEP, "compiled by TorchScript"
     if not ref.is_parameter:
-        return _decide_buffer(tensor, widen_float64)
+        return _decide_buffer(tensor, upcast_float64)
     unsupported = _unsupported(tensor)
     if unsupported:
         return KEEP, unsupported
     if ref.learns:
-        return (KEEP if tensor.dtype == torch.float32 else WIDEN), "it learns"
+        return (KEEP if tensor.dtype == torch.float32 else UPCAST), "it learns"
     if memory_layout.is_expanded(tensor):
         return _to_float32(tensor), "expanded"
     pattern = next((p for p in keep if matches(ref.name, p)), None)
@@ -127,12 +127,12 @@ def decide(ref: TensorRef, keep: Sequence[str], widen_float64: bool) -> tuple[st
 
 
 def _to_float32(tensor: Tensor) -> str:
-    return KEEP if tensor.dtype == torch.float32 and memory_layout.is_plain(tensor) else WIDEN
+    return KEEP if tensor.dtype == torch.float32 and memory_layout.is_plain(tensor) else UPCAST
 
 
-def _decide_buffer(tensor: Tensor, widen_float64: bool) -> tuple[str, str]:
-    halves = (torch.float16, torch.bfloat16) + ((torch.float64,) if widen_float64 else ())
-    return (WIDEN, "a buffer") if tensor.dtype in halves and type(tensor) is Tensor else (KEEP, "a buffer")
+def _decide_buffer(tensor: Tensor, upcast_float64: bool) -> tuple[str, str]:
+    halves = (torch.float16, torch.bfloat16) + ((torch.float64,) if upcast_float64 else ())
+    return (UPCAST, "a buffer") if tensor.dtype in halves and type(tensor) is Tensor else (KEEP, "a buffer")
 
 
 def _unsupported(tensor: Tensor) -> str:
@@ -162,10 +162,10 @@ def decisions(
 
     ``look`` is called with what may go to float16, and with one of equal tensors only.
     """
-    widen_float64 = any(ref.is_parameter and ref.tensor.dtype == torch.float64 for ref in found)
+    upcast_float64 = any(ref.is_parameter and ref.tensor.dtype == torch.float64 for ref in found)
     aliases, known = Aliases(), dict[str, Rounding]()
     for ref in filter(relevant, found):
-        action, reason = decide(ref, keep, widen_float64)
+        action, reason = decide(ref, keep, upcast_float64)
         numbers, alias = Rounding(), None
         if action in IN_FLOAT16:
             alias = aliases.find(ref)
@@ -190,7 +190,7 @@ def change_of(ref: TensorRef, action: str, reason: str, rounding: Rounding) -> C
     """Return the table's row for a ref."""
     tensor, elements = ref.tensor, ref.tensor.numel()
     before = elements * tensor.element_size()
-    after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, WIDEN: 4 * elements, KEEP: before}[action]
+    after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, UPCAST: 4 * elements, KEEP: before}[action]
     return Change(ref.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
 
 

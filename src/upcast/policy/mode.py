@@ -171,24 +171,24 @@ class Call:
         if self.op_class is None and self.func in _VIEWS and self.tensors:
             kind = STORED if type(self.tensors[0]) is HalfWeight else mark_of(self.tensors[0])
             return _marked(self.func(*self.args, **self.kwargs), kind)  # as wide as what it looks at
-        return self._widely() if self._wide() else self._narrow()
+        return self._widely() if self._wide() else self._in_float16()
 
     def _widely(self) -> Any:
         args, kwargs = self._scalars(self.args), self._float_kwargs()
         if any(map(_is_half, self.tensors)):
-            args, kwargs = _map(args, _widened), _map(kwargs, _widened)
+            args, kwargs = _map(args, _upcast), _map(kwargs, _upcast)
         result = self.func(*args, **kwargs)
         if self.op_class is None and not self._ours():
             return result
         return _marked(result, FOR_FLOAT if self._asks_float() else FOR_HALF)
 
-    def _narrow(self) -> Any:
+    def _in_float16(self) -> Any:
         if self.observed and self.known.name in _SUMMED and self._all_half():
             wide = _map(self.args, _rounded), _map(self.kwargs, _rounded)
             return self.func(*wide[0], **wide[1]).half()  # as torch does it: sums in float32, rounded once
         if not any(map(_stands_for_half, self.tensors)):
             return self.func(*self.args, **self.kwargs)
-        narrow = _narrowed_but_weights if any(map(_asks_float, self.tensors)) else _narrowed
+        narrow = _downcast_but_weights if any(map(_asks_float, self.tensors)) else _downcast
         return self.func(*_map(self.args, narrow), **_map(self.kwargs, narrow))
 
     def _all_half(self) -> bool:
@@ -215,10 +215,10 @@ class Call:
             return self.func(*self.args, **self.kwargs)
         half = target.dtype == torch.float16
         wide = not half if self.op_class is None else self._wide()
-        convert = _widened if wide or (not half and mark_of(target) is None) else _narrowed
-        rest = self._scalars(self.args[1:]) if convert is _widened else self.args[1:]
+        convert = _upcast if wide or (not half and mark_of(target) is None) else _downcast
+        rest = self._scalars(self.args[1:]) if convert is _upcast else self.args[1:]
         args, kwargs = _map(rest, convert), _map(self.kwargs, convert)
-        if half != (convert is _widened):
+        if half != (convert is _upcast):
             result = self.func(target, *args, **kwargs)
             return target if isinstance(result, Tensor) else result
         other = convert(target)  # computed in the other type, then stored in the target's
@@ -271,11 +271,11 @@ def _stands_for_half(tensor: Tensor) -> bool:
     return type(tensor) is HalfWeight or mark_of(tensor) in (FOR_HALF, STORED)
 
 
-def _widened(tensor: Tensor) -> Tensor:
+def _upcast(tensor: Tensor) -> Tensor:
     return tensor.float() if _is_half(tensor) else tensor
 
 
-def _narrowed(tensor: Tensor) -> Tensor:
+def _downcast(tensor: Tensor) -> Tensor:
     if type(tensor) is HalfWeight:
         return tensor.memory().half()
     return tensor.half() if mark_of(tensor) in (FOR_HALF, STORED) else tensor
@@ -283,12 +283,12 @@ def _narrowed(tensor: Tensor) -> Tensor:
 
 def _rounded(tensor: Tensor) -> Tensor:
     """The numbers that float16 has, in float32; a weight as the kernels take it."""
-    return tensor if type(tensor) is HalfWeight else _narrowed(tensor).float()
+    return tensor if type(tensor) is HalfWeight else _downcast(tensor).float()
 
 
-def _narrowed_but_weights(tensor: Tensor) -> Tensor:
-    """Next to float32 that the model asked for, a weight is one that it widened with ``weight.float()``."""
-    return tensor if type(tensor) is HalfWeight else _narrowed(tensor)
+def _downcast_but_weights(tensor: Tensor) -> Tensor:
+    """Next to float32 that the model asked for, a weight is one that it upcast with ``weight.float()``."""
+    return tensor if type(tensor) is HalfWeight else _downcast(tensor)
 
 
 def _collect(values: Any, found: list[Tensor]) -> list[Tensor]:
@@ -352,7 +352,7 @@ def _converted(frame: Frame, func: Any, args: Any, kwargs: Any) -> Any:
     if dtype not in _HALVES or not isinstance(tensor, Tensor):
         return func(*_reals(args), **kwargs) if dtype is not None else func(*args, **kwargs)
     if frame.op_class is not None and frame.op_class not in frame.classes:
-        tensor = _narrowed(tensor)
+        tensor = _downcast(tensor)
     keeps = frame.complete or (frame.op_class in frame.classes)
     result = _to_float(frame, tensor, keeps) if dtype == torch.float32 else _to_half(tensor, keeps)
     return result.clone() if kwargs.get("copy") and result is tensor else result

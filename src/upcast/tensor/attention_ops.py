@@ -1,7 +1,7 @@
 """Scaled dot-product attention over keys and values that are stored in float16.
 
 A float16 KV cache hands its rows out as `HalfWeight`; here they meet the queries. What the native kernel covers reads
-float16 directly. Everything else widens the rows in use, and torch computes.
+float16 directly. Everything else upcasts the rows in use, and torch computes.
 """
 
 from typing import Any
@@ -14,8 +14,8 @@ from upcast.core.functional import F
 from upcast.kernels import transforms
 from upcast.tensor import autocast
 from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.upcasting import call_upcast
 from upcast.tensor.view_ops import handles
-from upcast.tensor.widening import call_widened
 
 # The largest root mean square of one position's keys or values, over all heads, that is for float16. What rounding
 # changes in the scores grows with the keys; how much of it reaches the logits, with the share that values have in the
@@ -42,7 +42,7 @@ def _attention(
             return over_cache(query, key.stored[:, :, :rows], value.stored[:, :, :rows], scale, causal=is_causal)
     options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
     args = (query, key, value, attn_mask, dropout_p, is_causal)
-    return call_widened(F.scaled_dot_product_attention, args, options)
+    return call_upcast(F.scaled_dot_product_attention, args, options)
 
 
 def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) -> bool:

@@ -1,7 +1,7 @@
 """Operations that torch builds out of others, and elementwise ones, on a HalfWeight: whole or in tiles.
 
 Attention layers run torch's own code over the handlers of the products inside it. Selections such as bags of
-embeddings widen the rows they use. Elementwise operations and what works per channel take a large weight in tiles.
+embeddings upcast the rows they use. Elementwise operations and what works per channel take a large weight in tiles.
 """
 
 import math
@@ -17,8 +17,8 @@ from upcast.kernels import transforms
 from upcast.tensor.genuine import Root, originals
 from upcast.tensor.half_weight import HalfWeight
 from upcast.tensor.matmul_ops import _in_tiles, _times, factor
+from upcast.tensor.upcasting import call_upcast
 from upcast.tensor.view_ops import handles, handles_each, named
-from upcast.tensor.widening import call_widened
 
 # --- torch's own composites -----------------------------------------------------------------------------------------
 
@@ -63,7 +63,7 @@ def _embedding_bag(
     whole = input.dtype in (torch.int64, torch.int32) and input.layout is torch.strided and not input.is_nested
     # max_norm renormalises the weight in place; transformations know no unique()
     if max_norm is not None or not isinstance(weight, HalfWeight) or not whole or transforms.active():
-        return call_widened(F.embedding_bag, (input, weight, offsets, max_norm, *rest, padding_idx), {})
+        return call_upcast(F.embedding_bag, (input, weight, offsets, max_norm, *rest, padding_idx), {})
     used, places = torch.unique(input, return_inverse=True)
     padding = None
     if padding_idx is not None:
@@ -76,7 +76,7 @@ def _embedding_bag(
 @handles(torch.bilinear)
 def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     if not isinstance(weight, HalfWeight) or isinstance(input1, HalfWeight) or isinstance(input2, HalfWeight):
-        return call_widened(torch.bilinear, (input1, input2, weight, bias), {})
+        return call_upcast(torch.bilinear, (input1, input2, weight, bias), {})
 
     def product(tile: Tensor, cut: slice) -> Any:
         return F.bilinear(input1, input2, tile, None if bias is None else bias[cut])
@@ -90,7 +90,7 @@ def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -
     count = dims if isinstance(dims, int) else None
     in_a, in_b = (list(range(-count, 0)), list(range(count))) if count is not None else map(_listed, dims)
     if out is not None or not ours or not _contracts(a, in_a, b, in_b):
-        return call_widened(torch.tensordot, (a, b), {"dims": dims, "out": out})
+        return call_upcast(torch.tensordot, (a, b), {"dims": dims, "out": out})
     left, right = _as_matrix(a, in_a, last=True), _as_matrix(b, in_b, last=False)
     kept = [a.shape[i] for i in _others(a, in_a)] + [b.shape[i] for i in _others(b, in_b)]
     if isinstance(b, HalfWeight):
@@ -126,7 +126,7 @@ def _as_matrix(tensor: Tensor, dims: list[int], last: bool) -> Tensor:
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Any:
     mode = compute_mode or "use_mm_for_euclid_dist_if_necessary"
     if not isinstance(x2, HalfWeight) or isinstance(x1, HalfWeight) or x1.dtype == torch.float64:
-        return call_widened(torch.cdist, (x1, x2, p, mode), {})
+        return call_upcast(torch.cdist, (x1, x2, p, mode), {})
     dim = x2.stored.dim() - 2
     return _in_tiles(x2, dim, -1, lambda tile, _: torch.cdist(x1, tile, p, mode))
 
@@ -141,7 +141,7 @@ def _interpolate(input: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
     if not training:
         return input
-    return call_widened(F.dropout, (input, p, training, inplace), {})
+    return call_upcast(F.dropout, (input, p, training, inplace), {})
 
 
 # --- elementwise ----------------------------------------------------------------------------------------------------
@@ -155,7 +155,7 @@ def _elementwise(function: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> An
     other = a if weight is b else b
     special = isinstance(other, Tensor) and (other.layout is not torch.strided or other.is_nested)
     if special or isinstance(other, HalfWeight) or not weight.stored.dim() or kwargs.get("out") is not None:
-        return call_widened(function, (a, b, *args), kwargs)
+        return call_upcast(function, (a, b, *args), kwargs)
     dim = max(range(weight.stored.dim()), key=lambda i: weight.stored.shape[i])
     from_end, size = dim - weight.stored.dim(), weight.stored.shape[dim]
 

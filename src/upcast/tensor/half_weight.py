@@ -2,7 +2,7 @@
 
 To everyone who looks, a HalfWeight is a float32 tensor: ``dtype``, arithmetic, gradients through it. Its numbers live
 in ``stored``, an ordinary float16 tensor that is never packed or rearranged, so a float16 checkpoint is used as it is.
-Operations arrive in ``__torch_function__``; those in ``HANDLERS`` (filled by `upcast.tensor.view_ops`) widen only the
+Operations arrive in ``__torch_function__``; those in ``HANDLERS`` (filled by `upcast.tensor.view_ops`) upcast only the
 tile, the rows or the experts in use. Any other operation sees a float32 copy, and the copy is counted.
 
 Only a parameter and its views are HalfWeights; they share a `Store`. Every copy is an ordinary float32 tensor. Where
@@ -29,7 +29,7 @@ HANDLERS: dict[Any, Callable[..., Any]] = {}
 """torch function -> handler with the same signature, for operations with a HalfWeight among their arguments."""
 
 OTHERWISE: dict[str, Callable[..., Any]] = {}
-"""What `widening` does with functions ("function") and operators ("operator") that have no handler, and what `export`
+"""What `upcasting` does with functions ("function") and operators ("operator") that have no handler, and what `export`
 puts around the tensor inside when torch imitates a weight ("unflatten")."""
 
 # Questions about the tensor rather than about its numbers: answered by the wrapper, which knows shape and dtype.
@@ -168,7 +168,7 @@ class HalfWeight(torch.Tensor):
         weight.row_major = weight.row_major and weight.region is None
         return weight
 
-    def widened(self) -> torch.Tensor:
+    def upcast(self) -> torch.Tensor:
         """Return a new float32 tensor with these numbers (exact: every float16 is a float32)."""
         if self.store.half is None:
             return materialize.alias(self).clone()
@@ -220,14 +220,14 @@ class HalfWeight(torch.Tensor):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
-            memo[id(self)] = self._duplicate(memo) if isinstance(self, torch.nn.Parameter) else self.widened()
+            memo[id(self)] = self._duplicate(memo) if isinstance(self, torch.nn.Parameter) else self.upcast()
         copied: torch.Tensor = memo[id(self)]
         return copied
 
     def _duplicate(self, memo: dict[int, Any]) -> torch.Tensor:
         bare = not memo  # what is copied as a part of something finds that there
         if bare or not self.reclaim() or materialize.copied_by_an_adapter():
-            plain = torch.nn.Parameter(self.widened(), self.wants_grad)
+            plain = torch.nn.Parameter(self.upcast(), self.wants_grad)
             plain.__dict__.update(copy.deepcopy(self.attributes(), memo))
             return plain
         copied = rebuild(copy.deepcopy(self.store, memo), self.region, self.wants_grad)
@@ -236,7 +236,7 @@ class HalfWeight(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the float32 tensor or parameter that it is; modules keep float16 (`upcast.tensor.pickling`)."""
-        plain = self.widened()
+        plain = self.upcast()
         if isinstance(self, torch.nn.Parameter):
             plain = torch.nn.Parameter(plain, self.wants_grad)
         plain.__dict__.update(self.attributes())

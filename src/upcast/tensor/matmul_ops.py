@@ -1,7 +1,7 @@
 """Products of activations with a HalfWeight: linear, matmul, convolutions, einsum, experts.
 
 Everything that is a matrix product goes to the kernels. Convolutions and einsum run in torch on tiles of the weight
-along a dimension of the output, so that no whole large weight is ever widened.
+along a dimension of the output, so that no whole large weight is ever upcast.
 """
 
 import itertools
@@ -19,8 +19,8 @@ from upcast.kernels import transforms
 from upcast.kernels.portable import TILE
 from upcast.tensor import autocast
 from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.upcasting import call_upcast
 from upcast.tensor.view_ops import handles, handles_each, named
-from upcast.tensor.widening import call_widened
 
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)  # from these, products are float32
 _REFUSALS = (UpcastError, TypeError, RuntimeError, IndexError)  # of kernels, for what they do not take
@@ -62,9 +62,9 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
         except _REFUSALS:
             pass  # sparse, nested, of another size: of these torch makes its own result, or its own error
     if isinstance(input, HalfWeight) and isinstance(weight, HalfWeight) and input.numel() <= weight.numel():
-        input = input.widened()  # a learned query, say: no larger than a layer's weight
+        input = input.upcast()  # a learned query, say: no larger than a layer's weight
     if not _takes_part(input, weight, bias):
-        return call_widened(F.linear, (input, weight, bias), {})
+        return call_upcast(F.linear, (input, weight, bias), {})
     assert isinstance(weight, HalfWeight)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
@@ -117,9 +117,9 @@ def _matmul(function: Any, *given: Tensor, out: Tensor | None = None, **by_name:
     if found is not None:
         return found
     if out is not None or (function in _VECTORS and autocast.active()):  # which leaves mv in float32
-        return call_widened(function, (a, b), {} if out is None else {"out": out})
+        return call_upcast(function, (a, b), {} if out is None else {"out": out})
     if isinstance(a, HalfWeight) and isinstance(b, HalfWeight):
-        a, b = (a.widened(), b) if a.numel() < b.numel() else (a, b.widened())
+        a, b = (a.upcast(), b) if a.numel() < b.numel() else (a, b.upcast())
     return _product(function, a, b)
 
 
@@ -139,11 +139,11 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
     assert isinstance(weight, HalfWeight)
     other = b if weight is a else a
     if not factor(other) or not _fit(function, a, b) or weight.stored.dim() == 1:
-        return call_widened(function, (a, b), {})
+        return call_upcast(function, (a, b), {})
     if weight.dim() > 2 and (
         weight.numel() <= TILE or transforms.jit_traces()
     ):  # no more than a tile: a cache's rows in use, say
-        return torch.matmul(*(weight.widened() if each is weight else each for each in (a, b)))
+        return torch.matmul(*(weight.upcast() if each is weight else each for each in (a, b)))
     if weight.dim() > 2:
         return _batched(a, b)
     if weight is b:
@@ -198,7 +198,7 @@ def _add_product(
     ours = dense(addend) and (factor(b) if isinstance(a, HalfWeight) else isinstance(b, HalfWeight) and factor(a))
     if out is not None or not ours or not _adds(function, addend, a, b) or (function in _VECTORS and autocast.active()):
         settings = {"beta": beta, "alpha": alpha, **({} if out is None else {"out": out})}
-        return call_widened(function, (addend, a, b), settings)
+        return call_upcast(function, (addend, a, b), settings)
     if isinstance(b, HalfWeight) and b.dim() == 2 and beta == alpha == 1 and addend.shape == b.shape[1:]:
         return _times(a, b.stored.t(), addend.float())
     product = _product(_FACTORS[function], a, b)
@@ -236,7 +236,7 @@ def _grouped_mm(
     known = half is not None and half.dim() == 3 and x.dim() == 2 and _takes(x, half.shape[1])
     if half is None or not known or offs is None or transforms.jit_traces():
         args = (x, weight, offs, bias, out_dtype)
-        return call_widened(F.grouped_mm, args, {})
+        return call_upcast(F.grouped_mm, args, {})
     x = x.float()
     ends = offs.to(torch.int64)
     used = int(ends[-1])
@@ -272,7 +272,7 @@ def _conv(
 ) -> Any:
     if not isinstance(weight, HalfWeight) or not factor(input):
         args = (input, weight, bias, stride, padding, dilation, groups)
-        return call_widened(function, args, {})
+        return call_upcast(function, args, {})
     x = input.float()
 
     def product(tile: Tensor, cut: slice) -> Any:
@@ -302,7 +302,7 @@ def _conv_transpose(
 ) -> Any:
     if not isinstance(weight, HalfWeight) or not factor(input):
         args = (input, weight, bias, stride, padding, output_padding, groups, dilation)
-        return call_widened(function, args, {})
+        return call_upcast(function, args, {})
     x = input.float()
 
     def some_groups(x: Tensor, tile: Tensor, bias: Tensor | None, count: int) -> Any:
@@ -344,7 +344,7 @@ def _einsum(equation: Any, *operands: Any) -> Any:
     where = weights[0] if len(weights) == 1 and isinstance(equation, str) else None
     cut = None if where is None else _cut_dimension(equation, where, operands[where].stored.shape)
     if where is None or cut is None:
-        return call_widened(torch.einsum, (equation, *operands), {})
+        return call_upcast(torch.einsum, (equation, *operands), {})
     dim, out_dim = cut
 
     def product(tile: Tensor, _: slice) -> Any:

@@ -17,8 +17,8 @@ from upcast.core.errors import UpcastError
 from upcast.tensor import materialize
 from upcast.tensor.half_weight import HalfWeight
 from upcast.tensor.store import uses
+from upcast.tensor.upcasting import call_in_memory
 from upcast.tensor.view_ops import accessor, handles, handles_each, named
-from upcast.tensor.widening import call_in_memory
 
 # --- memory -----------------------------------------------------------------------------------------------------------
 

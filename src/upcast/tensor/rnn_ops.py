@@ -14,8 +14,8 @@ from upcast.core.functional import F
 from upcast.kernels import transforms
 from upcast.tensor import autocast
 from upcast.tensor.matmul_ops import factor
+from upcast.tensor.upcasting import call_upcast
 from upcast.tensor.view_ops import handles, handles_each
-from upcast.tensor.widening import call_widened
 
 State = tuple[Tensor, ...]
 Cell = Callable[[Tensor, State, Tensor, "Tensor | None"], State]
@@ -58,7 +58,7 @@ def _recurrent(function: Any, first: Tensor, second: Any, third: Any, *args: Any
     packed = isinstance(second, Tensor) and not second.is_floating_point()
     # Autocast gives each kind of cell dtypes of its own.
     if not factor(first) or not first.numel() or autocast.active() or transforms.jit_traces():
-        return call_widened(function, (first, second, third, *args), {})
+        return call_upcast(function, (first, second, third, *args), {})
     state = third if packed else second
     weights, (biases, layers, dropout, training, both, *batch_first) = (args[0], args[1:]) if packed else (third, args)
     if packed:

@@ -1,6 +1,6 @@
 """Patched models and TorchScript: torch.jit.script, torch.jit.trace and the ONNX export that is built on tracing.
 
-A traced function keeps float16 weights as constants, and widens them when it runs; the old ONNX exporter takes them as
+A traced function keeps float16 weights as constants, and upcasts them when it runs; the old ONNX exporter takes them as
 they are. A traced module keeps its parameters by their memory: they become float32 before it is traced. Compiled by
 torch.jit.script, a module would run without us; that is refused.
 """

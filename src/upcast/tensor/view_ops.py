@@ -1,8 +1,8 @@
 """What each torch function does with a HalfWeight, except products (`upcast.tensor.matmul_ops`).
 
 Functions that only look at a weight differently (views) give another HalfWeight on the same storage. Selections
-widen only what they select. Functions that ask for shape, dtype or device never touch the numbers. Anything not
-listed falls through to a counted float32 copy (`upcast.tensor.widening.call_widened`).
+upcast only what they select. Functions that ask for shape, dtype or device never touch the numbers. Anything not
+listed falls through to a counted float32 copy (`upcast.tensor.upcasting.call_upcast`).
 """
 
 import functools
@@ -17,7 +17,7 @@ from upcast.core.functional import F
 from upcast.kernels import transforms
 from upcast.tensor import autocast
 from upcast.tensor.half_weight import HANDLERS, HalfWeight
-from upcast.tensor.widening import call_in_memory, call_widened
+from upcast.tensor.upcasting import call_in_memory, call_upcast
 
 Handler = Callable[..., Any]
 
@@ -104,18 +104,18 @@ def _clone(function: Any, weight: HalfWeight, *, memory_format: torch.memory_for
 def _copied(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
     """Return an ordinary tensor in another order: it is float16 no longer than it takes."""
     if not isinstance(weight, HalfWeight) or any(isinstance(each, HalfWeight) for each in args):
-        return call_widened(function, (weight, *args), kwargs)
+        return call_upcast(function, (weight, *args), kwargs)
     return function(weight.stored, *args, **kwargs).float()
 
 
 @handles(Tensor.__getitem__)
 def _getitem(tensor: Tensor, index: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
-        return call_widened(Tensor.__getitem__, (tensor, index), {})
+        return call_upcast(Tensor.__getitem__, (tensor, index), {})
     stored = tensor.stored
     parts = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, HalfWeight) for part in parts):
-        return call_widened(Tensor.__getitem__, (tensor, index), {})
+        return call_upcast(Tensor.__getitem__, (tensor, index), {})
     result = stored[index]
     is_view = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
     return tensor.like(result) if is_view or _shares(result, stored) else result.float()
@@ -129,25 +129,25 @@ def _shares(result: Tensor, stored: Tensor) -> bool:
 @handles_each(*named("cat concat concatenate stack hstack vstack"))
 def _join(function: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     if kwargs.get("out") is not None or autocast.active():  # which joins no float16 with others
-        return call_widened(function, (tensors, *args), kwargs)
+        return call_upcast(function, (tensors, *args), kwargs)
     stored = [tensor.stored if isinstance(tensor, HalfWeight) else tensor for tensor in tensors]
     if all(isinstance(tensor, HalfWeight) for tensor in tensors):
         return function(stored, *args, **kwargs).float()
-    if any(tensor.dtype == torch.float32 for tensor in stored):  # torch widens what it joins to float32
+    if any(tensor.dtype == torch.float32 for tensor in stored):  # torch upcasts what it joins to float32
         return function(stored, *args, **kwargs)
-    return call_widened(function, (tensors, *args), kwargs)
+    return call_upcast(function, (tensors, *args), kwargs)
 
 
 _INDICES = (torch.int64, torch.int32)
 
 
-# --- selections: only the chosen rows are widened -------------------------------------------------------------------
+# --- selections: only the chosen rows are upcast -------------------------------------------------------------------
 
 
 @handles_each(*named("index_select gather take take_along_dim"))
 def _select(function: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
-        return call_widened(function, (tensor, *args), kwargs)
+        return call_upcast(function, (tensor, *args), kwargs)
     return function(tensor.stored, *args, **kwargs).float()
 
 
@@ -164,11 +164,11 @@ def _embedding(
     plain = indices.dtype in _INDICES and indices.layout is torch.strided
     if max_norm is not None or not plain or indices.is_nested:  # max_norm renormalises the weight in place
         args = (indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
-        return call_widened(F.embedding, args, {})
+        return call_upcast(F.embedding, args, {})
     assert isinstance(weight, HalfWeight)
     half = weight.stored
     if half.dim() != 2:
-        return call_widened(torch.nn.functional.embedding, (indices, weight, padding_idx), {})
+        return call_upcast(torch.nn.functional.embedding, (indices, weight, padding_idx), {})
     return kernels.embedding(indices, half)
 
 

@@ -48,7 +48,7 @@ class Step:
         return positions(self.size, self.ring, self.capped, start, time, maxp1)
 
     def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
-        """Return the block's output for x (B, T, C), widening its cache if keys or values ask for it.
+        """Return the block's output for x (B, T, C), upcasting its cache if keys or values ask for it.
 
         With ``last``, of so many last positions at least.
         """
@@ -62,13 +62,13 @@ class Step:
         arguments = (part, *self.sizes, *place, *self.rest)
         y = native.block(x, *angles, *self._cache(x), arguments, last)
         if y is None:
-            self.widen()
+            self.upcast()
             y = native.block(x, *angles, *self._cache(x), arguments, last)
         return y
 
-    def widen(self) -> None:
+    def upcast(self) -> None:
         """Keep this block's keys and values in float32 from now on."""
-        self.attn.build_kv_cache.widen(self.cache)
+        self.attn.build_kv_cache.upcast(self.cache)
 
     def arguments(self, place: int) -> tuple[Any, ...]:
         """Return this block as `native.blocks` takes it, over its whole cache."""

@@ -39,7 +39,7 @@ from upcast.core.pages import give_back_pages
 from upcast.core.tensor_ref import TensorRef
 from upcast.integrations.litgpt.convert_source import Source, beside, checkpoint_folder, identity_of
 from upcast.kernels.rounding import Rounding, write_half
-from upcast.patching.plan import CONVERT, IN_FLOAT16, KEEP, WIDEN, Change, Plan, change_of, decisions
+from upcast.patching.plan import CONVERT, IN_FLOAT16, KEEP, UPCAST, Change, Plan, change_of, decisions
 
 ROW = 1000  # bytes of the disk for what is noted about a tensor: in the plan, the journal, the manifest and the archive
 BLOCK = 4096  # bytes of the disk that a file may take beyond its own
@@ -183,7 +183,7 @@ def _planned(partial: Partial, source: Source, progress: console.Progress) -> li
         firsts = {item.name for item in items if item.alias is None}
     except (KeyError, TypeError):
         return None
-    sound = all(item.action in (*IN_FLOAT16, WIDEN, KEEP) and (item.alias or item.name) in firsts for item in items)
+    sound = all(item.action in (*IN_FLOAT16, UPCAST, KEEP) and (item.alias or item.name) in firsts for item in items)
     if not sound or [item.name for item in items] != list(source.weights):
         return None
     progress.phase("resuming")
@@ -224,7 +224,7 @@ def _survey(source: Source, progress: console.Progress) -> list[Item]:
 
 
 def _dtype(item: Item, tensor: Tensor) -> torch.dtype:
-    return torch.float16 if item.action in IN_FLOAT16 else torch.float32 if item.action == WIDEN else tensor.dtype
+    return torch.float16 if item.action in IN_FLOAT16 else torch.float32 if item.action == UPCAST else tensor.dtype
 
 
 def _lay_out(partial: Partial, source: Source, items: Sequence[Item], goes_on: bool) -> None:
@@ -286,7 +286,7 @@ def _fill(partial: Partial, source: Source, items: Sequence[Item], progress: con
     ]
 
 
-def _write_tensor(item: Item, source: Tensor, file: BinaryIO, place: zip_writer.Place) -> dict[str, Any]:
+def _write_tensor(item: Item, source: Tensor, file: BinaryIO, place: zip_writer.Extent) -> dict[str, Any]:
     """Write one tensor to its place; return its checksum and what rounding lost."""
     source = memory(source)
     target, rounding = torch.empty(source.shape, dtype=_dtype(item, source)), Rounding()

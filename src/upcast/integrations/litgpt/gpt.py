@@ -109,7 +109,7 @@ class Stack:
             at += done
             if at == len(self.steps):
                 return x
-            self.steps[at].widen()
+            self.steps[at].upcast()
             self._arguments = None
 
     def current(self) -> bool:

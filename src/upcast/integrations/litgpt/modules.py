@@ -10,7 +10,7 @@ from upcast import kernels
 from upcast.core import console
 from upcast.core.forward_override import push
 from upcast.integrations.fused import Fused, GatedMLP, float32, hooked
-from upcast.integrations.litgpt.positions import Place, first_of_run, is_causal, positions
+from upcast.integrations.litgpt.positions import CachePosition, first_of_run, is_causal, positions
 from upcast.integrations.litgpt.prefix_cache import CacheReset
 from upcast.kernels import reference
 from upcast.policy import mode
@@ -101,7 +101,7 @@ class CacheBuilder(LitGPTForward):
             cache.__dict__["reset_parameters"] = CacheReset(cache)
         return cache
 
-    def widen(self, cache: Any) -> None:
+    def upcast(self, cache: Any) -> None:
         """Turn ``cache`` to float32, and have all later ones of this layer made so."""
         cache.k, cache.v = cache.k.float(), cache.v.float()
         self.dtype = torch.float32
@@ -132,7 +132,7 @@ class FusedCache(LitGPTForward):
             if not _refused(k, keys, KEY_LIMIT) and not _refused(v, values, VALUE_LIMIT):
                 all_keys, all_values = self.unfused(input_pos, keys, values)
                 return all_keys.float(), all_values.float()
-            self.builder.widen(cache)
+            self.builder.upcast(cache)
         full: tuple[Tensor, Tensor] = self.unfused(input_pos, k, v)
         return full
 
@@ -190,7 +190,7 @@ class FusedAttention(LitGPTForward):
 
     def _usual(
         self, x: Tensor, angles: tuple[Tensor, Tensor], mask: Tensor | None, input_pos: Tensor | None, maxp1: int | None
-    ) -> Place | None:
+    ) -> CachePosition | None:
         """Return where the positions stand if the arguments are what the kernels cover."""
         cos = angles[0]
         if x.dim() != 3 or cos.dim() != 3 or cos.shape[-1] != self.module.config.rope_n_elem or not x.numel():
@@ -198,7 +198,7 @@ class FusedAttention(LitGPTForward):
         if any(each.dtype is not torch.float32 for each in angles):
             return None
         if input_pos is None:
-            return Place(0) if mask is None and (self.free(x) or self._plain()) else None
+            return CachePosition(0) if mask is None and (self.free(x) or self._plain()) else None
         if not self.free(x):  # a gradient through a cache
             return None
         start = first_of_run(input_pos, x.shape[1])
@@ -211,7 +211,7 @@ class FusedAttention(LitGPTForward):
         config = self.module.config
         return not self.module.apply_sliding_window_attention and config.attention_logit_softcapping is None
 
-    def place(self, start: int, batch: int, time: int, maxp1: int | None) -> Place | None:
+    def place(self, start: int, batch: int, time: int, maxp1: int | None) -> CachePosition | None:
         """Return where ``time`` positions from ``start`` on go in the cache; None if that is for LitGPT to say."""
         attn = self.module
         cache = attn.kv_cache
@@ -221,7 +221,7 @@ class FusedAttention(LitGPTForward):
             return None
         capped = attn.config.attention_logit_softcapping is not None
         where = positions(cache.k.shape[2], attn.apply_sliding_window_attention, capped, start, time, maxp1)
-        return None if where is None else Place(*where, cache)
+        return None if where is None else CachePosition(*where, cache)
 
     def scale(self) -> float:
         """Return the factor of the scores."""
@@ -249,7 +249,7 @@ class FusedAttention(LitGPTForward):
             x = torch.cat((pairs, x[..., width:]), dim=-1)
         return kernels.rope(x, cos, sin)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, place: Place) -> Any:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, place: CachePosition) -> Any:
         attn, cache = self.module, place.cache
         if cache is None and kernels.wants_gradient(q, k, v):
             return kernels.causal_attention(q, k, v, self.scale())
@@ -257,7 +257,7 @@ class FusedAttention(LitGPTForward):
         if cache is not None:
             batch = q.shape[0]
             if not self._appended(cache, batch, k, v, place.write):
-                attn.build_kv_cache.widen(cache)
+                attn.build_kv_cache.upcast(cache)
                 self._appended(cache, batch, k, v, place.write)
             k, v = cache.k[:batch], cache.v[:batch]
         return kernels.active().attention(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-class Place:
+class CachePosition:
     """Where the new positions stand: ``start`` for the mask, ``write`` in the cache (None: there is no cache)."""
 
     __slots__ = ("cache", "start", "write")

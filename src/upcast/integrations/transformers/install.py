@@ -22,7 +22,7 @@ from upcast.core.module_tree import modules
 from upcast.integrations import stepping_aside
 from upcast.integrations.transformers import saving
 from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
-from upcast.integrations.transformers.kv_cache import Place, narrow
+from upcast.integrations.transformers.kv_cache import LayerKey, downcast
 from upcast.integrations.transformers.modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
 from upcast.kernels import transforms
 from upcast.tensor import autocast
@@ -41,7 +41,7 @@ class TransformersModels(Extension):
         if library is None:  # then no module of ``root`` can be of Transformers
             return
         saving.install(library)
-        hook = _Narrow()
+        hook = _Downcast()
         for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
             for module in modules(model):
                 if "forward" not in module.__dict__:
@@ -80,25 +80,25 @@ def _leave_caches_alone(module: nn.Module) -> None:
         del module._forward_pre_hooks_with_kwargs[key]
 
 
-class _Narrow:
-    """What the models within one patched root call before they run; ``wide`` is what `narrow` leaves in float32."""
+class _Downcast:
+    """What the models within one patched root call before they run; ``wide`` is what `downcast` leaves in float32."""
 
     def __init__(self) -> None:
-        self.wide: set[Place] = set()
+        self.wide: set[LayerKey] = set()
 
     def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = kwargs.get("past_key_values")
         if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
             return
         try:
-            narrow(cache, self.wide, compiled=_is_compiled(model))
+            downcast(cache, self.wide, compiled=_is_compiled(model))
         except Exception as error:  # each layer is Transformers' own or ours, and works as it is
             _leave_caches_alone(model)
             stepping_aside.say_once(f"the KV cache stays in float32: {describe(error)}")
 
 
 def _is_ours(hook: Any) -> bool:
-    return isinstance(hook, _Narrow)
+    return isinstance(hook, _Downcast)
 
 
 def _is_compiled(model: nn.Module) -> bool:

@@ -1,11 +1,11 @@
-"""Transformers' KV caches in float16: twins of its cache layers that a patched model is given before it runs.
+"""Transformers' KV caches in float16: a half layer for each kind of its cache layers.
 
 ``generate`` makes its cache itself, so the layers of a cache change their class on the way into a patched model. They
 store float16 and hand out `HalfWeight`: float32 to the model's code, float16 to the attention kernel. A prompt's first
 attention sees its own float32 keys and values. A layer that meets keys or values that are not for float16, or anything
-else that a twin does not cover, becomes Transformers' own layer again; so are those that take its place in later caches
-of the model. A model that is given no cache makes one of its own, in float32; it is narrowed when it comes back with
-the next token. Pickled, a twin is Transformers' own layer with float32 tensors.
+else that a half layer does not cover, becomes Transformers' own layer again; so are those that take its place in later
+caches of the model. A model that is given no cache makes one of its own, in float32; it is narrowed when it comes back
+with the next token. Pickled, it is Transformers' own layer with float32 tensors.
 """
 
 import copy
@@ -29,81 +29,81 @@ from upcast.tensor.half_weight import HalfWeight
 from upcast.tensor.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
-_handed_out = Fallbacks("a KV cache")  # what is widened of a cache are rows in use, not weights: counted apart
+_handed_out = Fallbacks("a KV cache")  # what is upcast of a cache are rows in use, not weights: counted apart
 _beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
-Place = tuple[str, int]  # what the cache is of, "" or "cross-attention", and the layer's index
-# What a twin's model knows of its caches: the places that are not for float16, and where the twin is.
-_homes: weakref.WeakKeyDictionary[Any, tuple[set[Place], Place]] = weakref.WeakKeyDictionary()
+LayerKey = tuple[str, int]  # what the cache is of, "" or "cross-attention", and the layer's index
+# What the model of a half layer knows of its caches: the layers that are not for float16, and which one it is.
+_homes: weakref.WeakKeyDictionary[Any, tuple[set[LayerKey], LayerKey]] = weakref.WeakKeyDictionary()
 
 
 @functools.cache
-def twins() -> dict[type, type]:
-    """Return cache layer of Transformers -> its float16 twin; none where caches have no layers (before 4.54)."""
+def half_layers() -> dict[type, type]:
+    """Return cache layer of Transformers -> its half layer; none where caches have no layers (before 4.54)."""
     from transformers import cache_utils
 
     if not hasattr(cache_utils, "DynamicSlidingWindowLayer"):
         return {}
 
-    def twin(name: str, ours: type, original: type) -> Any:
+    def half_layer(name: str, ours: type, original: type) -> Any:
         # One base and the methods of ours: with two bases, an object could not change its class.
-        methods = {key: value for kind in (_Twin, ours) for key, value in vars(kind).items() if callable(value)}
+        methods = {key: value for kind in (_HalfLayer, ours) for key, value in vars(kind).items() if callable(value)}
         return kind_of(name, (original,), {**methods, "original": original})
 
-    kind_of = _kind_of_twins(type(cache_utils.DynamicLayer))
+    kind_of = _kind_of_half_layers(type(cache_utils.DynamicLayer))
 
     return {
-        cache_utils.DynamicLayer: twin("HalfDynamicLayer", _Growing, cache_utils.DynamicLayer),
-        cache_utils.DynamicSlidingWindowLayer: twin(
+        cache_utils.DynamicLayer: half_layer("HalfDynamicLayer", _Growing, cache_utils.DynamicLayer),
+        cache_utils.DynamicSlidingWindowLayer: half_layer(
             "HalfSlidingWindowLayer", _Sliding, cache_utils.DynamicSlidingWindowLayer
         ),
-        cache_utils.StaticLayer: twin("HalfStaticLayer", _Static, cache_utils.StaticLayer),
+        cache_utils.StaticLayer: half_layer("HalfStaticLayer", _Static, cache_utils.StaticLayer),
     }
 
 
-def _kind_of_twins(kind: type) -> Any:
-    """Return a metaclass whose classes pickle as those that they are twins of: a cache names its layers' class."""
-    twin = type("TwinType", (kind,), {})
+def _kind_of_half_layers(kind: type) -> Any:
+    """Return a metaclass whose classes pickle as those that they stand for: a cache names its layers' class."""
+    kind_of_half = type("HalfLayerType", (kind,), {})
     reduce: Any = lambda cls: (operator.getitem, ((cls.original,), 0))  # noqa: E731
-    copyreg.pickle(twin, reduce)
-    return twin
+    copyreg.pickle(kind_of_half, reduce)
+    return kind_of_half
 
 
-def narrow(cache: Any, wide: set[Place], part: str = "", *, compiled: bool = False) -> None:
-    """Turn the layers of a cache to their float16 twins, with what they hold; other layers and caches stay.
+def downcast(cache: Any, wide: set[LayerKey], part: str = "", *, compiled: bool = False) -> None:
+    """Turn the layers of a cache to half layers, with what they hold; other layers and caches stay.
 
-    Those at the places ``wide`` stay too, and twins that cannot go on add theirs. ``compiled``: the model's call is
+    Those in ``wide`` stay too, and half layers that cannot go on add theirs. ``compiled``: the model's call is
     compiled. Then static layers stay too: torch.compile takes their tensors as they are, and cannot follow the question
     whether new rows fit.
     """
     for name, inner in (("", "self_attention_cache"), ("cross-attention", "cross_attention_cache")):
         if getattr(cache, inner, None) is not None:
-            narrow(getattr(cache, inner), wide, name, compiled=compiled)
-    if getattr(cache, "offloading", True) or not twins():  # an offloading cache moves its tensors itself
+            downcast(getattr(cache, inner), wide, name, compiled=compiled)
+    if getattr(cache, "offloading", True) or not half_layers():  # an offloading cache moves its tensors itself
         return
     if not is_own(type(cache), type(cache).__name__, "transformers"):  # a cache of the user's may do anything
         return
     for index, layer in enumerate(cache.layers):
         kind: type = type(layer)
-        twin = twins().get(kind)
+        half = half_layers().get(kind)
         if compiled and not hasattr(layer, "crop"):
             _beyond.add(layer)  # the models inside of this one are asked too
-        if twin is None or layer in _beyond or (part, index) in wide or not originals(_roots, kind).intact():
+        if half is None or layer in _beyond or (part, index) in wide or not originals(_roots, kind).intact():
             continue
         _homes[layer] = wide, (part, index)
         if not layer.is_initialized:
-            layer.__class__ = twin
+            layer.__class__ = half
         elif hasattr(layer, "crop"):  # static ones have their addresses
-            _adopt(layer, twin)
+            _adopt(layer, half)
     replicated = cache.layer_class_to_replicate
-    cache.layer_class_to_replicate = twins().get(replicated, replicated)
+    cache.layer_class_to_replicate = half_layers().get(replicated, replicated)
 
 
 def _roots(layer: type) -> list[Root]:
     return [(layer, "update"), (layer, "lazy_initialization")]
 
 
-def _adopt(layer: Any, twin: type) -> None:
-    """Turn a layer that holds float32 rows to its twin; it stays as it is if that would lose a value or a gradient."""
+def _adopt(layer: Any, half: type) -> None:
+    """Turn a layer that holds float32 rows to its half layer, unless that would lose a value or a gradient."""
     held = layer.keys, layer.values
     if not all(_storable(states) and not states.requires_grad for states in held):
         return
@@ -111,21 +111,21 @@ def _adopt(layer: Any, twin: type) -> None:
     if keys is None or values is None:
         _keep_wide(layer, "stays in")
         return
-    layer.__class__ = twin
+    layer.__class__ = half
     layer.keys, layer.values = _out(keys), _out(values)
 
 
 def growing(cache: Any, index: int) -> Any:
-    """Return the layer ``index`` of a cache if it is the twin of a DynamicLayer, or None."""
+    """Return the layer ``index`` of a cache if it is the half layer for a DynamicLayer, or None."""
     from transformers import cache_utils
 
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    return layer if type(layer) is twins()[cache_utils.DynamicLayer] else None
+    return layer if type(layer) is half_layers()[cache_utils.DynamicLayer] else None
 
 
-class _Twin:
-    """What the twins share. ``keys`` and ``values`` are `HalfWeight`, or what the last reordering made of them."""
+class _HalfLayer:
+    """What half layers share. ``keys`` and ``values`` are `HalfWeight`, or what the last reordering made of them."""
 
     original: Any
     keys: Any
@@ -188,19 +188,21 @@ class _Twin:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         fields = {name: value for name, value in self.__dict__.items() if name != "_buffers"}
-        plain = {name: value.widened() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
+        plain = {name: value.upcast() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
         return copyreg._reconstructor, (self.original, object, None), plain  # type: ignore[attr-defined]
 
     def _give_up(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
         original = self.original
-        if not torch.compiler.is_compiling():  # which cannot follow this: the twin then does what its original does
+        if (
+            not torch.compiler.is_compiling()
+        ):  # which cannot follow this: the half layer then does what its original does
             self.__class__ = original
         self.dtype = torch.float16 if keys.dtype == torch.float16 and not autocast.active() else torch.float32
         for name in ("keys", "values"):
             held = getattr(self, name, None)
             if isinstance(held, HalfWeight):
-                setattr(self, name, held.stored if self.dtype == torch.float16 else held.widened())
+                setattr(self, name, held.stored if self.dtype == torch.float16 else held.upcast())
         full: tuple[Tensor, Tensor] = original.update(self, keys, values, settings)
         return full
 
@@ -221,11 +223,11 @@ def _half(states: Tensor, limit: float) -> Tensor | None:
 def _keep_wide(layer: Any, how: str) -> None:
     """Have the layer, and what takes its place in later caches of its model, be float32; the first time say so."""
     _beyond.add(layer)
-    wide, place = _homes.get(layer, (set(), ("", -1)))  # a cache made without a config adds its layers itself
-    if place in wide:
+    wide, key = _homes.get(layer, (set(), ("", -1)))  # a cache made without a config adds its layers itself
+    if key in wide:
         return
-    wide.add(place)
-    part, index = place
+    wide.add(key)
+    part, index = key
     which = "a layer" if index < 0 else f"layer {index}{part and f' ({part})'}"
     console.say(f"the KV cache of {which} {how} float32: {WHY_FLOAT32}")
 
@@ -277,7 +279,7 @@ def _begins(buffer: Tensor, held: Any) -> bool:
     return stored.data_ptr() == buffer.data_ptr() and stored.stride() == buffer.stride()
 
 
-class _Growing(_Twin):
+class _Growing(_HalfLayer):
     """DynamicLayer: buffers with room, so that a token costs its own rows and not a copy of all."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
@@ -325,7 +327,7 @@ class _Growing(_Twin):
         return self._buffers
 
 
-class _Sliding(_Twin):
+class _Sliding(_HalfLayer):
     """DynamicSlidingWindowLayer: the window is kept in float16; its rows are returned in float32, with the new ones."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
@@ -336,7 +338,7 @@ class _Sliding(_Twin):
         return full
 
 
-class _Static(_Twin):
+class _Static(_HalfLayer):
     """StaticLayer: allocated once in float16."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:

@@ -116,7 +116,7 @@ class FusedAttention(TransformersForward):
             if rows is not None and not (masked and time != rows):
                 stored = k.stored[:, :, :rows], v.stored[:, :, :rows]
                 return over_cache(q, *stored, attn.scaling, causal=bool(masked))
-            k, v = k.widened(), v.widened()
+            k, v = k.upcast(), v.upcast()
         if masked and time == k.shape[2] and kernels.wants_gradient(q, k, v):
             return kernels.causal_attention(q, k, v, attn.scaling)
         options = {"is_causal": bool(masked), "scale": attn.scaling, "enable_gqa": attn.num_key_value_groups > 1}

@@ -20,7 +20,7 @@ _references: list[
 ] = []  # how many such a call itself holds: the first one, in `upcast.tensor.memory_ops`, has no others
 
 
-def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call_upcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call ``func`` with a counted float32 copy of every HalfWeight; in-place results are written back.
 
     What looks at a weight's memory (a view that no handler knows), or would record a gradient in it, makes it an
@@ -29,14 +29,14 @@ def call_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     copies = _Copies(str(getattr(func, "__name__", func)))
     if str(getattr(func, "__module__", "")).startswith("torch.distributed"):
         return _collective(func, args, kwargs, copies)
-    result = func(*copies.widen(args), **copies.widen(kwargs))
+    result = func(*copies.upcast(args), **copies.upcast(kwargs))
     if copies.augmented(func, result):
         return result
     needed = copies.memory_needed_by(result)
     if needed:
         for weight in needed:
             materialize.dissolve(weight, materialize.MEMORY)
-        return call_widened(func, *resolved(args, kwargs))
+        return call_upcast(func, *resolved(args, kwargs))
     return copies.write_back(result)
 
 
@@ -44,21 +44,21 @@ def _collective(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], copies
     """Run a collective on float32 copies and wait for it; what may arrive later arrives in float32 memory."""
     if "recv" in func.__name__:
         return call_in_memory(func, args, kwargs)
-    result = func(*copies.widen(args), **copies.widen(kwargs))
+    result = func(*copies.upcast(args), **copies.upcast(kwargs))
     if hasattr(result, "wait"):
         result.wait()
     return copies.write_back(result, (args, kwargs))
 
 
-def dispatch_widened(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """As `call_widened`, for an operator: its schema says what it writes, and nothing can be exchanged any more."""
+def dispatch_upcast(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """As `call_upcast`, for an operator: its schema says what it writes, and nothing can be exchanged any more."""
     if func.namespace == "c10d":
         raise UpcastError(
             f"{func} on a weight stored in float16, from inside torch.distributed; what it writes would be lost. Give "
             "it weight.detach().clone(), and copy the result back."
         )
     copies = _Copies(str(getattr(func, "__name__", func)))
-    result = func(*copies.widen(args), **copies.widen(kwargs))
+    result = func(*copies.upcast(args), **copies.upcast(kwargs))
     return copies.write_back(result, _written(func, args, kwargs))
 
 
@@ -87,7 +87,7 @@ class _Copies:
         self._operation = operation
         self._pairs: dict[int, tuple[HalfWeight, torch.Tensor, int]] = {}  # weight, copy, its version before
 
-    def widen(self, values: Any) -> Any:
+    def upcast(self, values: Any) -> Any:
         """Return ``values`` with a float32 copy in place of each HalfWeight, the same for the same one."""
         return pytree.tree_map_only(HalfWeight, self._copy, values)
 
@@ -161,4 +161,4 @@ def _write_back(weight: HalfWeight, wide: torch.Tensor) -> None:
         weight.overwrite(wide, update=True)
 
 
-OTHERWISE.update(function=call_widened, operator=dispatch_widened)
+OTHERWISE.update(function=call_upcast, operator=dispatch_upcast)
