@@ -31,7 +31,7 @@ class _Claim:
         self.number: int | None = None  # None while it is yet to be chosen
 
     def is_made(self, waits: bool) -> bool:
-        """Make the claim; return False where that is to be tried again: for those who only look everybody waits."""
+        """Make the claim, or return False where that is to be tried again: for those who only look everybody waits."""
         self.number = None
         _claims[self.key] = weakref.ref(self)
         self._look()
@@ -45,7 +45,7 @@ class _Claim:
                 f"another thread is patching this {names}, or taking it back, or does so with a part of it or what it "
                 "is a part of; one at a time can. Wait for that thread."
             )
-        return not barring
+        return not barring and not self._finds_more()
 
     def give_up(self) -> None:
         """Let others have what is claimed; twice is as good as once."""
@@ -59,6 +59,12 @@ class _Claim:
             time.sleep(_PAUSE)
         first = (self.number or 0, self.key) < (other.number or 0, other.key)
         return first and not self.things.keys().isdisjoint(other.things) and self._is_alive()
+
+    def _finds_more(self) -> bool:
+        """Whether somebody who has given up by now put in other weights after this one had looked."""
+        known = len(self.things)
+        self._look()
+        return len(self.things) > known
 
     def _look(self) -> None:
         for module in {module for root in self.roots for module in modules(root)}:
