@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import TypeVar
 
 import torch
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from upcast import (
     console,
     fingerprint,
-    hooks,
     kernels,
     learning,
     mapped,
@@ -22,13 +20,13 @@ from upcast import (
     pieces,
     tracking,
     transaction,
-    watch,
 )
 from upcast import policy as policies
+from upcast.claims import alone
 from upcast.errors import UpcastError
 from upcast.half_weight import OURS, HalfWeight, parameter
 from upcast.huge_pages import Memory
-from upcast.integrations import aside, litgpt_fused, transformers_fused
+from upcast.integrations import litgpt_fused
 from upcast.layout import to_float32
 from upcast.modes import ordinary, outside_inference_mode
 from upcast.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
@@ -37,7 +35,7 @@ from upcast.policy import Policy
 from upcast.rounding import Rounding, survey, to_half
 from upcast.slot import Slot
 from upcast.store import Fallbacks
-from upcast.targets import check_patterns, prepare, slots
+from upcast.targets import check_patterns, prepare, slots, unwrap
 from upcast.tracking import Selection
 from upcast.transaction import Places, Record, places, take_back
 
@@ -82,11 +80,11 @@ def patch(
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
-            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
-            Nothing has been changed then, nor when the patch is interrupted before it is whole.
+            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture,
+            another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
     """
-    prepared = _prepared(model, policy, keep, kv_cache, trainable)
-    record = _patch(*prepared, guard=guard, heal=heal)
+    root = unwrap(model)
+    record = alone([root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), guard=guard, heal=heal))
     console.say(_summary(record), record.plan)
     return model
 
@@ -99,16 +97,20 @@ def unpatch(model: Model) -> Model:
     said); use `patched` to get the original numbers back. Interrupted, the model is patched or unpatched, never half.
 
     Raises:
-        UpcastError: the model is not patched.
+        UpcastError: the model is not patched, or another thread is at work on it.
     """
+    alone(roots_of(model).values(), lambda: _unpatch(model))
+    return model
+
+
+def _unpatch(model: object) -> None:
     if (took_back(model) and not parts_of(model)) or pieces.unpatch(model):
-        return model
+        return
     found = patched_parts_of(model)
     with outside_inference_mode():
         transaction.unpatch([part.module for part in found], *_restored_places(roots_of(model).values(), found))
     for part in found:
         console.say(_loss(part.record.plan))
-    return model
 
 
 def _restored_places(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple[Places, Places]:
@@ -151,14 +153,28 @@ def borrowed(
     A trial runs forward passes and nothing else: an optimizer that holds the parameters does not matter then, because
     they come back before it can step.
     """
-    prepared = _prepared(model, policy, keep, kv_cache, trial=trial)
-    originals = Places()
+    root, originals, entered = unwrap(model), Places(), False
     try:
-        yield _patch(*prepared, originals=originals)
-        take_back(prepared[0], originals)
+        record = alone(
+            [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trial=trial), originals=originals)
+        )
+        entered = True
+        yield record
+        _give_back(root, originals)
     except BaseException:  # of the block, or an interruption of the way in or back
-        take_back(prepared[0], originals)
+        if entered or _is_lent(root, originals):
+            _give_back(root, originals)
         raise
+
+
+def _give_back(root: nn.Module, originals: Places) -> None:
+    """Put back what was borrowed; where another thread is at work on it, after that."""
+    alone([root], lambda: take_back(root, originals), waits=True)
+
+
+def _is_lent(root: nn.Module, originals: Places) -> bool:
+    record = root.__dict__.get(RECORD)
+    return isinstance(record, Record) and record.lent is originals
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -186,14 +202,19 @@ def report(model: object) -> str:
     is patched, by its name.
 
     Raises:
-        UpcastError: the model is not patched.
+        UpcastError: the model is not patched, or another thread is at work on it.
     """
+    took_back(model)
+    return alone(roots_of(model).values(), lambda: _report(model), reads=True)
+
+
+def _report(model: object) -> str:
     return pieces.report(model) or "\n\n".join(
-        f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model)
+        f"{part.name}: {_report_of(part.record)}".removeprefix(": ") for part in patched_parts_of(model)
     )
 
 
-def _report(record: Record) -> str:
+def _report_of(record: Record) -> str:
     lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"widened whole: {record.fallbacks}"]
     for why, (count, size) in record.fallbacks.dissolved.items():
         lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, because {why}")
@@ -213,7 +234,9 @@ def adopt(
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     for name, tensors in mapped.hold(root):
         overwriting.watch(name, tensors)
-    record = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, guard=guard, heal=heal)
+    record = alone(
+        [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, guard=guard, heal=heal)
+    )
     console.say(_summary(record), record.plan)
     return record
 
@@ -295,7 +318,7 @@ def _patch(
     heal: bool = False,
 ) -> Record:
     """Patch ``root``, all or nothing; what is replaced comes into ``originals`` as well, before it is."""
-    weights, tensors = _Weights(type(root).__name__), Places()
+    weights, tensors, lent = _Weights(type(root).__name__), Places(), originals
     originals = Places() if originals is None else originals
     changes: dict[str, Change] = {}
     for slot, action, reason, rounding, twin in settle(found, keep, weights.look):
@@ -312,33 +335,9 @@ def _patch(
             new.store.before = change.dtype
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + remarks(root))
     selection = None if policy.everywhere else Selection(policy)
-    record = Record(plan, weights.fallbacks, policy, selection)
-    transaction.patch(root, record, tensors, originals, lambda: _install(root, record, guard, heal))
+    record = Record(plan, weights.fallbacks, policy, selection, lent=lent)
+    transaction.patch(root, record, tensors, originals, guard, heal)
     return record
-
-
-def _install(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
-    """Install what makes the model run under its policy: the fast ways, which are for float32, or the interception."""
-    policy, selection = record.policy, record.selection
-    hooks.install(root, shortcuts=selection is None)
-    if selection is None:
-        for library in (litgpt_fused, transformers_fused):
-            _install_fast_ways(library, root, policy.kv_cache)
-    else:
-        litgpt_fused.install_caches(root, policy.kv_cache)
-        tracking.install(root, selection)
-    heal = heal and selection is not None  # safe has nothing to widen
-    if guard or heal:
-        watch.install(root, guard, heal)
-
-
-def _install_fast_ways(library: ModuleType, root: nn.Module, kv_cache: str) -> None:
-    """Give ``root`` the fused forwards for a library; where that fails it goes the ordinary way, which is as right."""
-    try:
-        library.install(root, kv_cache)
-    except Exception as error:
-        library.remove(root)
-        console.say(f"{type(root).__name__} runs without its fast ways ({library.__name__}): {aside.describe(error)}")
 
 
 def _widened(slot: Slot) -> Tensor:

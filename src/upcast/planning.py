@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from upcast import console, layout, learning
-from upcast.parts import Part, parts_of, roots_of
+from upcast.claims import alone
+from upcast.parts import Part, parts_of, roots_of, took_back
 from upcast.pattern import matches
 from upcast.rounding import Rounding, measure, survey
 from upcast.slot import Slot
@@ -243,6 +244,11 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     Raises:
         UpcastError: as `upcast.patch` would.
     """
+    took_back(model)
+    return alone(roots_of(model).values(), lambda: _plan(model, keep, trainable), reads=True)
+
+
+def _plan(model: object, keep: Sequence[str], trainable: Sequence[str]) -> Plan:
     done = parts_of(model)
     if done:
         return _of_parts(model, done, keep, trainable)

@@ -3,19 +3,17 @@
 An interruption (Ctrl-C, a time limit, an error in the model's own code) may come between any two lines. Tensors are
 made before the first change. Then a `Record` with the model's own tensors stands on the model, and until it says that
 the patch is whole the way leads back: where it is cut short, and, if a second interruption cuts that short as well,
-when the model is next looked at.
+when the model is next looked at. Who calls these functions has claimed the model: see `upcast.claims`.
 """
 
-import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 
 from torch import Tensor, nn
 
-from upcast import hooks, tracking, watch
-from upcast.errors import UpcastError
-from upcast.integrations import litgpt_fused, transformers_fused
+from upcast import claims, console, hooks, tracking, watch
+from upcast.integrations import aside, litgpt_fused, transformers_fused
 from upcast.parts import RECORD
 from upcast.planning import Plan
 from upcast.policy import Policy
@@ -35,7 +33,7 @@ class Record:
     policy: Policy
     selection: Selection | None  # None: the policy intercepts nothing
     originals: Places | None = None  # what was replaced, while the model is on its way; None: the patch is whole
-    thread: int = 0  # which is on that way
+    lent: Places | None = None  # the originals of a patch for the time of a block, which gives them back
 
     def settle(self, root: nn.Module) -> bool:
         """Take ``root`` back if a patch was cut short, and the way back too; return whether the patch is whole.
@@ -43,15 +41,12 @@ class Record:
         Raises:
             UpcastError: another thread is at work on the model.
         """
-        if self.originals is None:
-            return True
-        if self.thread != threading.get_ident() and self.thread in sys._current_frames():
-            raise UpcastError(
-                f"another thread is patching this {type(root).__name__}, or taking it back; one at a time can. Wait "
-                "for that thread."
-            )
-        take_back(root, self.originals)
-        return False
+        return self.originals is None or claims.alone([root], lambda: self._settled(root))
+
+    def _settled(self, root: nn.Module) -> bool:
+        if self.originals is not None and root.__dict__.get(RECORD) is self:
+            take_back(root, self.originals)
+        return self.originals is None  # another thread may have been first
 
 
 def places(slot: Slot, tensor: Tensor) -> Places:
@@ -65,31 +60,49 @@ def put(tensors: Places) -> None:
         set_tensor(module, name, tensor)
 
 
-def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, install: Callable[[], None]) -> None:
-    """Put ``tensors`` into ``root`` and call ``install``; all of it, or the originals are back and nothing is left."""
-    record.originals, record.thread = originals, threading.get_ident()
+def patch(root: nn.Module, record: Record, tensors: Places, originals: Places, guard: bool, heal: bool) -> None:
+    """Put ``tensors`` into ``root`` and install what runs it: all of it, or the originals are back."""
+    record.originals = originals
     try:
-        standing = root.__dict__.setdefault(RECORD, record)  # in one step: of several threads one goes on
-        if standing is record:
-            put(tensors)
-            install()
-            record.originals = None  # from here on the model is patched
+        root.__dict__[RECORD] = record
+        put(tensors)
+        _install(root, record, guard, heal)
+        record.originals = None  # from here on the model is patched
     except BaseException:
-        if record.originals is not None and root.__dict__.get(RECORD) is record:
+        if record.originals is not None:
             take_back(root, originals)
         raise
-    if standing is not record:
-        standing.settle(root)
-        raise UpcastError(
-            f"another thread has just patched this {type(root).__name__}; one patch is enough. Use the model as it is."
-        )
+
+
+def _install(root: nn.Module, record: Record, guard: bool, heal: bool) -> None:
+    """Install what makes the model run under its policy: the fast ways, which are for float32, or the interception."""
+    policy, selection = record.policy, record.selection
+    hooks.install(root, shortcuts=selection is None)
+    if selection is None:
+        for library in (litgpt_fused, transformers_fused):
+            _install_fast_ways(library, root, policy.kv_cache)
+    else:
+        litgpt_fused.install_caches(root, policy.kv_cache)
+        tracking.install(root, selection)
+    heal = heal and selection is not None  # safe has nothing to widen
+    if guard or heal:
+        watch.install(root, guard, heal)
+
+
+def _install_fast_ways(library: ModuleType, root: nn.Module, kv_cache: str) -> None:
+    """Give ``root`` the fused forwards for a library; where that fails it goes the ordinary way, which is as right."""
+    try:
+        library.install(root, kv_cache)
+    except Exception as error:
+        library.remove(root)
+        console.say(f"{type(root).__name__} runs without its fast ways ({library.__name__}): {aside.describe(error)}")
 
 
 def take_back(root: nn.Module, originals: Places) -> None:
     """Give ``root`` the tensors that it had before the patch, however much of that was done; the record goes last."""
     record = root.__dict__.get(RECORD)
     if isinstance(record, Record):
-        record.originals, record.thread = originals, threading.get_ident()
+        record.originals = originals
     remove(root)
     put(originals)
     root.__dict__.pop(RECORD, None)

@@ -50,7 +50,7 @@ def _take_over(call: dict[str, Any]) -> None:
     reason = _not_float32(model)
     if reason:
         raise NotOurs(reason)
-    litgpt_scripts.check(model, "safe")
+    litgpt_scripts.check(model, config.read().policy)
     _fill(model, _read(model, path, call.get("adapter_path")))
 
 
@@ -94,4 +94,4 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
             learning[name].copy_(weights.pop(name))
     known = checkpoint.to_float16(weights, huge_pages.Memory(), keep)
     model.load_state_dict(weights, strict=False, assign=True)
-    patching.adopt(model, known, settings.kv_cache, keep=keep, trainable=trainable)
+    patching.adopt(model, known, settings.kv_cache, settings.policy, keep=keep, trainable=trainable)
