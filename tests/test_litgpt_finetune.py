@@ -175,6 +175,27 @@ def test_another_precision_runs_unpatched_and_says_so(folder: Path) -> None:
     assert errors.count("is loaded as it is, unpatched") == 2
 
 
+@pytest.mark.parametrize("policy", ["none"])
+def test_the_environment_s_policy_has_its_effect(folder: Path, runs: object, policy: str) -> None:
+    arguments = [*commands(policy)["finetune_lora"], "--train.max_steps", "2"]
+    found, _, errors = run(folder, {"finetune_lora": arguments}, "patched", UPCAST="1", UPCAST_POLICY=policy)
+    assert found["finetune_lora"][0]["half"] >= 3 * 5
+    assert {dtype for _, dtype in found["finetune_lora"][0]["learning"]} == {"torch.float32"}
+    assert f"; policy {policy}" in errors
+    safe, got = curve(folder, "patched", "finetune_lora")[0], curve(folder, policy, "finetune_lora")[0]
+    assert 1e-6 < abs(got - safe) < 1e-2  # float16's digits
+
+
+def test_a_policy_that_names_no_module_is_refused_before_a_weight_is_read(folder: Path) -> None:
+    arguments = [*commands("refused")["finetune_lora"], "--train.max_steps", "2"]
+    found, _, errors = run(
+        folder, {"finetune_lora": arguments}, "patched", UPCAST="1", UPCAST_POLICY="safe; elsewhere=norm"
+    )
+    assert found == {"finetune_lora": []}
+    assert errors.count("is loaded as it is, unpatched") == 1
+    assert "elsewhere" in errors
+
+
 def test_clipping_is_refused_by_litgpt_itself(folder: Path) -> None:
     """LitGPT's finetuning has no --train.max_norm; clipping on a patched model is in test_learning.py."""
     from litgpt.args import EvalArgs, TrainArgs

@@ -277,8 +277,8 @@ def test_peak_memory_of_loading(tmp_path: Path, python: Run) -> None:
     for (dtype, form), (every, largest), peak in zip(FORMS, sizes, grown, strict=True):
         print(f"{form} {dtype}: weights in float16 {2 * every / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
         allowed = 2 * every + (0 if dtype == torch.float16 else largest * dtype.itemsize)
-        # of a file that is rounded, the system keeps pages in sight that were read: 30 to 160 MB from run to run
-        assert 0.9 * 2 * every < peak < allowed + (150e6 if dtype == torch.float16 else 200e6), (dtype, form)
+        # beside weights and the tensor in work: modules, and pieces; what malloc kept of bfloat16's was 110 MB and more
+        assert 0.9 * 2 * every < peak < allowed + 60e6, (dtype, form)
 
 
 # --- Diffusers --------------------------------------------------------------------------------------------------------

@@ -51,8 +51,8 @@ def patch(
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
-            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture.
-            Nothing has been changed then, nor when the patch is interrupted before it is whole.
+            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture,
+            another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
     """
     return engine.patch(
         model, policy=policy, keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)

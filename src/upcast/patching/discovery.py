@@ -107,12 +107,23 @@ def _check_optimizers(found: Sequence[TensorRef], keep: Sequence[str]) -> None:
     """Refuse an optimizer that holds a parameter to be replaced: it would go on with one that no model has."""
     may_be_held = _held_elsewhere([ref for ref in found if ref.is_parameter and not _stays(ref, keep)])
     replaced = {id(ref.tensor): ref for ref in may_be_held}
-    for candidate in gc.get_objects() if replaced else ():  # which takes a tenth of a second and more
-        if issubclass(type(candidate), torch.optim.Optimizer):
-            for group in candidate.param_groups:
-                for tensor in group["params"]:
-                    if id(tensor) in replaced:
-                        _refuse_optimizer(replaced[id(tensor)], type(candidate).__name__)
+    for optimizer in _optimizers() if replaced else ():  # which takes a tenth of a second and more
+        for group in optimizer.param_groups:
+            for tensor in group["params"]:
+                if id(tensor) in replaced:
+                    _refuse_optimizer(replaced[id(tensor)], type(optimizer).__name__)
+
+
+def _optimizers() -> list[torch.optim.Optimizer]:
+    """Return every optimizer of the process.
+
+    An object refers to its class. `gc.get_objects` would hold all that there is, also tuples that another thread is
+    filling at this moment, which Python then refuses to end (SystemError).
+    """
+    kinds: list[type[torch.optim.Optimizer]] = [torch.optim.Optimizer]
+    for kind in kinds:
+        kinds += [each for each in kind.__subclasses__() if each not in kinds]
+    return [each for each in gc.get_referrers(*kinds) if issubclass(type(each), torch.optim.Optimizer)]
 
 
 def _held_elsewhere(refs: Sequence[TensorRef]) -> list[TensorRef]:

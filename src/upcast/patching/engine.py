@@ -21,7 +21,8 @@ from upcast.core.torch_modes import ordinary, outside_inference_mode
 from upcast.kernels.rounding import Rounding, survey, to_half
 from upcast.patching import hooks, pieces, transaction
 from upcast.patching import trainable as learning
-from upcast.patching.discovery import check_patterns, prepare, refs
+from upcast.patching.claims import alone
+from upcast.patching.discovery import check_patterns, prepare, refs, unwrap
 from upcast.patching.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
 from upcast.patching.plan import KEEP, UPCAST, Change, Plan, change_of, decisions
 from upcast.patching.transaction import Assignments, Record, assignments, take_back
@@ -50,8 +51,8 @@ def patch(
     watcher: Watcher | None = None,
 ) -> Model:
     """Do what `upcast.patch` says, with what watches the model afterwards, if anything does."""
-    prepared = _prepared(model, policy, keep, kv_cache, trainable)
-    say(_patch(*prepared, watcher=watcher))
+    root = unwrap(model)
+    say(alone([root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), watcher=watcher)))
     return model
 
 
@@ -63,16 +64,20 @@ def unpatch(model: Model) -> Model:
     said); use `patched` to get the original numbers back. Interrupted, the model is patched or unpatched, never half.
 
     Raises:
-        UpcastError: the model is not patched.
+        UpcastError: the model is not patched, or another thread is at work on it.
     """
+    alone(roots_of(model).values(), lambda: _unpatch(model))
+    return model
+
+
+def _unpatch(model: object) -> None:
     if (took_back(model) and not parts_of(model)) or pieces.unpatch(model):
-        return model
+        return
     found = patched_parts_of(model)
     with outside_inference_mode():
         transaction.unpatch([part.module for part in found], *_restored(roots_of(model).values(), found))
     for part in found:
         console.say(_loss(part.record.plan))
-    return model
 
 
 def _restored(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple[Assignments, Assignments]:
@@ -101,14 +106,28 @@ def borrowed(
     A trial runs forward passes and nothing else: an optimizer that holds the parameters does not matter then, because
     they come back before it can step.
     """
-    prepared = _prepared(model, policy, keep, kv_cache, trial=trial)
-    originals = Assignments()
+    root, originals, entered = unwrap(model), Assignments(), False
     try:
-        yield _patch(*prepared, originals=originals)
-        take_back(prepared[0], originals)
+        record = alone(
+            [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trial=trial), originals=originals)
+        )
+        entered = True
+        yield record
+        _give_back(root, originals)
     except BaseException:  # of the block, or an interruption of the way in or back
-        take_back(prepared[0], originals)
+        if entered or _is_lent(root, originals):
+            _give_back(root, originals)
         raise
+
+
+def _give_back(root: nn.Module, originals: Assignments) -> None:
+    """Put back what was borrowed; where another thread is at work on it, after that."""
+    alone([root], lambda: take_back(root, originals), waits=True)
+
+
+def _is_lent(root: nn.Module, originals: Assignments) -> bool:
+    record = root.__dict__.get(RECORD)
+    return isinstance(record, Record) and record.lent is originals
 
 
 def is_patched(module: nn.Module) -> bool:
@@ -136,14 +155,19 @@ def report(model: object) -> str:
     is patched, by its name.
 
     Raises:
-        UpcastError: the model is not patched.
+        UpcastError: the model is not patched, or another thread is at work on it.
     """
+    took_back(model)
+    return alone(roots_of(model).values(), lambda: _report(model), reads=True)
+
+
+def _report(model: object) -> str:
     return pieces.report(model) or "\n\n".join(
-        f"{part.name}: {_report(part.record)}".removeprefix(": ") for part in patched_parts_of(model)
+        f"{part.name}: {_report_of(part.record)}".removeprefix(": ") for part in patched_parts_of(model)
     )
 
 
-def _report(record: Record) -> str:
+def _report_of(record: Record) -> str:
     lines = [f"policy: {record.policy}", f"kernels: {kernels.describe()}", f"upcast whole: {record.fallbacks}"]
     for why, (count, size) in record.fallbacks.dissolved.items():
         lines.append(f"float32 since then: {count} weights, {console.megabytes(size)}, because {why}")
@@ -160,7 +184,9 @@ def adopt(
     trainable: Sequence[str] = (),
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
-    record = _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
+    record = alone(
+        [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
+    )
     say(record)
     return record
 
@@ -241,7 +267,7 @@ def _patch(
     watcher: Watcher | None = None,
 ) -> Record:
     """Patch ``root``, all or nothing; what is replaced comes into ``originals`` as well, before it is."""
-    weights, tensors = _Weights(type(root).__name__), Assignments()
+    weights, tensors, lent = _Weights(type(root).__name__), Assignments(), originals
     originals = Assignments() if originals is None else originals
     changes: dict[str, Change] = {}
     for ref, action, reason, rounding, alias in decisions(found, keep, weights.look):
@@ -258,7 +284,7 @@ def _patch(
             new.store.before = change.dtype
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + extensions.remarks(root))
     selection = None if policy.everywhere else Selection(policy)
-    record = Record(plan, weights.fallbacks, policy, selection)
+    record = Record(plan, weights.fallbacks, policy, selection, lent=lent)
     transaction.patch(root, record, tensors, originals, lambda: _install(root, record, watcher))
     return record
 

@@ -11,8 +11,9 @@ from upcast.core.pattern import matches
 from upcast.core.tensor_ref import TensorRef
 from upcast.kernels.rounding import Rounding, measure, survey
 from upcast.patching import trainable as learning
+from upcast.patching.claims import alone
 from upcast.patching.discovery import prepare, refs
-from upcast.patching.parts import Part, parts_of, roots_of
+from upcast.patching.parts import Part, parts_of, roots_of, took_back
 
 CONVERT = "convert"  # rounded to float16
 WRAP = "wrap"  # float16 already: used as it is, without a copy
@@ -241,6 +242,11 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     Raises:
         UpcastError: as `upcast.patch` would.
     """
+    took_back(model)
+    return alone(roots_of(model).values(), lambda: _plan(model, keep, trainable), reads=True)
+
+
+def _plan(model: object, keep: Sequence[str], trainable: Sequence[str]) -> Plan:
     done = parts_of(model)
     if done:
         return _of_parts(model, done, keep, trainable)

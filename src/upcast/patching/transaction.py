@@ -3,22 +3,19 @@
 An interruption (Ctrl-C, a time limit, an error in the model's own code) may come between any two lines. Tensors are
 made before the first change. Then a `Record` with the model's own tensors stands on the model, and until it says that
 the patch is whole the way leads back: where it is cut short, and, if a second interruption cuts that short as well,
-when the model is next looked at.
+when the model is next looked at. Who calls these functions has claimed the model: see `upcast.patching.claims`.
 """
 
-import sys
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from upcast.core import extensions, forward_override
-from upcast.core.errors import UpcastError
 from upcast.core.extensions import Extension
 from upcast.core.module_tree import modules
 from upcast.core.tensor_ref import TensorRef, set_tensor
-from upcast.patching import hooks
+from upcast.patching import claims, hooks
 from upcast.patching.parts import RECORD
 from upcast.patching.plan import Plan
 from upcast.policy import module_scope
@@ -38,7 +35,7 @@ class Record:
     policy: Policy
     selection: Selection | None  # None: the policy intercepts nothing
     originals: Assignments | None = None  # what was replaced, while the model is on its way; None: the patch is whole
-    thread: int = 0  # which is on that way
+    lent: Assignments | None = None  # the originals of a patch for the time of a block, which gives them back
 
     def recover(self, root: nn.Module) -> bool:
         """Take ``root`` back if a patch was cut short, and the way back too; return whether the patch is whole.
@@ -46,19 +43,16 @@ class Record:
         Raises:
             UpcastError: another thread is at work on the model.
         """
-        if self.originals is None:
-            return True
-        if self.thread != threading.get_ident() and self.thread in sys._current_frames():
-            raise UpcastError(
-                f"another thread is patching this {type(root).__name__}, or taking it back; one at a time can. Wait "
-                "for that thread."
-            )
-        take_back(root, self.originals)
-        return False
+        return self.originals is None or claims.alone([root], lambda: self._recovered(root))
+
+    def _recovered(self, root: nn.Module) -> bool:
+        if self.originals is not None and root.__dict__.get(RECORD) is self:
+            take_back(root, self.originals)
+        return self.originals is None  # another thread may have been first
 
 
 def assignments(ref: TensorRef, tensor: Tensor) -> Assignments:
-    """Return every place of ``ref``, with what is to be there."""
+    """Return every owner of ``ref``, with what is to be there."""
     return [(module, name, tensor) for module, name in ref.owners]
 
 
@@ -71,30 +65,24 @@ def put(tensors: Assignments) -> None:
 def patch(
     root: nn.Module, record: Record, tensors: Assignments, originals: Assignments, install: Callable[[], None]
 ) -> None:
-    """Put ``tensors`` into ``root`` and call ``install``; all of it, or the originals are back and nothing is left."""
-    record.originals, record.thread = originals, threading.get_ident()
+    """Put ``tensors`` into ``root`` and call ``install``, for what runs them: all of it, or the originals are back."""
+    record.originals = originals
     try:
-        standing = root.__dict__.setdefault(RECORD, record)  # in one step: of several threads one goes on
-        if standing is record:
-            put(tensors)
-            install()
-            record.originals = None  # from here on the model is patched
+        root.__dict__[RECORD] = record
+        put(tensors)
+        install()
+        record.originals = None  # from here on the model is patched
     except BaseException:
-        if record.originals is not None and root.__dict__.get(RECORD) is record:
+        if record.originals is not None:
             take_back(root, originals)
         raise
-    if standing is not record:
-        standing.recover(root)
-        raise UpcastError(
-            f"another thread has just patched this {type(root).__name__}; one patch is enough. Use the model as it is."
-        )
 
 
 def take_back(root: nn.Module, originals: Assignments) -> None:
     """Give ``root`` the tensors that it had before the patch, however much of that was done; the record goes last."""
     record = root.__dict__.get(RECORD)
     if isinstance(record, Record):
-        record.originals, record.thread = originals, threading.get_ident()
+        record.originals = originals
     remove(root)
     put(originals)
     root.__dict__.pop(RECORD, None)

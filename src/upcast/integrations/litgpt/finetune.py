@@ -52,7 +52,7 @@ def _take_over(call: dict[str, Any]) -> None:
     reason = _not_float32(model)
     if reason:
         raise NotOurs(reason)
-    scripts.check(model, "safe")
+    scripts.check(model, config.read().policy)
     _fill(model, _read(model, path, call.get("adapter_path")))
 
 
@@ -96,4 +96,4 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
             learning[name].copy_(weights.pop(name))
     known = reading.to_float16(weights, pages.Memory(), keep)
     model.load_state_dict(weights, strict=False, assign=True)
-    loading.adopt(model, known, settings.kv_cache, keep=keep, trainable=trainable)
+    loading.adopt(model, known, settings.kv_cache, policy=settings.policy, keep=keep, trainable=trainable)

@@ -27,19 +27,29 @@ _told: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # models of which it wa
 def enter(gpt: nn.Module) -> None:
     """Have LitGPT's generation know that ``gpt`` is fused."""
     _patched.add(gpt)
-    for owner, name, wrapper in _wrapped():
-        function = getattr(owner, name)
-        if not hasattr(function, "_upcast_original"):
-            setattr(owner, name, wrapper(function))
+    _settle()
 
 
 def leave(gpt: nn.Module) -> None:
     """Undo `enter`; after the last model LitGPT's own functions are back."""
     _patched.discard(gpt)
-    if not len(_patched):
-        for owner, name, _ in _wrapped():
+    _settle()
+
+
+def _settle() -> None:
+    """Wrap LitGPT's functions where a model needs it, or unwrap them; again where another thread's came or went.
+
+    Not under a lock: an interruption could leave it locked.
+    """
+    while differing := [each for each in _wrapped() if _is_wrapped(*each) != bool(len(_patched))]:
+        for owner, name, wrapper in differing:
             function = getattr(owner, name)
-            setattr(owner, name, getattr(function, "_upcast_original", function))
+            original = getattr(function, "_upcast_original", function)
+            setattr(owner, name, wrapper(original) if len(_patched) else original)
+
+
+def _is_wrapped(owner: Any, name: str, _: object) -> bool:
+    return hasattr(getattr(owner, name), "_upcast_original")
 
 
 def _wrapped() -> Iterator[tuple[Any, str, Callable[[Any], Any]]]:
