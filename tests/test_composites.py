@@ -150,7 +150,7 @@ def test_unpatching_undoes_every_part(folder: Path, make: Any, names: list[str])
 def test_an_interrupted_unpatch_leaves_every_part_patched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Two(folder)
     weights = {name: id(weight) for name, weight in half_weights(model).items()}
-    original, count = upcast.patching.engine._restored, 0
+    original, count = upcast.patching.engine._before, 0
 
     def failing(*arguments: Any) -> Any:
         nonlocal count
@@ -159,7 +159,7 @@ def test_an_interrupted_unpatch_leaves_every_part_patched(folder: Path, monkeypa
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(upcast.patching.engine, "_restored", failing)
+    monkeypatch.setattr(upcast.patching.engine, "_before", failing)
     with pytest.raises(KeyboardInterrupt):
         upcast.unpatch(model)
     assert {name: id(weight) for name, weight in half_weights(model).items()} == weights

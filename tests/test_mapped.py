@@ -181,7 +181,7 @@ def test_writes_into_weights_are_kept(folder: Path) -> None:
 NO_MEMORY = """
 import resource, sys, torch
 from torch import nn
-from upcast.checkpoint.reading import mapped
+from upcast.checkpoint import mapped
 model = nn.Module()
 model.register_buffer("a", torch.from_file(sys.argv[1], shared=False, size=150_000_000, dtype=torch.float16))
 assert mapped.hold(model) == []

@@ -218,8 +218,8 @@ def test_an_interrupted_unpatch_stays_patched(monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         return original(*args)
 
-    original = upcast.patching.engine._restored
-    monkeypatch.setattr("upcast.patching.engine._restored", interrupt)
+    original = upcast.patching.engine._before
+    monkeypatch.setattr("upcast.patching.engine._before", interrupt)
     with pytest.raises(KeyboardInterrupt):
         upcast.unpatch(model)
     monkeypatch.undo()

@@ -140,14 +140,14 @@ def test_a_look_makes_a_patch_wait_and_does_not_refuse_it(monkeypatch: pytest.Mo
 
     patching = threading.Thread(target=patch)
 
-    def look(root: nn.Module) -> list[str]:
+    def look(root: nn.Module) -> tuple[str, ...]:
         if threading.current_thread() is not patching and not order:
             looks.set()
             patching.join(0.1)
             order.append("looked")
-        return []
+        return ()
 
-    monkeypatch.setattr("upcast.patching.plan.REMARKS", [look])
+    monkeypatch.setattr("upcast.core.extensions.remarks", look)
     patching.start()
     assert "convert" in str(upcast.plan(model))
     patching.join()
@@ -186,8 +186,8 @@ def test_who_is_refused_leaves_what_another_thread_has_patched(monkeypatch: pyte
 
     original = upcast.patching.hooks.install
 
-    def meanwhile(root: nn.Module, *, shortcuts: bool) -> None:
-        original(root, shortcuts=shortcuts)
+    def meanwhile(root: nn.Module, unpatch: Any, *, shortcuts: bool) -> None:
+        original(root, unpatch, shortcuts=shortcuts)
         at_once(1, lambda _: enter())
 
     monkeypatch.setattr("upcast.patching.hooks.install", meanwhile)
