@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import upcast
-from upcast.cli import main
+from upcast.cli.main import main
 from upcast.distributed import collectives, consistency, rendezvous
 from upcast.integrations import loading
 from upcast.integrations.litgpt import tensor_parallel

@@ -17,7 +17,7 @@ from tests.planted import build, plant
 from tests.test_patching import snapshot
 from tests.test_transformers import FAMILIES, make
 from upcast import UpcastError
-from upcast.cli import main
+from upcast.cli.main import main
 
 IDS = torch.randint(1, 300, (200,), generator=torch.Generator().manual_seed(1))
 

@@ -6,7 +6,7 @@ import pytest
 
 import upcast
 from tests.conftest import Run
-from upcast.cli import main
+from upcast.cli.main import main
 from upcast.core import config, console
 
 SCRIPT = """

@@ -18,7 +18,7 @@ import upcast
 from tests.conftest import Run, assert_patched
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.peak_memory import ROOT
-from upcast.cli import main
+from upcast.cli.main import main
 from upcast.integrations.litgpt import convert
 
 pytest.importorskip("litgpt")
@@ -158,7 +158,9 @@ def test_memory_is_that_of_the_largest_tensor(tmp_path: Path, python: Run) -> No
 
 KILLED = """
 import os, signal, sys
-from upcast import cli, convert, torch_file
+from upcast.checkpoint import zip_writer
+from upcast.cli.main import main
+from upcast.integrations.litgpt import convert
 left = int(sys.argv[2])
 write = convert._write_tensor
 def write_some(*arguments):
@@ -169,8 +171,8 @@ def write_some(*arguments):
     return write(*arguments)
 convert._write_tensor = write_some
 if sys.argv[3:]:
-    setattr(torch_file, sys.argv[3], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
-cli.main(["convert", sys.argv[1]])
+    setattr(zip_writer, sys.argv[3], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+main(["convert", sys.argv[1]])
 """
 
 MORE = [["0"], ["999", "check"], ["999", "lay_out"]]
@@ -275,7 +277,7 @@ def test_the_same_folder_and_a_taken_one_are_refused(tmp_path: Path) -> None:
         convert.convert(folder, folder)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "letter").write_text("dear")
-    with pytest.raises(upcast.UpcastError, match="is there already, and is not a twin"):
+    with pytest.raises(upcast.UpcastError, match="is there already, and is not a float16 copy"):
         convert.convert(folder, tmp_path / "taken")
     with pytest.raises(upcast.UpcastError, match="no folder nowhere"):
         convert.convert(Path("nowhere"))
@@ -285,9 +287,10 @@ def test_the_same_folder_and_a_taken_one_are_refused(tmp_path: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from upcast import cli, convert
+from upcast.cli.main import main
+from upcast.integrations.litgpt import convert
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
-sys.exit(cli.main(["convert", sys.argv[1]]))
+sys.exit(main(["convert", sys.argv[1]]))
 """
 
 

@@ -16,7 +16,7 @@ import torch
 import upcast
 from tests.stop_points import content, write_source
 from upcast.checkpoint.output_folder import Partial
-from upcast.cli import main
+from upcast.cli.main import main
 from upcast.core import file_lock
 from upcast.integrations.litgpt import convert
 
@@ -234,8 +234,10 @@ def test_where_there_is_no_fcntl(source: Path, monkeypatch: pytest.MonkeyPatch) 
     windows.locking = lambda handle, how, count: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", windows)
-    for name in ("convert", "partial", "file_lock", "source"):
-        monkeypatch.setattr(upcast, name, getattr(upcast, name))  # an import sets it
+    litgpt = ("integrations.litgpt.convert", "integrations.litgpt.convert_source")
+    for name in (*litgpt, "checkpoint.output_folder", "core.file_lock"):
+        package, _, module = f"upcast.{name}".rpartition(".")
+        monkeypatch.setattr(sys.modules[package], module, sys.modules[f"upcast.{name}"])  # an import sets it
         monkeypatch.delitem(sys.modules, f"upcast.{name}")
     anew = importlib.import_module("upcast.integrations.litgpt.convert")
     lock = importlib.import_module("upcast.core.file_lock")
@@ -280,7 +282,7 @@ def test_tensors_that_have_no_twin(
 OUTPUTS: list[tuple[str, Callable[[Path], Path], str]] = [
     ("in a file", lambda folder: folder / "tokenizer.json" / "twin", "tokenizer.json: "),
     ("of a long name", lambda folder: folder.with_name("a" * 253), "File name too long"),
-    ("the root", lambda folder: Path(folder.anchor), "is there already, and is not a twin"),
+    ("the root", lambda folder: Path(folder.anchor), "is there already, and is not a float16 copy"),
     ("a link to itself", lambda folder: folder.with_name("loop"), "loop"),
 ]
 

@@ -43,7 +43,7 @@ from litgpt.__main__ import main
 models = []
 if sys.argv[2] == "patched":
     from upcast import HalfWeight
-    from upcast.integrations import litgpt as ours
+    from upcast.integrations.litgpt import load as ours
     from upcast.integrations.litgpt.modules import Fused
     fill = ours.fill
     def kept(model, *rest, **options):

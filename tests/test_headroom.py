@@ -151,9 +151,9 @@ def test_refused(make: Any, every: int, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "library", "module"),
     [
-        ("HeadroomCallback", "transformers", "transformers_trainer"),
-        ("LightningHeadroomCallback", "lightning", "lightning"),
-        ("FabricPrecision", "lightning", "fabric"),
+        ("HeadroomCallback", "transformers", "transformers.trainer"),
+        ("LightningHeadroomCallback", "lightning", "lightning.callback"),
+        ("FabricPrecision", "lightning", "lightning.fabric"),
     ],
 )
 def test_without_its_library(monkeypatch: pytest.MonkeyPatch, name: str, library: str, module: str) -> None:

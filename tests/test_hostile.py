@@ -101,12 +101,12 @@ def test_weights_that_begin_alike_are_compared_with_few(monkeypatch: pytest.Monk
     compared: list[object] = []
     equal = plan._bits_equal
     monkeypatch.setattr(plan, "_bits_equal", lambda a, b: compared.append(a) or equal(a, b))
-    twins = plan.Twins()
+    aliases = plan.Aliases()
     slots = [TensorRef(str(i), torch.zeros(9, 9), True, []) for i in range(99)]
     for i, slot in enumerate(slots):
         slot.tensor[8, 8] = i  # not among the few numbers that are looked at first
-    assert [twins.find(slot) for slot in slots] == [None] * 99
-    assert twins.find(slots[3]) is slots[3]
+    assert [aliases.find(slot) for slot in slots] == [None] * 99
+    assert aliases.find(slots[3]) is slots[3]
     assert len(compared) < 99 * 17
 
 

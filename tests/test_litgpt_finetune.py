@@ -37,15 +37,16 @@ import json, sys
 from litgpt.__main__ import main
 found, results = [], {}
 if sys.argv[2] == "patched":
-    from upcast import HalfWeight, patching
-    adopt = patching.adopt
+    from upcast import HalfWeight
+    from upcast.integrations import loading
+    adopt = loading.adopt
     def kept(model, *rest, **options):
         adopt(model, *rest, **options)
         half = sum(isinstance(p, HalfWeight) for p in model.parameters())
         wide = [n for n, p in model.named_parameters() if p.dim() > 1 and not isinstance(p, HalfWeight)]
         learning = [(n, str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]
         found.append({"half": half, "wide": wide, "learning": learning})
-    patching.adopt = kept
+    loading.adopt = kept
 for name, arguments in json.loads(sys.argv[1]).items():
     sys.argv = ["litgpt", *arguments]
     main()

@@ -234,7 +234,7 @@ def test_pipelines(tmp_path: Path, python: Run) -> None:
 IMPORTS = """
 import transformers, upcast
 from transformers.models.llama import modeling_llama  # imported before the count starts
-from upcast.integrations import transformers as ours
+from upcast.integrations.transformers import load as ours
 ours.install()
 def load(folder):
     assert isinstance(transformers.AutoModelForCausalLM.from_pretrained(folder).lm_head.weight, upcast.HalfWeight)

@@ -140,12 +140,12 @@ def test_objects_are_searched_only_where_a_parameter_is_held_elsewhere(monkeypat
     tied.again = tied.up.weight
     tied.shallow = copy.copy(tied.down)  # the same dictionary of parameters: one reference, in two places
     optimizer = torch.optim.SGD(tied.parameters(), lr=0.1)
-    found = [slot for slot in discovery.slots(tied) if slot.is_parameter]
+    found = [slot for slot in discovery.refs(tied) if slot.is_parameter]
     assert len(discovery._held_elsewhere(found)) == len(found) > 0
     del optimizer, found
     held = Net()
     kept = held.up.weight
-    assert [slot.name for slot in discovery._held_elsewhere(discovery.slots(held))] == ["up.weight"], kept.shape
+    assert [slot.name for slot in discovery._held_elsewhere(discovery.refs(held))] == ["up.weight"], kept.shape
     monkeypatch.setattr("gc.get_objects", lambda: pytest.fail("every object was met"))
     for model in (Net(), tied):
         upcast.patch(model)

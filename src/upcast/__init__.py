@@ -74,9 +74,9 @@ del (
 
 
 _LAZY = {  # name -> its module, and what that needs, which upcast does not
-    "FabricPrecision": ("fabric", "Lightning", "a plugin of lightning.Fabric", "lightning"),
-    "HeadroomCallback": ("transformers_trainer", "Transformers", "a callback of its Trainer", "transformers"),
-    "LightningHeadroomCallback": ("lightning", "Lightning", "a callback of its Trainer", "lightning"),
+    "FabricPrecision": ("lightning.fabric", "Lightning", "a plugin of lightning.Fabric", "lightning"),
+    "HeadroomCallback": ("transformers.trainer", "Transformers", "a callback of its Trainer", "transformers"),
+    "LightningHeadroomCallback": ("lightning.callback", "Lightning", "a callback of its Trainer", "lightning"),
 }
 
 
