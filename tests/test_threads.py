@@ -3,6 +3,7 @@
 import random
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -200,6 +201,8 @@ def test_who_is_refused_leaves_what_another_thread_has_patched(monkeypatch: pyte
 
 def test_a_model_of_litgpt_that_comes_while_the_last_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     base = pytest.importorskip("litgpt.generate.base")
+    monkeypatch.setattr(generation, "_patched", weakref.WeakSet())  # models of other tests may be there still
+    generation._settle()
     first, original, models = base.next_token, generation._wrapped, [nn.Module(), nn.Module()]
     comes = threading.Thread(target=generation.enter, args=(models[1],))
 
@@ -213,7 +216,9 @@ def test_a_model_of_litgpt_that_comes_while_the_last_one_leaves(monkeypatch: pyt
     monkeypatch.setattr(generation, "_wrapped", slow)
     generation.leave(models[0])
     comes.join()
-    monkeypatch.undo()
+    monkeypatch.setattr(generation, "_wrapped", original)
     assert hasattr(base.next_token, "_upcast_original")
     generation.leave(models[1])
     assert base.next_token is first
+    monkeypatch.undo()
+    generation._settle()
