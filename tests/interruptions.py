@@ -1,6 +1,7 @@
 """Interruptions at a chosen line of upcast: raised there, or sent there for Python to deliver at its next check."""
 
 import ctypes
+import dis
 import functools
 import os
 import signal
@@ -21,6 +22,7 @@ from upcast.integrations import loading
 from upcast.integrations.litgpt import generation as litgpt_generation
 from upcast.integrations.litgpt import gpt, prefix_cache
 from upcast.policy import mode
+from upcast.tensor import store
 from upcast.tensor.half_weight import HalfWeight
 
 SOURCE = str(Path(upcast.__file__).parent)
@@ -34,13 +36,28 @@ class Timeout(BaseException):
 
 
 class _Sent:
-    """Sends by looking up an attribute: after a call, Python would deliver at once, in what traces and not in ours."""
+    """Sends where an attribute is read: after a call, `getattr` too, Python would deliver in what traces."""
 
     signal = property(_interrupt)
     thread = property(functools.partial(_raise_in, threading.get_ident(), Timeout))
 
 
 KINDS = ("raised", "signal", "thread")
+LOCKS: tuple[Any, ...] = (store._changes, loading._turn)
+
+
+@functools.cache
+def _leaving(code: CodeType) -> frozenset[int]:
+    """Where ``code`` is about to leave a ``with``: Python delivers nothing before what leaves it was called."""
+    starts, entered, found = dict(dis.findlinestarts(code)), set[int | None](), set[int]()
+    line: int | None = None
+    for step in dis.get_instructions(code):
+        line = starts.get(step.offset, line)
+        if step.opname in ("SETUP_WITH", "BEFORE_WITH", "LOAD_SPECIAL"):
+            entered.add(line)
+        elif step.offset in starts and line in entered:
+            found.add(step.offset)
+    return frozenset(found)
 
 
 def run(action: Callable[[], Any], at: int = 0, kind: str = "raised", again: int = 0) -> int:
@@ -58,9 +75,15 @@ def run(action: Callable[[], Any], at: int = 0, kind: str = "raised", again: int
         if event == "line":
             count += 1
             if count == at or (again and count == at + again):
-                if kind == "raised":
+                if kind == "raised" and frame.f_lasti not in _leaving(code):
                     raise KeyboardInterrupt
-                getattr(sent, kind)
+                if not again:
+                    sys.settrace(None)  # or it is delivered where the next line is traced, if not before
+                    frame.f_trace = None
+                if kind == "signal":
+                    _ = sent.signal
+                elif kind == "thread":
+                    _ = sent.thread
         return trace
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -72,7 +95,16 @@ def run(action: Callable[[], Any], at: int = 0, kind: str = "raised", again: int
     finally:
         sys.settrace(None)
         signal.signal(signal.SIGINT, before)
+        if again:
+            _free()
     return count
+
+
+def _free() -> None:
+    """Give up locks that were left because an interruption was delivered in what traces, before a `with` was left."""
+    for lock in LOCKS:
+        while lock._is_owned():
+            lock.release()
 
 
 def picture(model: nn.Module) -> dict[str, Any]:
@@ -120,5 +152,6 @@ def surroundings() -> dict[str, Any]:
         "subclasses": torch._C._is_torch_function_enabled(),
         "function modes": torch._C._len_torch_function_stack(),
         "LitGPT's functions": [(name, hasattr(function, "_upcast_original")) for name, function in generation],
+        "locks": [lock._is_owned() for lock in LOCKS],
         "locals": [{k: v for k, v in vars(each).items() if v} for each in (*locals_, loading._local)],
     }

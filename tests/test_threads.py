@@ -90,11 +90,12 @@ REFUSALS = ("another thread", "is patched already", "is not patched by upcast", 
 
 def at_once(count: int, work: Callable[[int], None]) -> None:
     """Run ``work`` in so many threads."""
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    threads = [threading.Thread(target=work, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
 
 
 @pytest.mark.usefixtures("few_lines")
