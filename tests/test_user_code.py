@@ -6,6 +6,7 @@ which is not what they gave before; and before it, and after it is undone, the f
 
 import functools
 import importlib
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -450,3 +451,30 @@ def test_the_cache_of_litgpt_may_be_changed_in_one_model() -> None:
             found.append([model(IDS[:, :5], torch.arange(5)), model(IDS[:, 5:6], torch.arange(5, 6))])
         assert pair.error(*found) < 1e-5
         assert relative_error(found[0][1], pair.usual[0][:, 5:6]) > 1e-3
+
+
+@pytest.mark.parametrize("error", [TypeError("of the user"), upcast.UpcastError("of the user")], ids=repr)
+def test_an_error_in_user_code_is_its_own_and_comes_once(error: Exception) -> None:
+    """What kernels do not take runs in LitGPT's own forward; what the user's code raises runs nothing again."""
+    model, seen = upcast.patch(make("pythia-160m")), []
+
+    def hook(*_: object) -> None:
+        seen.append(1)
+        raise error
+
+    model.transformer.wte.register_forward_hook(hook)
+    with pytest.raises(type(error), match="of the user"):
+        model(IDS)
+    assert len(seen) == 1
+
+
+def test_what_kernels_do_not_take_is_torch_s_to_answer() -> None:
+    model = make("pythia-160m")
+    plain = rounded(model)
+    for each in (upcast.patch(model), plain):
+        norm = each.transformer.h[0].norm_1
+        norm.weight.data = norm.weight.data.double()
+    with pytest.raises(RuntimeError) as want:
+        plain(IDS)
+    with pytest.raises(RuntimeError, match=re.escape(str(want.value))):
+        model(IDS)

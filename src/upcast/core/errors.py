@@ -1,8 +1,12 @@
-"""The one exception that users of upcast need to know."""
+"""The one exception that users of upcast need to know, and what a fast path is told."""
 
 
 class UpcastError(ValueError):
     """Something upcast refuses, with what was found, the rule and the remedy."""
+
+
+class KernelError(UpcastError):
+    """Something that a kernel does not take; nothing was written. Torch has a result for it, or an error of its own."""
 
 
 def describe(error: BaseException) -> str:

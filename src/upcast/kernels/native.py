@@ -2,7 +2,7 @@
 
 Activations are float32 and weights float16, all on the CPU; weights are read in place and upcast in
 registers. Nothing here records gradients. Whatever a kernel cannot take is refused with an
-`UpcastError` before any memory is touched.
+`KernelError` before any memory is touched.
 """
 
 import functools
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
-from upcast.core.errors import UpcastError
+from upcast.core.errors import KernelError, UpcastError
 from upcast.kernels.reference import Survey
 
 _COPY_FIRST, _COPY_SECOND = 1, 2
@@ -53,7 +53,7 @@ _module, _load_error = _load()
 _native: Any = _module
 _exchange = False
 if _module is not None:
-    _exchange = _module.setup(UpcastError, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
+    _exchange = _module.setup(KernelError, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
     _attach_pool(_module)
 
 
@@ -229,15 +229,18 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tens
 
 
 def _named(kernel: Kernel) -> Kernel:
-    """Have the profiler see a kernel that does what many operations do."""
+    """Have the profiler see a kernel that does what many operations do; all that it does not take is a KernelError."""
     name = f"upcast::{kernel.__name__}"
 
     @functools.wraps(kernel)
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not profiler._is_profiler_enabled:
-            return kernel(*args, **kwargs)
-        with profiler.record_function(name):
-            return kernel(*args, **kwargs)
+        try:
+            if not profiler._is_profiler_enabled:
+                return kernel(*args, **kwargs)
+            with profiler.record_function(name):
+                return kernel(*args, **kwargs)
+        except TypeError as error:  # an epsilon that is a string, say
+            raise KernelError(f"{error}; upcast::{kernel.__name__} takes plain tensors and numbers.") from None
 
     return call  # type: ignore[return-value]  # the same signature
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.core import scopes
-from upcast.core.errors import UpcastError
+from upcast.core.errors import KernelError
 from upcast.core.forward_override import Forward
 from upcast.integrations.fused import hooked, unwatched_call
 from upcast.integrations.litgpt.block import Angles, Step, step_of
@@ -150,7 +150,7 @@ class FusedGPT(LitGPTForward):
         if start is not None and stack is not None:
             cached = input_pos is not None
             # What the kernels refuse, a vector that was converted in place, say: torch has a result, or its error.
-            with contextlib.suppress(UpcastError, TypeError):
+            with contextlib.suppress(KernelError):
                 x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
         if x is None:
             return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.core.errors import UpcastError
+from upcast.core.errors import KernelError
 from upcast.integrations.fused import float32, fuses
 from upcast.integrations.module_snapshot import Members
 from upcast.integrations.transformers.kv_cache import growing
@@ -95,7 +95,7 @@ class FusedDecoderLayer(TransformersForward):
         sizes, rest = plan
         try:
             y = native.block(x, *angles, keys, values, (native.WHOLE, *sizes, rows, rows, *rest))
-        except (UpcastError, TypeError):  # a vector that was converted in place, say: torch has a result, or its error
+        except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
         if y is not None:
             layer.advance(rows + 1)
