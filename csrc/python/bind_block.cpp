@@ -13,51 +13,72 @@ bool refuse(const char *message) {
     return false;
 }
 
-// The arguments of one call, taken in order.
-class Arguments {
-  public:
-    explicit Arguments(PyObject *const *args) : next_(args) {}
-
-    bool tensor(Tensor &tensor, bool optional = false) { return read_tensor(*next_++, tensor, optional); }
-    bool integer(int64_t &value) { return read_integer(*next_++, value); }
-    bool number(float &value) { return read_float(*next_++, value); }
-    bool flag(bool &value) { return read_bool(*next_++, value); }
-    bool threads(int &value) { return read_threads(*next_++, value); }
-
-    // weight, bias | None. An absent weight, where allowed, gives a matrix without rows.
-    bool matrix(Matrix &matrix, const char *name, bool optional = false) {
-        Tensor weight(name), bias("bias");
-        if (!tensor(weight, optional) || !tensor(bias, true)) return false;
-        if (!weight.present) return true;
-        if (!require_type(weight, Type::float16) || !require_dims(weight, 2) || !require_adjacent(weight)) return false;
-        matrix = {weight.as<const uint16_t>(), weight.strides[0], bias.as<const float>(), weight.shape[0],
-                  weight.shape[1]};
-        return vector(bias, matrix.rows);
+// The items of a tuple of `count`; they live as long as it does.
+bool read_items(PyObject *tuple, PyObject **items, Py_ssize_t count, const char *what) {
+    const bool fits = PyTuple_Check(tuple) && PyTuple_Size(tuple) == count;
+    if (!fits) {
+        PyErr_Format(error_class(), "%s is no tuple of %zd items, as the kernel takes it. Check the arguments.", what, count);
+        return false;
     }
+    for (Py_ssize_t i = 0; i < count; ++i) items[i] = PyTuple_GetItem(tuple, i);
+    return true;
+}
 
-    // weight | None, bias | None, kind, eps, offset.
-    bool norm(BlockNorm &norm, int64_t width) {
-        Tensor weight("norm weight"), bias("norm bias");
-        int64_t kind;
-        if (!tensor(weight, true) || !tensor(bias, true) || !integer(kind)) return false;
-        if (!number(norm.eps) || !number(norm.offset)) return false;
-        if (kind < 0 || kind > 2) return refuse("unknown norm; a block has none, RMSNorm or LayerNorm. Use one.");
-        norm.kind = static_cast<NormKind>(kind);
-        norm.weight = weight.as<const float>();
-        norm.bias = bias.as<const float>();
-        return vector(weight, width) && vector(bias, width);
-    }
+bool check_vector(const Tensor &vector, int64_t width) {
+    if (!vector.present) return true;
+    if (!require_type(vector, Type::float32) || !require_dims(vector, 1) || !require_contiguous(vector)) return false;
+    return vector.shape[0] == width || refuse("a vector of the block has another length than its matrix or norm; "
+                                              "they must agree. Check the shapes.");
+}
 
-  private:
-    static bool vector(const Tensor &vector, int64_t width) {
-        if (!vector.present) return true;
-        if (!require_type(vector, Type::float32) || !require_dims(vector, 1) || !require_contiguous(vector)) return false;
-        return vector.shape[0] == width || refuse("a vector of the block has another length than its matrix or norm; "
-                                                  "they must agree. Check the shapes.");
-    }
+// A name of an enumeration's value, as its number.
+template <typename Kind, size_t count>
+bool read_kind(PyObject *object, Kind &kind, const char *const (&)[count], const char *message) {
+    int64_t value;
+    if (!read_integer(object, value)) return false;
+    if (value < 0 || value >= static_cast<int64_t>(count)) return refuse(message);
+    kind = static_cast<Kind>(value);
+    return true;
+}
 
-    PyObject *const *next_;
-};
+// In the order of the enumerations that they name.
+constexpr const char *PARTS[] = {"whole", "attention", "mlp", "both"};
+constexpr const char *ACTIVATIONS[] = {"silu", "gelu", "gelu_tanh"};
+constexpr const char *NORMS[] = {"none", "rms", "layer"};
+constexpr const char *STORAGES[] = {"float16"};
+
+constexpr const char *MATRIX[] = {"weight", "bias", "storage"};
+
+// An absent weight, where allowed, gives a matrix without rows.
+bool read_matrix(PyObject *object, Matrix &matrix, const char *name, bool optional = false) {
+    PyObject *items[3];
+    Tensor weight(name), bias("bias");
+    if (!read_items(object, items, 3, "a matrix of the block")) return false;
+    if (!read_tensor(items[0], weight, optional) || !read_tensor(items[1], bias, true)) return false;
+    if (!read_kind(items[2], matrix.storage, STORAGES, "unknown storage; a matrix is stored in float16.")) return false;
+    if (!weight.present) return true;
+    if (!require_type(weight, Type::float16) || !require_dims(weight, 2) || !require_adjacent(weight)) return false;
+    matrix.weight = weight.as<const uint16_t>();
+    matrix.stride = weight.strides[0];
+    matrix.bias = bias.as<const float>();
+    matrix.rows = weight.shape[0];
+    matrix.columns = weight.shape[1];
+    return check_vector(bias, matrix.rows);
+}
+
+constexpr const char *NORM[] = {"weight", "bias", "kind", "eps", "offset"};
+
+bool read_norm(PyObject *object, BlockNorm &norm, int64_t width) {
+    PyObject *items[5];
+    Tensor weight("norm weight"), bias("norm bias");
+    if (!read_items(object, items, 5, "a norm of the block")) return false;
+    if (!read_tensor(items[0], weight, true) || !read_tensor(items[1], bias, true)) return false;
+    if (!read_kind(items[2], norm.kind, NORMS, "unknown norm; a block has none, RMSNorm or LayerNorm. Use one.")) return false;
+    if (!read_float(items[3], norm.eps) || !read_float(items[4], norm.offset)) return false;
+    norm.weight = weight.as<const float>();
+    norm.bias = bias.as<const float>();
+    return check_vector(weight, width) && check_vector(bias, width);
+}
 
 bool check_activations(const Tensor &out, const Tensor &x, Block &block) {
     if (!require_type(x, Type::float32) || !require_dims(x, 3) || !require_contiguous(x)) return false;
@@ -154,31 +175,59 @@ bool check_caches(const Tensor &keys, const Tensor &values, Block &b) {
     return true;
 }
 
-bool read_sizes(Arguments &args, Block &b) {
-    int64_t activation, part;
-    if (!args.integer(part) || !args.integer(b.heads) || !args.integer(b.groups) || !args.integer(b.head_width)) return false;
-    if (!args.flag(b.norm_heads) || !args.flag(b.parallel) || !args.flag(b.shared)) return false;
-    if (!args.integer(activation) || !args.number(b.scale) || !args.number(b.softcap)) return false;
-    if (!args.integer(b.window)) return false;
-    if (part < 0 || part > 3) return refuse("unknown part; a block has 0 (all of it) to 3. Use one.");
-    b.part = static_cast<BlockPart>(part);
-    if (b.part == BlockPart::both && !b.parallel) return refuse("both branches at once, of a block whose MLP reads what "
-                                                                "attention gave; take one after the other.");
-    if (activation < 0 || activation > 2) return refuse("unknown activation; use silu, gelu or gelu_tanh.");
-    if (b.window < 0 || b.softcap < 0) return refuse("window or softcap is negative; 0 stands for none.");
-    b.activation = static_cast<Activation>(activation);
-    return true;
+bool read_query_norm(PyObject *object, Block &b) {
+    return read_norm(object, b.norm_q, b.norm_heads ? b.head_width : b.heads * b.head_width);
 }
 
-bool read_matrices(Arguments &args, Block &b) {
-    return args.matrix(b.qkv, "qkv") && args.matrix(b.key, "k", true) && args.matrix(b.value, "v", true) &&
-           args.matrix(b.proj, "proj") && args.matrix(b.gate, "gate") && args.matrix(b.up, "up", true) &&
-           args.matrix(b.down, "down") && check_matrices(b);
+bool read_key_norm(PyObject *object, Block &b) {
+    return read_norm(object, b.norm_k, b.norm_heads ? b.head_width : b.groups * b.head_width);
 }
 
-bool read_position(Arguments &args, Block &b) { return args.integer(b.start) && args.integer(b.write); }
+struct Field {
+    const char *name;
+    bool (*read)(PyObject *, Block &);
+};
+
+// What a block is, in the order of `BlockSpec` in kernels/block_spec.py, which a test holds against these names.
+constexpr Field SPEC[] = {
+    {"heads", [](PyObject *o, Block &b) { return read_integer(o, b.heads); }},
+    {"groups", [](PyObject *o, Block &b) { return read_integer(o, b.groups); }},
+    {"head_width", [](PyObject *o, Block &b) { return read_integer(o, b.head_width); }},
+    {"norm_heads", [](PyObject *o, Block &b) { return read_bool(o, b.norm_heads); }},
+    {"parallel", [](PyObject *o, Block &b) { return read_bool(o, b.parallel); }},
+    {"shared", [](PyObject *o, Block &b) { return read_bool(o, b.shared); }},
+    {"activation",
+     [](PyObject *o, Block &b) {
+         return read_kind(o, b.activation, ACTIVATIONS, "unknown activation; use silu, gelu or gelu_tanh.");
+     }},
+    {"scale", [](PyObject *o, Block &b) { return read_float(o, b.scale); }},
+    {"softcap", [](PyObject *o, Block &b) { return read_float(o, b.softcap); }},
+    {"window", [](PyObject *o, Block &b) { return read_integer(o, b.window); }},
+    {"qkv", [](PyObject *o, Block &b) { return read_matrix(o, b.qkv, "qkv"); }},
+    {"key", [](PyObject *o, Block &b) { return read_matrix(o, b.key, "k", true); }},
+    {"value", [](PyObject *o, Block &b) { return read_matrix(o, b.value, "v", true); }},
+    {"proj", [](PyObject *o, Block &b) { return read_matrix(o, b.proj, "proj"); }},
+    {"gate", [](PyObject *o, Block &b) { return read_matrix(o, b.gate, "gate"); }},
+    {"up", [](PyObject *o, Block &b) { return read_matrix(o, b.up, "up", true); }},
+    {"down", [](PyObject *o, Block &b) { return read_matrix(o, b.down, "down"); }},
+    {"norm_1", [](PyObject *o, Block &b) { return check_matrices(b) && read_norm(o, b.norm_1, b.width); }},
+    {"norm_2", [](PyObject *o, Block &b) { return read_norm(o, b.norm_2, b.width); }},
+    {"post_attention", [](PyObject *o, Block &b) { return read_norm(o, b.post_attention, b.width); }},
+    {"post_mlp", [](PyObject *o, Block &b) { return read_norm(o, b.post_mlp, b.width); }},
+    {"norm_q", read_query_norm},
+    {"norm_k", read_key_norm},
+    {"key_limit", [](PyObject *o, Block &b) { return read_float(o, b.key_limit); }},
+    {"value_limit", [](PyObject *o, Block &b) { return read_float(o, b.value_limit); }},
+};
+constexpr Py_ssize_t FIELDS = sizeof SPEC / sizeof *SPEC;
+
+bool read_part(PyObject *object, Block &b) {
+    return read_kind(object, b.part, PARTS, "unknown part; a block has 0 (all of it) to 3. Use one.");
+}
 
 bool check_part(const Block &b) {
+    if (b.part == BlockPart::both && !b.parallel) return refuse("both branches at once, of a block whose MLP reads what "
+                                                                "attention gave; take one after the other.");
     if (b.part != BlockPart::whole && b.last != b.time) return refuse("the last positions of a part of a block; a part "
                                                                       "gives all. Take the whole block.");
     const bool post = b.post_attention.kind != NormKind::none || b.post_mlp.kind != NormKind::none;
@@ -186,39 +235,28 @@ bool check_part(const Block &b) {
                                                          "parts. Leave it out.");
 }
 
-bool read_norms(Arguments &args, Block &b) {
-    const int64_t query = b.norm_heads ? b.head_width : b.heads * b.head_width;
-    const int64_t key = b.norm_heads ? b.head_width : b.groups * b.head_width;
-    return args.norm(b.norm_1, b.width) && args.norm(b.norm_2, b.width) && args.norm(b.post_attention, b.width) &&
-           args.norm(b.post_mlp, b.width) && args.norm(b.norm_q, query) && args.norm(b.norm_k, key) && check_part(b);
+bool read_spec(PyObject *spec, Block &block) {
+    PyObject *items[FIELDS];
+    if (!read_items(spec, items, FIELDS, "a BlockSpec")) return false;
+    for (Py_ssize_t i = 0; i < FIELDS; ++i) {
+        if (!SPEC[i].read(items[i], block)) return false;
+    }
+    if (block.window < 0 || block.softcap < 0) return refuse("window or softcap is negative; 0 stands for none.");
+    return check_part(block);
 }
 
-bool read_limits(Arguments &args, Block &b) { return args.number(b.key_limit) && args.number(b.value_limit); }
-
-constexpr Py_ssize_t SIZES = 11, MATRICES = 14, NORMS = 30, LIMITS = 2; // items of a plan
-
-// The items of a tuple of `count`; they live as long as it does.
-bool read_items(PyObject *tuple, PyObject **items, Py_ssize_t count) {
-    const bool fits = PyTuple_Check(tuple) && PyTuple_Size(tuple) == count;
-    if (!fits) return refuse("a block or a place of another length than the call takes. Check the arguments.");
-    for (Py_ssize_t i = 0; i < count; ++i) items[i] = PyTuple_GetItem(tuple, i);
-    return true;
-}
-
-// A place: (start, write, cos, sin). A block: (index of its place, keys | None, values | None, plan without a position).
+// A place: (start, write, cos, sin). A block: (index of its place, keys | None, values | None, BlockSpec).
 bool read_block(PyObject *places, PyObject *tuple, Block &block) {
-    PyObject *items[3 + SIZES + MATRICES + NORMS + LIMITS], *place[4];
-    if (!read_items(tuple, items, 3 + SIZES + MATRICES + NORMS + LIMITS)) return false;
-    Arguments each(items);
+    PyObject *items[4], *place[4];
+    if (!read_items(tuple, items, 4, "a block")) return false;
     int64_t index;
     Tensor cosine("cos"), sine("sin"), keys("keys"), values("values");
-    if (!each.integer(index) || !each.tensor(keys, true) || !each.tensor(values, true)) return false;
+    if (!read_integer(items[0], index) || !read_tensor(items[1], keys, true) || !read_tensor(items[2], values, true)) return false;
     if (index < 0 || index >= PyTuple_Size(places)) return refuse("a block at a place that is none. Check the arguments.");
-    if (!read_items(PyTuple_GetItem(places, index), place, 4)) return false;
-    Arguments at(place);
-    if (!read_position(at, block) || !at.tensor(cosine) || !at.tensor(sine)) return false;
-    return read_sizes(each, block) && read_matrices(each, block) && read_norms(each, block) &&
-           read_limits(each, block) && check_angles(cosine, sine, block) && check_caches(keys, values, block);
+    if (!read_items(PyTuple_GetItem(places, index), place, 4, "a place")) return false;
+    if (!read_integer(place[0], block.start) || !read_integer(place[1], block.write)) return false;
+    if (!read_tensor(place[2], cosine) || !read_tensor(place[3], sine)) return false;
+    return read_spec(items[3], block) && check_angles(cosine, sine, block) && check_caches(keys, values, block);
 }
 
 class Blocks {
@@ -232,19 +270,18 @@ class Blocks {
 
 } // namespace
 
-// block(out, x, cos, sin, keys | None, values | None, threads, part, heads, groups, head width, norm heads, parallel,
-//       shared, activation, scale, softcap, window, start, write, 7 matrices (weight, bias), 6 norms (weight, bias, kind,
-//       eps, offset), limits of keys and values) -> 0 done, 1 the float16 cache does not take them
+// block(out, x, cos, sin, keys | None, values | None, threads, part, start, write, BlockSpec)
+// -> 0 done, 1 the float16 cache does not take them
 PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!take_count("block", count, 9 + SIZES + MATRICES + NORMS + LIMITS)) return nullptr;
-    Arguments each(args);
+    if (!take_count("block", count, 11)) return nullptr;
     Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");
     Block block = {};
     int threads;
-    if (!each.tensor(out) || !each.tensor(x) || !each.tensor(cosine) || !each.tensor(sine)) return nullptr;
-    if (!each.tensor(keys, true) || !each.tensor(values, true) || !each.threads(threads)) return nullptr;
-    if (!check_activations(out, x, block) || !read_sizes(each, block) || !read_position(each, block)) return nullptr;
-    if (!read_matrices(each, block) || !read_norms(each, block) || !read_limits(each, block)) return nullptr;
+    if (!read_tensor(args[0], out) || !read_tensor(args[1], x) || !read_tensor(args[2], cosine)) return nullptr;
+    if (!read_tensor(args[3], sine) || !read_tensor(args[4], keys, true) || !read_tensor(args[5], values, true)) return nullptr;
+    if (!read_threads(args[6], threads) || !read_part(args[7], block)) return nullptr;
+    if (!read_integer(args[8], block.start) || !read_integer(args[9], block.write)) return nullptr;
+    if (!check_activations(out, x, block) || !read_spec(args[10], block)) return nullptr;
     if (!check_angles(cosine, sine, block) || !check_caches(keys, values, block)) return nullptr;
     const Level &level = current_level();
     BlockOutcome outcome;
@@ -260,11 +297,10 @@ PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
 // values that its float16 cache does not take. The blocks but the last one write to `odd` and `even` in turn.
 PyObject *py_blocks(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!take_count("blocks", count, 7)) return nullptr;
-    Arguments each(args);
     Tensor out("out"), x("x"), odd("odd"), even("even");
     int threads;
-    if (!each.tensor(out) || !each.tensor(x) || !each.tensor(odd) || !each.tensor(even)) return nullptr;
-    if (!each.threads(threads)) return nullptr;
+    if (!read_tensor(args[0], out) || !read_tensor(args[1], x) || !read_tensor(args[2], odd)) return nullptr;
+    if (!read_tensor(args[3], even) || !read_threads(args[4], threads)) return nullptr;
     if (!PyTuple_Check(args[5]) || !PyTuple_Check(args[6])) {
         refuse("places and blocks must be tuples. Check the arguments.");
         return nullptr;
@@ -288,6 +324,33 @@ PyObject *py_blocks(PyObject *, PyObject *const *args, Py_ssize_t count) {
     }
     if (outcome == BlockOutcome::no_memory) return PyErr_NoMemory();
     return PyLong_FromLongLong(done);
+}
+
+namespace {
+
+template <size_t count> bool put_names(PyObject *layout, const char *key, const char *const (&names)[count]) {
+    PyObject *tuple = PyTuple_New(count);
+    for (size_t i = 0; tuple && i < count; ++i) {
+        PyTuple_SetItem(tuple, static_cast<Py_ssize_t>(i), PyUnicode_FromString(names[i]));
+    }
+    const bool put = tuple && !PyErr_Occurred() && PyDict_SetItemString(layout, key, tuple) == 0;
+    Py_XDECREF(tuple);
+    return put;
+}
+
+} // namespace
+
+// The names of what a block is made of, and of the values that its enumerations have.
+PyObject *py_block_layout(PyObject *, PyObject *) {
+    const char *fields[FIELDS];
+    for (Py_ssize_t i = 0; i < FIELDS; ++i) fields[i] = SPEC[i].name;
+    PyObject *layout = PyDict_New();
+    const bool done = layout && put_names(layout, "BlockSpec", fields) && put_names(layout, "Matrix", MATRIX) &&
+                      put_names(layout, "Norm", NORM) && put_names(layout, "PARTS", PARTS) &&
+                      put_names(layout, "ACTIVATIONS", ACTIVATIONS) && put_names(layout, "NORMS", NORMS) &&
+                      put_names(layout, "STORAGES", STORAGES);
+    if (!done) Py_CLEAR(layout);
+    return layout;
 }
 
 } // namespace upcast

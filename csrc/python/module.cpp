@@ -110,6 +110,7 @@ PyMethodDef METHODS[] = {
     {"attention", fast(py_attention), METH_FASTCALL, nullptr},
     {"block", fast(py_block), METH_FASTCALL, nullptr},
     {"blocks", fast(py_blocks), METH_FASTCALL, nullptr},
+    {"block_layout", py_block_layout, METH_NOARGS, nullptr},
     {"survey", fast(py_survey), METH_FASTCALL, nullptr},
     {"look", fast(py_look), METH_FASTCALL, nullptr},
     {"compare", fast(py_compare), METH_FASTCALL, nullptr},

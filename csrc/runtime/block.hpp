@@ -5,8 +5,11 @@
 
 namespace upcast {
 
-// [rows, columns] halves, rows `stride` apart; weight is null where the block has no such matrix.
+enum class Storage { float16 };
+
+// [rows, columns] numbers, rows `stride` apart; weight is null where the block has no such matrix.
 struct Matrix {
+    Storage storage;
     const uint16_t *weight;
     int64_t stride;
     const float *bias;

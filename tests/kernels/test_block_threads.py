@@ -8,28 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.example_block import example
 from upcast.kernels import native
 
-WIDTH, HEADS, HEAD, HIDDEN, TIME = 256, 4, 64, 512, 5
 THREADS = [1, 2, 3, 7, 64]  # more than there are cores, too
 
 
 def arguments() -> tuple[Any, ...]:
-    generator = torch.Generator().manual_seed(0)
-
-    def half(rows: int, columns: int) -> Tensor:
-        return (torch.randn(rows, columns, generator=generator) * 0.05).half()
-
-    angles = torch.randn(TIME, HEAD, generator=generator)
-    no_norm = (None, None, 0, 0.0, 0.0)
-    norm = (torch.ones(WIDTH), None, 1, 1e-5, 0.0)
-    kinds = (False, False, False, native.ACTIVATIONS["silu"])
-    sizes = (native.WHOLE, HEADS, HEADS, HEAD, *kinds, HEAD**-0.5, 0.0, 0, 0, 0)
-    matrices = (half(3 * WIDTH, WIDTH), *[None] * 5, half(WIDTH, WIDTH), None, half(HIDDEN, WIDTH), None)
-    matrices += (half(HIDDEN, WIDTH), None, half(WIDTH, HIDDEN), None)
-    plan = (*sizes, *matrices, *norm, *norm, *no_norm, *no_norm, *no_norm, *no_norm, 0.0, 0.0)
-    x = torch.randn(1, TIME, WIDTH, generator=generator)
-    return x, angles.cos(), angles.sin(), None, None, plan
+    x, cos, sin, spec = example()
+    return x, cos, sin, None, None, spec
 
 
 def block() -> Tensor:

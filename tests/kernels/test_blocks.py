@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.test_block_last import START, caches, changed, inputs
-from tests.kernels.test_block_threads import TIME, WIDTH
+from tests.kernels.example_block import KINDS, TIME, caches, changed, inputs, scaled
 from upcast.core.errors import UpcastError
 from upcast.kernels import native
+from upcast.kernels.block_spec import BlockSpec
 
 pytestmark = pytest.mark.skipif(not native.can_call_blocks(), reason="torch has no exchange interface")
 
@@ -17,32 +17,23 @@ COUNTS = [1, 2, 3, 6]
 BATCH = [1, 3]
 LAST = [None, 1, TIME]
 PLACES = [0, 3]  # the positions' starts, taken in turn
-NORM_K = 52
 
 
-def stack(count: int, batch: int, dtype: torch.dtype) -> list[tuple[int, Tensor, Tensor, tuple[Any, ...]]]:
-    """(index of the place, keys, values, plan with that place) of every block."""
-    kinds = ["sequential", "parallel", "shared"]
-    found = []
-    for i in range(count):
-        place = i % len(PLACES)
-        plan = changed(kinds[i % 3], split=i % 2 == 1, place=PLACES[place])
-        found.append((place, *caches(batch, dtype), plan))
-    return found
+Steps = list[tuple[int, Tensor, Tensor, BlockSpec]]  # index of the place, keys, values, what the block is
 
 
-def without_place(plan: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (*plan[:START], *plan[START + 2 :])
+def stack(count: int, batch: int, dtype: torch.dtype) -> Steps:
+    specs = [changed([*KINDS][i % len(KINDS)], split=i % 2 == 1) for i in range(count)]
+    return [(i % len(PLACES), *caches(batch, dtype), spec) for i, spec in enumerate(specs)]
 
 
-def call(x: Tensor, cos: Tensor, sin: Tensor, steps: Any, last: int | None = None) -> tuple[Tensor, int]:
-    places = tuple((start, start, cos, sin) for start in PLACES)
-    return native.blocks(x, places, tuple((at, k, v, *without_place(plan)) for at, k, v, plan in steps), last)
+def call(x: Tensor, cos: Tensor, sin: Tensor, steps: Steps, last: int | None = None) -> tuple[Tensor, int]:
+    return native.blocks(x, tuple((start, start, cos, sin) for start in PLACES), tuple(steps), last)
 
 
-def one_by_one(x: Tensor, cos: Tensor, sin: Tensor, steps: Any) -> Tensor:
-    for _, keys, values, plan in steps:
-        out = native.block(x, cos, sin, keys, values, plan)
+def one_by_one(x: Tensor, cos: Tensor, sin: Tensor, steps: Steps) -> Tensor:
+    for place, keys, values, spec in steps:
+        out = native.block(x, cos, sin, keys, values, spec, (PLACES[place],) * 2)
         assert out is not None
         x = out
     return x
@@ -78,18 +69,17 @@ NARROW: dict[str, tuple[float, tuple[float, float]]] = {  # what scales the keys
 def test_a_cache_that_is_too_narrow_stops_them(narrow: int, why: str) -> None:
     x, cos, sin = inputs(1)
     steps = stack(4, 1, torch.float16)
-    place, keys, values, plan = steps[narrow]
-    large = [*plan]
-    scale, large[-2:] = NARROW[why]
-    large[NORM_K : NORM_K + 5] = (torch.full((WIDTH,), scale), None, 1, 1e-5, 0.0)
-    steps[narrow] = (place, keys, values, tuple(large))
+    place, keys, values, spec = steps[narrow]
+    scale, (key_limit, value_limit) = NARROW[why]
+    large = spec._replace(norm_k=scaled(scale), key_limit=key_limit, value_limit=value_limit)
+    steps[narrow] = (place, keys, values, large)
     before = values.clone() if why == "large values" else keys.clone()
     want = one_by_one(x, cos, sin, stack(4, 1, torch.float16)[:narrow])
     reached, done = call(x, cos, sin, steps)
     assert done == narrow
     assert torch.equal(values if why == "large values" else keys, before)
     torch.testing.assert_close(reached, want, rtol=1e-4, atol=1e-4)
-    steps[narrow] = (place, keys.float(), values.float(), tuple(large))
+    steps[narrow] = (place, keys.float(), values.float(), large)
     _, rest = call(reached, cos, sin, steps[narrow:])
     assert done + rest == 4
 
@@ -108,7 +98,12 @@ REFUSED: dict[str, Any] = {
     "places in a list": lambda x, place, block: (x, [place], (block,)),
     "blocks in a list": lambda x, place, block: (x, (place,), [block]),
     "positions beyond the cache": lambda x, place, block: (x, ((2 * TIME, 2 * TIME, *place[2:]),), (block,)),
-    "a second block that does not fit": lambda x, place, block: (x, (place,), (block, (*block[:3], 9, *block[4:]))),
+    "a second block that does not fit": lambda x, place, block: (
+        x,
+        (place,),
+        (block, (*block[:3], block[3]._replace(heads=9))),
+    ),
+    "a block that is cut short": lambda x, place, block: (x, (place,), ((*block[:3], block[3][:-1]),)),
 }
 
 
@@ -116,7 +111,7 @@ REFUSED: dict[str, Any] = {
 def test_what_does_not_fit_is_refused_before_anything_runs(case: str) -> None:
     x, cos, sin = inputs(1)
     keys, values = caches(1, torch.float16)
-    block = (0, keys, values, *without_place(changed()))
+    block = (0, keys, values, changed())
     with pytest.raises(UpcastError):
         native.blocks(*REFUSED[case](x, (0, 0, cos, sin), block))
     assert torch.equal(keys, caches(1, torch.float16)[0])

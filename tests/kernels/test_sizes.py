@@ -3,27 +3,27 @@
 import pytest
 import torch
 
+from tests.kernels.example_block import example
 from upcast.core.errors import UpcastError
 from upcast.kernels import native
+from upcast.kernels.block_spec import Matrix, Norm
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not there")
 
 HUGE = 2**32
-NO_NORM = (None, None, 0, 0.0, 0.0)
 
 
 def empty_block(batch: int, time: int, heads: int, width: int) -> object:
     """Run a block of C = 0 whose queries have ``heads`` heads of ``width``."""
 
-    def half(*sizes: int) -> torch.Tensor:
-        return torch.empty(sizes, dtype=torch.float16)
+    def half(*sizes: int) -> Matrix:
+        return Matrix(torch.empty(sizes, dtype=torch.float16))
 
-    sizes = (heads, heads, width, False, False, False, 0, 1.0, 0.0, 0, 0, 0)
-    attention = (half(3 * heads * width, 0), None, None, None, None, None, half(0, heads * width), None)
-    mlp = (half(0, 0), None, None, None, half(0, 0), None)
+    spec = example()[-1]._replace(heads=heads, groups=heads, head_width=width, norm_1=Norm(), norm_2=Norm())
+    attention = {"qkv": half(3 * heads * width, 0), "proj": half(0, heads * width)}
+    empty = spec._replace(**attention, gate=half(0, 0), up=Matrix(), down=half(0, 0), key_limit=4.0, value_limit=8.0)
     angles = torch.empty(time, 2)
-    plan = (native.WHOLE, *sizes, *attention, *mlp, *NO_NORM * 6, 4.0, 8.0)
-    return native.block(torch.empty(batch, time, 0), angles, angles, None, None, plan)
+    return native.block(torch.empty(batch, time, 0), angles, angles, None, None, empty)
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ def unwatched_call(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not hooked(module) and not nn.modules.module._has_any_global_hook()
 
 
+class UnknownLayer(Exception):
+    """A layer of a block that the native call for whole blocks does not know."""
+
+
 class GatedMLP(Fused):
     """down(activation(gate(x)) * up(x)), the activation and its product in one kernel."""
 

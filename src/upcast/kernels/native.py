@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from upcast.core.errors import KernelError, UpcastError
+from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec
 from upcast.kernels.reference import Survey
 
 _COPY_FIRST, _COPY_SECOND = 1, 2
-ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 Places = tuple[tuple[int, int, Tensor, Tensor], ...]
-WHOLE, ATTENTION, MLP, BOTH = range(4)  # parts of a block, as block.hpp numbers them
+WHOLE = PARTS["whole"]
 _CPU = torch.device("cpu")
 _empty = torch.empty
 _float32 = torch.float32
@@ -289,26 +289,33 @@ def block(
     sin: Tensor,
     keys: Tensor | None,
     values: Tensor | None,
-    plan: tuple[Any, ...],
+    spec: BlockSpec,
+    at: tuple[int, int] = (0, 0),
+    part: int = WHOLE,
     last: int | None = None,
 ) -> Tensor | None:
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
     x: (B, T, C) float32, contiguous. cos, sin: ([B,] T, n) float32. keys, values: the cache (B, Hkv, S, D), both
-    float16 or both float32, or None. plan: part, sizes, matrices, norms, limits of keys and values, in the order that
-    `py_block` lists; any part but WHOLE gives a branch alone, without residual. last: of how many last positions a
-    whole block gives the output, while the cache gets all. Returns (B, last or T, C) float32, or None where `kv_append`
-    would refuse the keys or the values; nothing but the cache was written then.
+    float16 or both float32, or None. at: the position of the first query, and where the cache takes it. part: one of
+    PARTS. last: of how many last positions a whole block gives the output, while the cache gets all. Returns
+    (B, last or T, C) float32, or None where `kv_append` would refuse the keys or the values; nothing but the cache was
+    written then.
     """
     shape = x.shape if last is None else (x.shape[0], last, x.shape[2])
     out = _empty(*shape, dtype=_float32, device=_CPU)
     if _exchange:
-        full = _native.block(out, x, cos, sin, keys, values, _threads(), *plan)
+        full = _native.block(out, x, cos, sin, keys, values, _threads(), part, *at, spec)
     else:
         views = [_describe(tensor) for tensor in (out, x, cos, sin, keys, values)]
-        rest = [_describe(item) if isinstance(item, Tensor) else item for item in plan]
-        full = _native.block(*views, _threads(), *rest)
+        full = _native.block(*views, _threads(), part, *at, _described(spec))
     return None if full else out
+
+
+def _described(spec: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a BlockSpec, or a part of one, with its tensors as the module takes them."""
+    parts = [_described(each) if isinstance(each, tuple) else each for each in spec]
+    return tuple([_describe(each) if isinstance(each, Tensor) else each for each in parts])
 
 
 @_named
@@ -316,7 +323,7 @@ def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None 
     """Transformer blocks one after the other in one call, each as `block` has it.
 
     x: (B, T, C) float32, contiguous. places: (start, write, cos, sin) each. blocks: (index of its place, keys or None,
-    values or None, a plan without start and write) each. last: of how many last positions the last block gives the
+    values or None, BlockSpec) each. last: of how many last positions the last block gives the
     output. Returns (output, number of blocks done). Fewer than there are, if `kv_append` would refuse keys or values of
     the next one; the output is then what that one takes.
     """

@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upcast.integrations.fused import float32, fuses
+from upcast.integrations.fused import UnknownLayer, float32, fuses
 from upcast.integrations.litgpt.divided_block import DividedBlock
 from upcast.integrations.litgpt.modules import (
     SCORES,
@@ -16,20 +16,21 @@ from upcast.integrations.litgpt.modules import (
 )
 from upcast.integrations.litgpt.positions import positions
 from upcast.kernels import native
+from upcast.kernels.block_spec import ACTIVATIONS, NORMS, PARTS, BlockSpec, Matrix, Norm
 from upcast.patching.fast_linear import LinearForward, operands
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
 
-_NO_NORM = (None, None, 0, 0.0, 0.0)
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
+WHOLE, ATTENTION, MLP, BOTH = PARTS.values()
 Angles = tuple[Tensor, Tensor]  # cos and sin, each (T, n)
 
 
 class Step:
-    """One block for the native kernel: where its cache is, and the arguments that stay the same from call to call."""
+    """One block for the native kernel: where its cache is, and what it is made of."""
 
-    def __init__(self, attn: Any, cache: Any, rope: int | None, sizes: tuple[Any, ...], rest: tuple[Any, ...]) -> None:
-        self.attn, self.rope, self.sizes, self.rest = attn, rope, sizes, rest
+    def __init__(self, attn: Any, cache: Any, rope: int | None, spec: BlockSpec) -> None:
+        self.attn, self.rope, self.spec = attn, rope, spec
         self.ring = bool(attn.apply_sliding_window_attention)
         self.capped = attn.config.attention_logit_softcapping is not None
         self.cache = cache
@@ -52,18 +53,17 @@ class Step:
 
         With ``last``, of so many last positions at least.
         """
-        return self._call(native.WHOLE, x, angles, place, last)
+        return self._call(WHOLE, x, angles, place, last)
 
     def _call(
         self, part: int, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None
     ) -> Any:
         if place is None:
-            return native.block(x, *angles, None, None, (part, *self.sizes, 0, 0, *self.rest), last)
-        arguments = (part, *self.sizes, *place, *self.rest)
-        y = native.block(x, *angles, *self._cache(x), arguments, last)
+            return native.block(x, *angles, None, None, self.spec, (0, 0), part, last)
+        y = native.block(x, *angles, *self._cache(x), self.spec, place, part, last)
         if y is None:
             self.upcast()
-            y = native.block(x, *angles, *self._cache(x), arguments, last)
+            y = native.block(x, *angles, *self._cache(x), self.spec, place, part, last)
         return y
 
     def upcast(self) -> None:
@@ -73,7 +73,7 @@ class Step:
     def arguments(self, place: int) -> tuple[Any, ...]:
         """Return this block as `native.blocks` takes it, over its whole cache."""
         buffers = self.cache._buffers
-        return (place, buffers["k"], buffers["v"], native.WHOLE, *self.sizes, *self.rest)
+        return (place, buffers["k"], buffers["v"], self.spec)
 
     def _cache(self, x: Tensor) -> tuple[Tensor, Tensor]:
         buffers = self.cache._buffers
@@ -92,10 +92,10 @@ class DividedStep(Step):
         """Return the block's output for x (B, T, C), as all ranks have it; of all positions."""
         divided = self.divided
         if divided.together:
-            return divided.group.sum(self._call(native.BOTH, x, angles, place)).add_(x)
-        attended = divided.after_attention(self._call(native.ATTENTION, x, angles, place), x)
+            return divided.group.sum(self._call(BOTH, x, angles, place)).add_(x)
+        attended = divided.after_attention(self._call(ATTENTION, x, angles, place), x)
         read = x if divided.module.config.parallel_residual else attended
-        return divided.after_mlp(self._call(native.MLP, read, angles, None), attended)
+        return divided.after_mlp(self._call(MLP, read, angles, None), attended)
 
 
 def step_of(block: Any, index: int) -> Step | None:
@@ -108,22 +108,47 @@ def step_of(block: Any, index: int) -> Step | None:
         return None
     if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
         return None
-    mlp = _mlp(block.mlp)
-    matrices = [_matrix(each) for each in (attn.qkv, None, None, attn.proj, *mlp[1:])] if mlp else [None]
-    norms = [_norm(each) for each in (block.norm_1, None if config.shared_attention_norm else block.norm_2)]
-    # of a divided block these follow the ranks' sum
-    norms += [_norm(None if divided else each) for each in (block.post_attention_norm, block.post_mlp_norm)]
-    norms += [_norm(each) for each in (attn.norm_q, attn.norm_k)]
-    if mlp is None or None in matrices or None in norms:
+    try:
+        spec = _spec(block, divided is not None, forward.scale())
+    except UnknownLayer:
         return None
-    window = config.sliding_window_size if attn.apply_sliding_window_attention else 0
-    sizes = (config.n_head, config.n_query_groups, config.head_size, config.norm_qk_type == "default")
-    kinds = (config.parallel_residual, config.shared_attention_norm, native.ACTIVATIONS[mlp[0]])
-    scores = (forward.scale(), config.attention_logit_softcapping or 0.0, window)
-    rest = tuple(item for group in (*matrices, *norms, (KEY_LIMIT, VALUE_LIMIT)) if group for item in group)
     rope = None if config.rope_indices is None else config.rope_indices[index]
-    step = (attn, attn.kv_cache, rope, (*sizes, *kinds, *scores), rest)
+    step = (attn, attn.kv_cache, rope, spec)
     return DividedStep(divided, *step) if divided else Step(*step)
+
+
+def _spec(block: Any, divided: bool, scale: float) -> BlockSpec:
+    """Return what ``block`` is made of."""
+    attn, config = block.attn, block.attn.config
+    activation, gate, up, down = _mlp(block.mlp)
+    return BlockSpec(
+        heads=config.n_head,
+        groups=config.n_query_groups,
+        head_width=config.head_size,
+        norm_heads=config.norm_qk_type == "default",
+        parallel=config.parallel_residual,
+        shared=config.shared_attention_norm,
+        activation=ACTIVATIONS[activation],
+        scale=scale,
+        softcap=config.attention_logit_softcapping or 0.0,
+        window=config.sliding_window_size if attn.apply_sliding_window_attention else 0,
+        qkv=_matrix(attn.qkv),
+        key=Matrix(),
+        value=Matrix(),
+        proj=_matrix(attn.proj),
+        gate=_matrix(gate),
+        up=_matrix(up),
+        down=_matrix(down),
+        norm_1=_norm(block.norm_1),
+        norm_2=_norm(None if config.shared_attention_norm else block.norm_2),
+        # of a divided block these follow the ranks' sum
+        post_attention=_norm(None if divided else block.post_attention_norm),
+        post_mlp=_norm(None if divided else block.post_mlp_norm),
+        norm_q=_norm(attn.norm_q),
+        norm_k=_norm(attn.norm_k),
+        key_limit=KEY_LIMIT,
+        value_limit=VALUE_LIMIT,
+    )
 
 
 def _divided(block: Any) -> DividedBlock | None:
@@ -143,27 +168,28 @@ def _plain(module: nn.Module) -> bool:
     return isinstance(module.__dict__.get("forward"), (LinearForward, type(None)))
 
 
-def _matrix(linear: Any) -> tuple[Any, Any] | None:
-    """Return (float16 weight, bias) of a plain patched Linear; (None, None) where there is none."""
+def _matrix(linear: Any) -> Matrix:
+    """Return a plain patched Linear, or none at all, as the kernel takes it."""
     if linear is None:
-        return (None, None)
-    if type(linear) is not nn.Linear or not _plain(linear):
-        return None
-    return operands(linear)
+        return Matrix()
+    held = operands(linear) if type(linear) is nn.Linear and _plain(linear) else None
+    if held is None:
+        raise UnknownLayer
+    return Matrix(*held)
 
 
-def _norm(norm: Any) -> tuple[Any, ...] | None:
-    """Return (weight, bias, kind, eps, offset) of a norm as the kernel takes it."""
+def _norm(norm: Any) -> Norm:
+    """Return a norm as the kernel takes it."""
     if norm is None or (type(norm) is nn.Identity and _plain(norm)):
-        return _NO_NORM
+        return Norm()
     if fuses(norm, FusedRMSNorm) and float32(norm.weight):
-        return (norm.weight, None, 1, norm.eps, float(norm.add_unit_offset))
+        return Norm(norm.weight, None, NORMS["rms"], norm.eps, float(norm.add_unit_offset))
     if fuses(norm, FusedLayerNorm) and all(each is None or float32(each) for each in (norm.weight, norm.bias)):
-        return (norm.weight, norm.bias, 2, norm.eps, 0.0)
-    return None
+        return Norm(norm.weight, norm.bias, NORMS["layer"], norm.eps)
+    raise UnknownLayer
 
 
-def _mlp(mlp: Any) -> tuple[Any, ...] | None:
+def _mlp(mlp: Any) -> tuple[str, Any, Any, Any]:
     """Return (activation, gate, up or None, down) of an MLP that the kernel knows."""
     from litgpt.model import GptNeoxMLP
 
@@ -171,4 +197,4 @@ def _mlp(mlp: Any) -> tuple[Any, ...] | None:
         return (mlp.__dict__["forward"].activation, mlp.fc_1, mlp.fc_2, mlp.proj)
     if type(mlp) is GptNeoxMLP and _plain(mlp):
         return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)
-    return None
+    raise UnknownLayer

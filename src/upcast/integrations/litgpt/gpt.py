@@ -74,9 +74,10 @@ class Stack:
         embedding = self._embedding
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not unwatched_call(embedding):
             return None
-        weights = [each for step in self.steps for each in step.rest if isinstance(each, Tensor)]
-        numbers = [[each for each in step.rest if not isinstance(each, Tensor)] for step in self.steps]
-        places = [(step.sizes, step.ring, step.rope) for step in self.steps]
+        specs = [[*step.spec.items()] for step in self.steps]
+        weights = [each for items in specs for each in items if isinstance(each, Tensor)]
+        numbers = [[each for each in items if not isinstance(each, Tensor)] for items in specs]
+        places = [(step.ring, step.rope) for step in self.steps]
         found = content(weights)
         return found and (found, numbers, places, self._set())
 

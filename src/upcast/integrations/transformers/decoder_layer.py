@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.core.errors import KernelError
-from upcast.integrations.fused import float32, fuses
+from upcast.integrations.fused import UnknownLayer, float32, fuses
 from upcast.integrations.module_snapshot import Members
 from upcast.integrations.transformers.kv_cache import growing
 from upcast.integrations.transformers.modules import (
@@ -25,12 +25,12 @@ from upcast.integrations.transformers.modules import (
     wide,
 )
 from upcast.kernels import native, transforms
+from upcast.kernels.block_spec import ACTIVATIONS, NORMS, BlockSpec, Matrix, Norm
 from upcast.patching.fast_linear import LinearForward, operands
 from upcast.tensor import autocast
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
 from upcast.tensor.genuine import Originals, Root, calls, originals
 
-_NO_NORM = (None, None, 0, 0.0, 0.0)
 _NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
 # Whether gradients, autocast or a transformation want to see what is done; the profiler does without.
 _QUESTIONS = [torch.is_grad_enabled, autocast.enabled, *transforms.questions()]
@@ -42,7 +42,7 @@ class FusedDecoderLayer(TransformersForward):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._known: tuple[Members, Originals, tuple[Any, ...] | None] | None = None  # replaced whole: threads share it
+        self._known: tuple[Members, Originals, BlockSpec | None] | None = None  # replaced whole: threads share it
 
     def fused(
         self,
@@ -84,34 +84,33 @@ class FusedDecoderLayer(TransformersForward):
 
     def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
-        plan = self._current_plan()
-        if plan is None or not turns(angles, x, self.module.self_attn.head_dim):
+        spec = self._current_spec()
+        if spec is None or not turns(angles, x, self.module.self_attn.head_dim):
             return None
         layer = growing(cache, self.module.self_attn.layer_idx) if _own(cache) else None
         room = None if layer is None else layer.reserve()
         if layer is None or room is None or room[0].shape[0] != x.shape[0]:
             return None
         keys, values, rows = room
-        sizes, rest = plan
         try:
-            y = native.block(x, *angles, keys, values, (native.WHOLE, *sizes, rows, rows, *rest))
+            y = native.block(x, *angles, keys, values, spec, (rows, rows))
         except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
         if y is not None:
             layer.advance(rows + 1)
         return y
 
-    def _current_plan(self) -> tuple[Any, ...] | None:
-        """Return the sizes and the weights of the layer, or None if it has what the native call does not know."""
+    def _current_spec(self) -> BlockSpec | None:
+        """Return what the layer is made of, or None if it has what the native call does not know."""
         known = self._known
         if known is None or not known[0].same():
             inside = [module for module in self.module.modules() if module is not self.module]
             code = originals(_roots, *dict.fromkeys(map(type, inside)))
-            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), code, _plan(self.module)
-        members, code, plan = known
-        if plan is None or self.module.self_attn.config._attn_implementation != "sdpa":
+            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), code, _spec(self.module)
+        members, code, spec = known
+        if spec is None or self.module.self_attn.config._attn_implementation != "sdpa":
             return None
-        return plan if not members.watched() and code.intact() else None
+        return spec if not members.watched() and code.intact() else None
 
 
 def _roots(*kinds: type) -> list[Root]:
@@ -131,34 +130,57 @@ def _cache_roots(cache: type) -> list[Root]:
     return [(cache, "update"), (cache_utils.Cache, "update"), (cache_utils.DynamicLayer, "update")]
 
 
-def _plan(layer: Any) -> tuple[Any, ...] | None:
+def _spec(layer: Any) -> BlockSpec | None:
     attn, mlp = layer.self_attn, layer.mlp
     gated = mlp.__dict__.get("forward")
     if not fuses(attn, FusedAttention) or not fuses(mlp, FusedGatedMLP) or activation(mlp) != gated.activation:
         return None
-    linears = (attn.q_proj, attn.k_proj, attn.v_proj, attn.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-    matrices = [_matrix(linear) for linear in linears]
-    norms = [_norm(norm) for norm in (layer.input_layernorm, layer.post_attention_layernorm)]
-    norms += [_NO_NORM, _NO_NORM, *(_norm(attn._modules.get(name)) for name in ("q_norm", "k_norm"))]
-    if None in matrices or None in norms:
+    try:
+        query, key = _matrix(attn.q_proj), _matrix(attn.k_proj)
+        return BlockSpec(
+            heads=attn.q_proj.weight.shape[0] // attn.head_dim,
+            groups=attn.k_proj.weight.shape[0] // attn.head_dim,
+            head_width=attn.head_dim,
+            norm_heads="q_norm" in attn._modules,
+            parallel=False,
+            shared=False,
+            activation=ACTIVATIONS[gated.activation],
+            scale=attn.scaling,
+            softcap=0.0,
+            window=0,
+            qkv=query,
+            key=key,
+            value=_matrix(attn.v_proj),
+            proj=_matrix(attn.o_proj),
+            gate=_matrix(mlp.gate_proj),
+            up=_matrix(mlp.up_proj),
+            down=_matrix(mlp.down_proj),
+            norm_1=_norm(layer.input_layernorm),
+            norm_2=_norm(layer.post_attention_layernorm),
+            post_attention=Norm(),
+            post_mlp=Norm(),
+            norm_q=_norm(attn._modules.get("q_norm")),
+            norm_k=_norm(attn._modules.get("k_norm")),
+            key_limit=KEY_LIMIT,
+            value_limit=VALUE_LIMIT,
+        )
+    except UnknownLayer:
         return None
-    heads, groups = (linear.weight.shape[0] // attn.head_dim for linear in (attn.q_proj, attn.k_proj))
-    sizes = (heads, groups, attn.head_dim, "q_norm" in attn._modules, False, False)
-    rest = [item for group in (*matrices, *norms, (KEY_LIMIT, VALUE_LIMIT)) if group for item in group]
-    return (*sizes, native.ACTIVATIONS[gated.activation], attn.scaling, 0.0, 0), tuple(rest)
 
 
-def _matrix(linear: Any) -> tuple[Any, Any] | None:
-    """Return (float16 weight, bias) of a plain patched Linear."""
-    if type(linear) is not nn.Linear or not isinstance(linear.__dict__.get("forward"), LinearForward):
-        return None
-    return operands(linear)
+def _matrix(linear: Any) -> Matrix:
+    """Return a plain patched Linear as the kernel takes it."""
+    plain = type(linear) is nn.Linear and isinstance(linear.__dict__.get("forward"), LinearForward)
+    held = operands(linear) if plain else None
+    if held is None:
+        raise UnknownLayer
+    return Matrix(*held)
 
 
-def _norm(norm: Any) -> tuple[Any, ...] | None:
-    """Return (weight, bias, kind, eps, offset) of a fused RMSNorm, or of none."""
+def _norm(norm: Any) -> Norm:
+    """Return a fused RMSNorm, or none at all, as the kernel takes it."""
     if norm is None:
-        return _NO_NORM
+        return Norm()
     if not fuses(norm, FusedRMSNorm) or not float32(norm.weight):
-        return None
-    return (norm.weight, None, 1, norm.variance_epsilon, 0.0)
+        raise UnknownLayer
+    return Norm(norm.weight, None, NORMS["rms"], norm.variance_epsilon)
