@@ -118,7 +118,7 @@ class Fuzz:
 
     def saved(self) -> None:
         path = self.base / "p.json"
-        Policy.parse("none; h.1..3=norm; storage=float32").save(path)
+        Policy.parse("none; h.1..3=norm; storage=float32").to_json(path)
         damage(path)
         resolve(path)
 

@@ -128,7 +128,7 @@ def test_more_results_than_rows_were_made_for(monkeypatch: pytest.MonkeyPatch) -
     fault = plant(3)
     wanted = upcast.diagnose(fault.model, IDS).to_json()
     monkeypatch.setattr(range_observer, "ROWS", 2)
-    assert upcast.diagnose(fault.model, IDS, IDS).sites  # rows are used again by the second sample
+    assert upcast.diagnose(fault.model, [IDS, IDS]).sites  # rows are used again by the second sample
     assert upcast.diagnose(fault.model, IDS).to_json() == wanted
 
 
@@ -173,7 +173,7 @@ def test_inputs_of_every_kind(row: Any) -> None:
     assert by_mapping.culprit is None
     assert by_mapping.error < 2e-2
     assert by_mapping.to_json() == by_kwargs.to_json()
-    assert upcast.diagnose(model, inputs, inputs).passes == 4
+    assert upcast.diagnose(model, [inputs, inputs]).passes == 4
 
 
 def test_tuples_and_keyword_arguments_are_samples() -> None:

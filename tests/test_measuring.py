@@ -1,5 +1,7 @@
 """What diagnose, search, ablate and certify have in common: bad input is refused, and nothing is changed."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import upcast
 from tests.test_patching import IDS as NET_IDS
 from tests.test_patching import Net, snapshot
 from upcast import UpcastError
+from upcast.analysis.result import Result
 from upcast.tensor.half_weight import HalfWeight
 
 MEASURES = [
@@ -43,11 +46,16 @@ def test_keyword_arguments_alone_are_a_sample(measure: Any) -> None:
     assert measure(Net(), ids=NET_IDS) is not None
 
 
-def test_a_list_of_samples_is_refused_with_the_remedy() -> None:
-    with pytest.raises(
-        UpcastError, match=r"an input is a list; .* Pass several samples as diagnose\(model, \*samples\)"
-    ):
-        upcast.diagnose(Net(), [NET_IDS, NET_IDS])
+@pytest.mark.parametrize("measure", MEASURES)
+def test_what_is_found_has_one_shape(measure: Any, tmp_path: Path) -> None:
+    """Several samples are a list of them, and every result prints, is written and is drawn in the same ways."""
+    found = measure(Net(), [NET_IDS, NET_IDS.flip(0)])
+    assert isinstance(found, Result)
+    assert json.loads(found.to_json(tmp_path / "found.json")) == json.loads((tmp_path / "found.json").read_text())
+    assert found.to_markdown().startswith("**")
+    assert str(found).splitlines()[0] in found.to_markdown()
+    pytest.importorskip("matplotlib")
+    assert found.plot(tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -117,7 +125,7 @@ def test_what_a_model_draws_in_eval_mode_is_drawn_again_in_every_pass() -> None:
 
     model, x = Noisy().eval(), torch.randn(8, 8)
     assert not torch.equal(model(x), model(x))
-    assert upcast.diagnose(model, x, x).error < 1e-2
+    assert upcast.diagnose(model, [x, x]).error < 1e-2
     found = upcast.search(model, [x, x + 1], verbose=False)
     assert str(found.policy) == "none"
     assert found.samples == 2

@@ -100,7 +100,7 @@ def net() -> nn.Module:
 @pytest.mark.parametrize("form", [str, Path, Policy.parse], ids=["string", "path", "value"])
 def test_every_form_of_a_policy_is_taken(form, tmp_path: Path) -> None:
     text = "none; 1=norm"
-    Policy.parse(text).save(tmp_path / "saved.json")
+    Policy.parse(text).to_json(tmp_path / "saved.json")
     given = form(tmp_path / "saved.json") if form is Path else form(text)
     model = upcast.patch(net(), policy=given)
     assert str(upcast.patching.engine.record_of(model).policy) == text

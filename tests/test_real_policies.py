@@ -11,7 +11,7 @@ from benchmarks.ablation import load
 from tests.conftest import assert_patched, relative_error
 from tests.test_litgpt import float32_model
 from tests.test_real_model import TEXT
-from upcast.analysis.runner import NONE, SAFE, answer, samples, trial
+from upcast.analysis.runner import NONE, SAFE, Samples, answer, trial
 from upcast.policy.policy import ALL, Policy
 
 pytestmark = pytest.mark.real
@@ -38,7 +38,7 @@ def test_the_textbook_list_is_not_enough_and_three_classes_are(model: Any, smoll
         want = float32_model(smollm2)(tokens)
     with trial(model) as run:
         assert_patched(run.root)
-        (sample,) = samples([tokens], {})
+        (sample,) = Samples([tokens], {})
         for text in NOT_ENOUGH:
             assert not answer(run.run(Policy.parse(text), sample)).isfinite().all(), text
         for text, limit in ENOUGH.items():

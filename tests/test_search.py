@@ -17,7 +17,7 @@ from tests.planted import IDS, plant
 from tests.test_patching import Net
 from upcast import UpcastError
 from upcast.analysis.diagnose import relative_error
-from upcast.analysis.runner import NONE, SAFE, PolicyRunner, answer, samples, trial
+from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Samples, answer, trial
 from upcast.policy.policy import CLASSES, Policy
 
 FAST = range(12)
@@ -25,7 +25,7 @@ TOLERANCE = 1e-2
 
 
 def enough(run: PolicyRunner, policy: Policy) -> bool:
-    (sample,) = samples([IDS], {})
+    (sample,) = Samples([IDS], {})
     want = answer(run.run(SAFE, sample)).float().clone()
     got = answer(run.run(policy, sample)).float()
     return bool(got.isfinite().all()) and relative_error(got, want) <= TOLERANCE
@@ -76,7 +76,7 @@ def test_the_result_is_a_policy_with_evidence_that_patch_takes(tmp_path: Path, c
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("upcast: search: ") for line in lines) == len(found.steps)
     assert f"policy {found.policy}: error" in str(found)
-    found.save(tmp_path / "p.json")
+    found.to_json(tmp_path / "p.json")
     content = json.loads((tmp_path / "p.json").read_text())
     assert content["policy"] == str(found.policy)
     assert len(content["steps"]) == len(found.steps)
@@ -202,7 +202,7 @@ def test_ablation_has_every_class_alone_and_dropped(tmp_path: Path) -> None:
     assert rows["norm+residual"].finite
     assert not rows["nothing (none)"].finite
     assert rows["everything (safe)"].error == 0
-    assert "| all but residual | **no** |  |" in result.to_markdown()
+    assert "| all but residual | NO |  |" in result.to_markdown()
     assert len(json.loads(result.to_json(tmp_path / "a.json"))["rows"]) == len(rows)
     pytest.importorskip("matplotlib")
     assert result.plot(tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -6,8 +6,9 @@ from typing import TypeVar
 
 from upcast.guard.forward import watcher
 from upcast.patching import engine
-from upcast.patching.engine import Choice, report, unpatch
+from upcast.patching.engine import report, unpatch
 from upcast.patching.plan import plan
+from upcast.policy.policy import Choice
 
 __all__ = ["patch", "patched", "plan", "report", "unpatch"]
 

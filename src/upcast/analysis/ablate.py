@@ -1,6 +1,5 @@
 """Each op class upcast alone, and each dropped alone: what that does to a model's result."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,8 @@ from typing import Any
 
 from upcast.analysis.diagnose import relative_error
 from upcast.analysis.range_observer import all_finite
+from upcast.analysis.result import Result, Table
 from upcast.analysis.runner import PolicyRunner, Sample, Samples, answer, trial
-from upcast.core import console
 from upcast.policy import fingerprint
 from upcast.policy.policy import ALL, CLASSES, PRESETS, Policy
 
@@ -27,36 +26,29 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Ablation:
+class Ablation(Result):
     """The rows of an ablation. Printing it gives a table."""
 
     model: str
     architecture: dict[str, Any]
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
+    def _title(self) -> str:
+        return f"{self.model}: one op class alone, or all but one"
+
+    def _table(self) -> Table:
         rows = [(r.label, "yes" if r.finite else "NO", f"{r.error:.1e}" if r.finite else "") for r in self.rows]
-        return console.table((self.model, "finite", "error"), rows, right=(2,))
+        return Table(("upcast", "finite", "error"), rows, right=(2,))
 
-    def to_markdown(self) -> str:
-        """Return the table in Markdown."""
-        lines = ["| upcast | finite | error |", "|---|---|---:|"]
-        lines += [f"| {r.label} | {'yes' if r.finite else '**no**'} | {_shown(r)} |" for r in self.rows]
-        return "\n".join(lines)
+    def _content(self) -> dict[str, Any]:
+        rows = [{**vars(row), "policy": str(row.policy)} for row in self.rows]
+        return {**vars(self), "rows": rows}
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return the rows as JSON text, and write it to ``path`` if given."""
-        rows = [{**vars(r), "policy": str(r.policy), "error": r.error if r.finite else None} for r in self.rows]
-        text = json.dumps({"model": self.model, "architecture": self.architecture, "rows": rows}, indent=1)
-        if path is not None:
-            Path(path).write_text(text + "\n")
-        return text
-
-    def plot(self, path: str | Path) -> Path:
-        """Write the errors as a picture, a PNG; needs matplotlib (pip install 'upcast[plot]')."""
+    def _draw(self, path: Path) -> None:
         from upcast.analysis import plots
 
-        return plots.ablation(self.rows, f"{self.model}: one op class alone, or all but one", Path(path))
+        bars = [plots.Bar(row.label, row.error, row.op_class, faint=row.dropped) for row in self.rows]
+        plots.errors(bars, self._title(), path)
 
 
 def ablate(model: object, inputs: Any = None, *, extra: tuple[str, ...] = (), **kwargs: Any) -> Ablation:
@@ -99,7 +91,3 @@ def _error(run: PolicyRunner, policy: Policy, sample: Sample, reference: Any) ->
     except (RuntimeError, ValueError, IndexError):  # NaN where an index or a probability is due
         return math.inf
     return relative_error(got, reference) if all_finite(got) else math.inf
-
-
-def _shown(row: Row) -> str:
-    return f"{row.error:.1e}" if row.finite else ""

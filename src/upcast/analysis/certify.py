@@ -6,7 +6,6 @@ decoding goes the same way; beside them bytes of weights and speed.
 """
 
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from upcast.analysis.result import Result, Table
 from upcast.analysis.runner import answer
 from upcast.core import console
 from upcast.core.errors import UpcastError
 from upcast.patching import engine
 from upcast.patching.discovery import unwrap
-from upcast.patching.engine import Choice
 from upcast.policy import fingerprint
 from upcast.policy import policy as policies
 from upcast.tensor.half_weight import HalfWeight
@@ -61,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Result):
     """The rows, float32 first. Printing it gives a table."""
 
     model: str
@@ -77,34 +76,22 @@ class Certificate:
         *("weights", "tokens/s"),
     )
 
-    def __str__(self) -> str:
-        table = console.table(self.HEADERS, [_cells(row) for row in self.rows], right=range(1, 10))
-        return f"{self._title()}\n{table}"
-
-    def to_markdown(self) -> str:
-        """Return the certificate in Markdown."""
-        lines = [f"| {' | '.join(self.HEADERS)} |", "|---" + "|---:" * 9 + "|"]
-        lines += [f"| {' | '.join(_cells(row))} |" for row in self.rows]
-        return f"**{self._title()}**\n\n" + "\n".join(lines)
-
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it to ``path`` if given."""
-        text = json.dumps({**asdict(self), "rows": [asdict(row) for row in self.rows]}, indent=1, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text + "\n")
-        return text
-
-    def plot(self, path: str | Path) -> Path:
-        """Write a one-page picture, a PNG; needs matplotlib (pip install 'upcast[plot]')."""
-        from upcast.analysis import plots
-
-        return plots.certificate(self, Path(path))
-
     def _title(self) -> str:
         return (
             f"{self.model}: {self.positions:,} positions, {self.decoded} tokens decoded greedily, "
             f"{self.threads} threads, upcast policy {self.policy}"
         )
+
+    def _table(self) -> Table:
+        return Table(self.HEADERS, [_cells(row) for row in self.rows], right=range(1, 10))
+
+    def _content(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def _draw(self, path: Path) -> None:
+        from upcast.analysis import plots
+
+        plots.certificate(self, path)
 
 
 def certify(
@@ -112,7 +99,7 @@ def certify(
     text: str | Tensor | Sequence[int],
     *,
     tokenizer: Any = None,
-    policy: Choice = "safe",
+    policy: policies.Choice = "safe",
     window: int = 256,
     windows: int = 8,
     greedy: int = 16,
@@ -189,7 +176,7 @@ def _plain(root: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def _variant(root: nn.Module, name: str, policy: Choice) -> nn.Module:
+def _variant(root: nn.Module, name: str, policy: policies.Choice) -> nn.Module:
     model = _plain(root)
     if name == "upcast":
         with console.silent():

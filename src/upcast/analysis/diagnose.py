@@ -5,7 +5,6 @@ finds the first operation that makes a number that is not finite, or drifts away
 Here are the two passes and the report: a table, a picture, JSON and a suggested policy.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from upcast.analysis.range_observer import Culprit, OpStats, RangeObserver, all_finite
-from upcast.analysis.runner import NONE, answer, samples, trial
-from upcast.core import console
+from upcast.analysis.result import Result, Table
+from upcast.analysis.runner import NONE, Samples, answer, trial
 from upcast.core.errors import UpcastError
 from upcast.kernels.portable import CHUNK
 from upcast.kernels.reference import FLOAT16_MAX
@@ -28,7 +27,7 @@ MARGIN = 1.0  # bits of headroom that the suggested policy asks for
 
 
 @dataclass
-class Diagnosis:
+class Diagnosis(Result):
     """What `diagnose` found. Printing it gives a table, worst first."""
 
     model: str
@@ -41,45 +40,39 @@ class Diagnosis:
     passes: int
     policy: Policy = field(default_factory=Policy)
 
-    def __str__(self) -> str:
-        rows = [_row(site) for site in self.worst(SHOWN)]
-        headers = ("module", "operation", "largest", "headroom", "to zero", "float16")
-        table = console.table(headers, rows, right=(2, 3, 4))
-        rest = len(self.sites) - len(rows)
-        found = f"culprit: {self.culprit}" if self.culprit else "culprit: none"
-        result = f"plain float16: {'finite' if self.finite else 'NOT FINITE'}"
-        if self.finite:
-            result += f", relative error {self.error:.1e}"
-        more = f"... and {rest} more operations\n" if rest > 0 else ""
-        return f"{self.model}: {found}\n{table}\n{more}{result}\nsuggested policy: {self.policy}"
-
     def worst(self, count: int) -> list[OpStats]:
         """Return the sites with the least headroom, worst first."""
         return sorted(self.sites, key=lambda site: (-site.largest, site.order))[:count]
 
-    def to_json(self, path: str | Path | None = None) -> str:
-        """Return everything as JSON text, and write it to ``path`` if given."""
-        content = asdict(self)
-        content["policy"] = str(self.policy)
-        content["sites"] = [{**asdict(site), "headroom_bits": _number(site.headroom)} for site in self.sites]
-        text = json.dumps(_finite(content), indent=1, allow_nan=False)
-        if path is not None:
-            Path(path).write_text(text + "\n")
-        return text
+    def _title(self) -> str:
+        return f"{self.model}: culprit: {self.culprit or 'none'}"
 
-    def plot(self, path: str | Path) -> Path:
-        """Write a picture of the headroom over depth, a PNG; needs matplotlib (pip install 'upcast[plot]')."""
+    def _table(self) -> Table:
+        rows = [_row(site) for site in self.worst(SHOWN)]
+        return Table(("module", "operation", "largest", "headroom", "to zero", "float16"), rows, right=(2, 3, 4))
+
+    def _end(self) -> str:
+        rest = len(self.sites) - SHOWN
+        more = f"... and {rest} more operations\n" if rest > 0 else ""
+        found = f"finite, relative error {self.error:.1e}" if self.finite else "NOT FINITE"
+        return f"{more}plain float16: {found}\nsuggested policy: {self.policy}"
+
+    def _content(self) -> dict[str, Any]:
+        sites = [{**asdict(site), "headroom_bits": site.headroom} for site in self.sites]
+        return {**asdict(self), "policy": str(self.policy), "sites": sites}
+
+    def _draw(self, path: Path) -> None:
         from upcast.analysis import plots
 
-        return plots.headroom(self, Path(path))
+        plots.headroom(self, path)
 
 
-def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any) -> Diagnosis:
+def diagnose(model: object, inputs: Any = None, *, tolerance: float = 0.1, **kwargs: Any) -> Diagnosis:
     """Say where ``model`` comes close to float16's end, and which operation plain float16 breaks.
 
     Args:
         model: any module on the CPU, patched or not; afterwards it is as it was.
-        inputs: samples: each a tensor, a mapping of keyword arguments or a tuple of positional ones.
+        inputs: one sample or an iterable of samples, as for `upcast.search`; None: ``kwargs`` are the sample.
         tolerance: relative error of one operation's result beyond which it has drifted.
         kwargs: keyword arguments of every sample.
 
@@ -90,7 +83,7 @@ def diagnose(model: object, *inputs: Any, tolerance: float = 0.1, **kwargs: Any)
     with trial(model) as run:
         found = RangeObserver(tolerance)
         errors, sound = [], True
-        for sample in samples(inputs, kwargs):
+        for sample in Samples(inputs, kwargs):
             reference = run.finite_reference(sample, found.in_float32)
             try:
                 got = answer(run.run(NONE, sample, found.in_float16))
@@ -149,16 +142,3 @@ def _row(site: OpStats) -> tuple[str, ...]:
     state = f"{site.nonfinite:,} not finite" if site.nonfinite else f"error {site.drift:.1e}"
     headroom = f"{site.headroom:+.1f} bits" if site.largest else ""
     return (site.module or "(model)", site.what, f"{site.largest:,.6g}", headroom, f"{site.flushed:.1%}", state)
-
-
-def _number(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: None stands for it."""
-    if isinstance(value, float):
-        return _number(value)
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    return [_finite(each) for each in value] if isinstance(value, list) else value

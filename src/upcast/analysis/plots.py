@@ -1,8 +1,9 @@
-"""Pictures: headroom over depth, ablation, certificate. Needs the ``plot`` extra."""
+"""Pictures: headroom over depth, errors of policies, certificate. Needs the ``plot`` extra."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from upcast.core.errors import UpcastError
 from upcast.policy.policy import CLASSES
@@ -29,7 +30,7 @@ def figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def headroom(diagnosis: "Diagnosis", path: Path) -> Path:
+def headroom(diagnosis: "Diagnosis", path: Path) -> None:
     """Write the headroom of every operation over the order of execution, a colour and marker per op class."""
     drawing = figure(9.6, 4.2)
     axis = drawing.subplots()
@@ -61,7 +62,6 @@ def headroom(diagnosis: "Diagnosis", path: Path) -> Path:
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     drawing.savefig(path, facecolor="white")
-    return path
 
 
 def _name_culprit(axis: Any, diagnosis: "Diagnosis") -> None:
@@ -86,23 +86,34 @@ def _name_culprit(axis: Any, diagnosis: "Diagnosis") -> None:
     )
 
 
-def ablation(rows: Sequence[Any], title: str, path: Path) -> Path:
-    """Write the errors of an ablation (see `upcast.analysis.ablate`), a bar per policy; what is not finite is said."""
-    drawing = figure(8.4, 0.7 + 0.3 * len(rows))
+class Bar(NamedTuple):
+    """A policy's error relative to float32's (NaN where the result is not finite), in the colour of an op class."""
+
+    label: str
+    error: float
+    op_class: str = ""
+    faint: bool = False
+
+
+def errors(bars: Sequence[Bar], title: str, path: Path, tolerance: float | None = None) -> None:
+    """Write a bar per policy, and a line at the tolerance; what is not finite is said."""
+    drawing = figure(8.4, 0.7 + 0.3 * len(bars))
     axis = drawing.subplots()
-    finite = [row.error for row in rows if row.finite and row.error > 0]
+    finite = [bar.error for bar in bars if bar.error > 0 and math.isfinite(bar.error)]
     low = min(finite, default=1e-3) / 3
     axis.set_xscale("log")
     axis.set_xlim(low, max(finite, default=1.0) * 6)
-    for y, row in enumerate(rows):
-        colour = COLOURS.get(row.op_class, OTHER)
-        if row.finite:
-            axis.barh(y, max(row.error, low) - low, 0.62, left=low, color=colour, alpha=0.45 if row.dropped else 1.0)
-            axis.text(max(row.error, low) * 1.08, y, f"{row.error:.1e}", va="center", fontsize=8.5, color=INK)
+    for y, (_, error, op_class, faint) in enumerate(bars):
+        colour = COLOURS.get(op_class, OTHER)
+        if math.isfinite(error):
+            axis.barh(y, max(error, low) - low, 0.62, left=low, color=colour, alpha=0.45 if faint else 1.0)
+            axis.text(max(error, low) * 1.08, y, f"{error:.1e}", va="center", fontsize=8.5, color=INK)
         else:
             axis.text(low * 1.05, y, "not finite", va="center", fontsize=8.5, color=BAD, weight="bold")
-    axis.set_yticks(range(len(rows)), [row.label for row in rows])
-    axis.set_ylim(len(rows) - 0.4, -0.6)
+    if tolerance is not None:
+        axis.axvline(tolerance, color=FAINT, lw=1, ls="--")
+    axis.set_yticks(range(len(bars)), [bar.label for bar in bars])
+    axis.set_ylim(len(bars) - 0.4, -0.6)
     axis.set_xlabel("error relative to float32")
     axis.set_title(title, loc="left", fontsize=11)
     axis.tick_params(left=False)
@@ -110,10 +121,9 @@ def ablation(rows: Sequence[Any], title: str, path: Path) -> Path:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
     drawing.savefig(path, facecolor="white")
-    return path
 
 
-def certificate(certified: "Certificate", path: Path) -> Path:
+def certificate(certified: "Certificate", path: Path) -> None:
     """Write one page: a panel per question, a bar per variant."""
     drawing = figure(11.0, 4.6)
     panels: list[tuple[str, str, list[float | None], str, bool]] = [
@@ -128,7 +138,6 @@ def certificate(certified: "Certificate", path: Path) -> Path:
         _bars(axis, [row.variant for row in certified.rows], *panel)
     drawing.suptitle(f"{certified.model}: precision certificate ({certified.positions:,} positions)", x=0.01, ha="left")
     drawing.savefig(path, facecolor="white")
-    return path
 
 
 def _missed(share: float | None) -> float | None:

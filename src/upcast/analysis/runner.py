@@ -29,24 +29,6 @@ SAFE, NONE = Policy(), Policy(frozenset())
 Sample = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def samples(inputs: Iterable[Any], kwargs: Mapping[str, Any]) -> Iterator[Sample]:
-    """Yield (args, kwargs) per input: a tensor, a mapping (keyword arguments) or a tuple (positional ones).
-
-    Raises:
-        UpcastError: there is no input, one is of another kind, or a tensor is not on the CPU.
-    """
-    count = 0
-    for each in inputs:
-        count += 1
-        yield _sample(each, kwargs)
-        del each  # before the next one is made: a stream may be longer than memory
-    if not count and kwargs:
-        count = 1
-        yield _sample({}, kwargs)
-    if not count:
-        raise UpcastError("no inputs; the model has to run to be measured. Pass token ids, or what it is called with.")
-
-
 class Samples:
     """The samples of ``inputs``, one at a time and as often as they are asked for.
 
@@ -73,7 +55,23 @@ class Samples:
         self.inputs, self.kwargs = inputs, kwargs
 
     def __iter__(self) -> Iterator[Sample]:
-        return samples(self._each(), self.kwargs)
+        """Yield (args, kwargs) of each: a tensor, a mapping (keyword arguments) or a tuple (positional ones).
+
+        Raises:
+            UpcastError: there is no input, one is of another kind, or a tensor is not on the CPU.
+        """
+        count = 0
+        for each in self._each():
+            count += 1
+            yield _sample(each, self.kwargs)
+            del each  # before the next one is made: a stream may be longer than memory
+        if not count and self.kwargs:
+            count = 1
+            yield _sample({}, self.kwargs)
+        if not count:
+            raise UpcastError(
+                "no inputs; the model has to run to be measured. Pass token ids, or what it is called with."
+            )
 
     def _each(self) -> Iterator[Any]:
         inputs = self.inputs
@@ -103,11 +101,7 @@ def _sample(value: Any, kwargs: Mapping[str, Any]) -> Sample:
         sample = ((value,), dict(kwargs))
     else:
         text = isinstance(value, (str, bytes)) or (isinstance(value, list) and isinstance(next(iter(value), None), str))
-        remedy = (
-            "Encode text with the model's tokenizer first"
-            if text
-            else "Pass several samples as diagnose(model, *samples)"
-        )
+        remedy = "Encode text with the model's tokenizer first" if text else "Pass several samples as a list of these"
         raise UpcastError(
             f"an input is a {type(value).__name__}; it must be a tensor, a mapping of keyword arguments or a tuple of "
             f"positional ones. {remedy}."

@@ -5,7 +5,6 @@ the result passes, and then dropped one by one as long as it still does (delta d
 in a set none of whose members can be dropped). What is left is narrowed to module patterns, by halving the depth.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -16,6 +15,7 @@ import torch
 
 from upcast.analysis.diagnose import relative_error
 from upcast.analysis.range_observer import Culprit, RangeObserver, all_finite
+from upcast.analysis.result import Result, Table
 from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Sample, Samples, answer, trial
 from upcast.core import console
 from upcast.core.errors import UpcastError
@@ -38,8 +38,8 @@ class Step:
 
 
 @dataclass(frozen=True)
-class SearchResult:
-    """A policy and its evidence. ``upcast.patch`` takes it as it is, and as the path it was saved to.
+class SearchResult(Result):
+    """A policy and its evidence. ``upcast.patch`` takes it as it is, and as the path that `to_json` wrote.
 
     Attributes:
         policy: the smallest sufficient policy.
@@ -60,20 +60,24 @@ class SearchResult:
     samples: int
     steps: tuple[Step, ...] = field(repr=False)
 
-    def __str__(self) -> str:
+    def _title(self) -> str:
+        return f"policy {self.policy}: error {self.error:.1e} (tolerance {self.tolerance:g}), {self.passes} passes"
+
+    def _table(self) -> Table:
         rows = [(s.policy, f"{s.error:.1e}" if s.finite else "not finite", s.decision) for s in self.steps]
-        table = console.table(("policy", "error", "decision"), rows, right=(1,))
-        end = f"policy {self.policy}: error {self.error:.1e} (tolerance {self.tolerance:g}), {self.passes} passes"
-        return f"{table}\nculprit: {self.culprit}\n{end}"
+        return Table(("policy", "error", "decision"), rows, right=(1,))
 
-    def to_json(self) -> str:
-        """Return policy and evidence as JSON text."""
-        steps = [{**vars(step), "error": step.error if math.isfinite(step.error) else None} for step in self.steps]
-        return json.dumps({**vars(self), "policy": str(self.policy), "steps": steps}, indent=1, allow_nan=False)
+    def _end(self) -> str:
+        return f"culprit: {self.culprit}"
 
-    def save(self, path: str | Path) -> None:
-        """Write a file that ``upcast.patch(model, policy=path)`` takes, on the same architecture."""
-        Path(path).write_text(self.to_json() + "\n")
+    def _content(self) -> dict[str, Any]:
+        return {**vars(self), "policy": str(self.policy), "steps": [vars(step) for step in self.steps]}
+
+    def _draw(self, path: Path) -> None:
+        from upcast.analysis import plots
+
+        bars = [plots.Bar(step.policy, step.error if step.finite else math.nan) for step in self.steps]
+        plots.errors(bars, self._title(), path, self.tolerance)
 
 
 def search(

@@ -69,7 +69,7 @@ def _diagnose(arguments: argparse.Namespace) -> int:
         policy = search(model, ids)
         print(policy)
         if arguments.save:
-            policy.save(arguments.save)
+            policy.to_json(arguments.save)
     return 0
 
 

@@ -28,6 +28,7 @@ from upcast.integrations.stepping_aside import NotOurs
 from upcast.kernels.rounding import Rounding, to_half
 from upcast.patching import engine
 from upcast.patching.plan import CONVERT, WRAP, decide
+from upcast.policy.policy import Choice
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -45,7 +46,7 @@ class Loading:
     """
 
     kv_cache: str | None = None
-    policy: engine.Choice = "safe"
+    policy: Choice = "safe"
     keep: Sequence[str] = ()
     trainable: Sequence[str] = ()
     strict: bool = False

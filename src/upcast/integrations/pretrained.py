@@ -18,7 +18,7 @@ def from_pretrained(
     model_class: Any,
     *args: Any,
     kv_cache: str | None = None,
-    policy: engine.Choice = "safe",
+    policy: policies.Choice = "safe",
     keep: Sequence[str] = (),
     trainable: Sequence[str] = (),
     **kwargs: Any,

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -29,12 +28,11 @@ from upcast.patching.transaction import Assignments, Record, assignments, take_b
 from upcast.policy import fingerprint, module_scope
 from upcast.policy import policy as policies
 from upcast.policy.module_scope import Selection
-from upcast.policy.policy import Policy
+from upcast.policy.policy import Choice, Policy
 from upcast.tensor.half_weight import OURS, HalfWeight, parameter
 from upcast.tensor.store import Fallbacks
 
 Model = TypeVar("Model")
-Choice = str | Path | Policy | object
 
 
 Watcher = Callable[[nn.Module, bool], None]

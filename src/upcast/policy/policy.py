@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from upcast.core import config, pattern, text_file
 from upcast.core.errors import UpcastError
@@ -90,9 +90,15 @@ class Policy:
                 classes = other
         return classes
 
-    def to_json(self) -> str:
-        """Return the policy as JSON text, which `from_json` reads."""
-        return json.dumps({"policy": str(self)}, indent=1)
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Return the policy as JSON text, and write it to ``path`` if given.
+
+        `from_json` reads the text, ``upcast.patch(model, policy=path)`` the file.
+        """
+        text = json.dumps({"policy": str(self)}, indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n")
+        return text
 
     @staticmethod
     def from_json(text: str) -> "Policy":
@@ -102,10 +108,6 @@ class Policy:
             UpcastError: it is no JSON, or holds no policy.
         """
         return _parse(_fields(text, "this text")["policy"])
-
-    def save(self, path: str | Path) -> None:
-        """Write the policy to a JSON file, which ``upcast.patch(model, policy=path)`` takes."""
-        Path(path).write_text(self.to_json() + "\n")
 
 
 def show(classes: frozenset[str]) -> str:
@@ -118,6 +120,17 @@ def check_kv_cache(kv_cache: str) -> None:
     """Raise UpcastError if ``kv_cache`` is none of DTYPES."""
     if kv_cache not in DTYPES:
         raise UpcastError(f"kv_cache={kv_cache!r}; it must be one of {', '.join(DTYPES)}. Use 'float16'.")
+
+
+class HasPolicy(Protocol):
+    """What `upcast.search` and `upcast.diagnose` return."""
+
+    @property
+    def policy(self) -> Policy: ...
+
+
+Choice = str | Path | Policy | HasPolicy
+"""How a user says which policy is meant: as text, as the path of a saved one, or as a value that is or has one."""
 
 
 def resolve(value: object, *, check: Any = None) -> Policy:
@@ -170,7 +183,7 @@ def _fields(text: str, where: str) -> dict[str, Any]:
             f"{where} is no JSON ({error}); it must be a policy that upcast saved. Save it again."
         ) from None
     if not isinstance(fields, dict) or not isinstance(fields.get("policy"), str):
-        raise UpcastError(f"{where} has no entry 'policy' with a policy string; save it with policy.save(path).")
+        raise UpcastError(f"{where} has no entry 'policy' with a policy string; save it with policy.to_json(path).")
     return fields
 
 

@@ -25,7 +25,7 @@ from upcast.policy import policy as policies
 def load_litgpt(
     checkpoint_dir: str | Path,
     *,
-    policy: engine.Choice = "safe",
+    policy: policies.Choice = "safe",
     keep: Sequence[str] = (),
     kv_cache: str | None = None,
     guard: bool = False,
@@ -126,7 +126,7 @@ def fill(
     model: Any,
     weights: dict[str, Tensor],
     kv_cache: str | None,
-    policy: engine.Choice = "safe",
+    policy: policies.Choice = "safe",
     guard: bool = False,
     heal: bool = False,
     keep: Sequence[str] = (),
