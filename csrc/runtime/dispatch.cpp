@@ -94,23 +94,6 @@ const Level &current_level() {
     return *level;
 }
 
-static int detect_streams() {
-#if defined(__x86_64__)
-    uint32_t a, b, c, d;
-    return __get_cpuid(0, &a, &b, &c, &d) && b == 0x756e6547; // "Genu" of GenuineIntel
-#else
-    return 0;
-#endif
-}
-
-bool likes_streams() {
-    // Asked once: a virtual machine answers cpuid in microseconds.
-    static int known = -1;
-    int answer = __atomic_load_n(&known, __ATOMIC_RELAXED);
-    if (answer < 0) __atomic_store_n(&known, answer = detect_streams(), __ATOMIC_RELAXED);
-    return answer;
-}
-
 bool force_level(const char *name) {
     const Level *levels[MOST_LEVELS];
     const int count = available_levels(levels);

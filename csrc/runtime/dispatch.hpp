@@ -13,9 +13,6 @@ int available_levels(const Level *levels[MOST_LEVELS]);
 // The level in use: the best available one, or the one forced.
 const Level &current_level();
 
-// Whether this processor reads several streams of memory at once faster than one.
-bool likes_streams();
-
 // Makes `name` the level in use; false if it is not available.
 bool force_level(const char *name);
 

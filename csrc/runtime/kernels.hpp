@@ -29,6 +29,12 @@ struct Linear {
     int64_t M, N, K;
 };
 
+// The instruction sets that there are kernels for; UPCAST_LEVEL has these numbers while one of them is compiled.
+enum class Isa { any = 0, x86_64 = 1, x86_64_v3 = 3, x86_64_v4 = 4, x86_64_v4_amx = 5, aarch64 = 64 };
+
+// How rows of weights come from memory fastest: one after the other, several neighbours at once, or several far apart.
+enum class Reading { one_stream, near_streams, far_streams };
+
 enum class Strategy { dot, panel, axpy, tiles };
 
 // How one Linear is carried out: tasks per phase and bytes of shared scratch (64-byte aligned).
@@ -37,7 +43,7 @@ struct LinearPlan {
     int tasks[2];
     int grid_n, grid_m;   // how the tasks divide the output
     int64_t block;        // panel: length of a block of K
-    bool streams;         // dot: the processor reads several rows of weights at once faster than one; set by the caller
+    Reading reading;      // dot: set by the caller, who knows the processor
     size_t scratch;
 };
 
@@ -144,6 +150,7 @@ struct Surveyed {
 };
 
 struct Level {
+    Isa isa;
     const char *name;
     LinearPlan (*plan_linear)(const Linear &, int threads);
     void (*linear)(const Linear &, const LinearPlan &, void *scratch, int phase, int task);

@@ -1,7 +1,7 @@
 #include "runtime/launch.hpp"
 
-#include "runtime/dispatch.hpp"
 #include "runtime/threads.hpp"
+#include "runtime/tuning.hpp"
 
 #include <stdlib.h>
 
@@ -134,7 +134,7 @@ void attention_join_task(void *context, int index) {
 Outcome launch_linear(const Level &level, const Linear &args, int threads) {
     if (args.M == 0 || args.N == 0) return Outcome::done;
     LinearPlan plan = level.plan_linear(args, threads);
-    plan.streams = likes_streams();
+    plan.reading = tuning(level.isa).reading;
     const Scratch scratch(plan.scratch);
     if (scratch.failed()) return Outcome::no_memory;
     LinearCall call = {level, args, plan, scratch.data(), 0};

@@ -10,7 +10,7 @@ namespace upcast {
 namespace UPCAST_NS {
 
 static const Level LEVEL = {
-    UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
+    static_cast<Isa>(UPCAST_LEVEL), UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
     rope,              refuses,   append, plan_attention, attention, attention_join, survey,
 };
 

@@ -1,7 +1,7 @@
 // y = x W^T: each output is a dot product of a row of x and a row of weights, widened in registers.
 //
 // A tile is R rows of weights times COLS rows of x, with its sums in registers. How the weights are read from
-// memory is measured per processor. AMD's with AVX-512 take one row of weights at a time and prefetch
+// memory is measured per processor, and stands in runtime/tuning.cpp. AMD's with AVX-512 take one row of weights at a time and prefetch
 // nothing: a single sequential stream is what the hardware prefetcher follows best, and hints cost it a fifth
 // of the bandwidth. AMD's with AVX2 want several streams, far apart: see linear_far.hpp. Intel's follow a stream
 // no further than its page: there several rows at once, with hints, are read a third faster. More rows of x
@@ -162,11 +162,11 @@ static void finish_dots(const Linear &a, int64_t begin, int64_t end, int64_t m, 
 // Rows [m, next) of x against weights [begin, end), the rows of w.
 template <bool FETCH, class Element>
 static void dot_block(const Linear &a, Rows<Element> w, int64_t begin, int64_t end, int64_t m, int64_t next,
-                      bool streams) {
+                      Reading reading) {
     DotSums sums;
     const int cols = static_cast<int>(next - m);
     const bool short_pair = UPCAST_LEVEL == 4 && cols == 2 && a.K < LONG_ROW; // a third faster by single rows, too
-    if (FETCH && cols == 1 && streams) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
+    if (FETCH && cols == 1 && reading == Reading::near_streams) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
     else if (short_pair) dot_tiles<1, 2, false, Element>(a, w, begin, end, m, sums);
     else dot_tiles_for<DOT_COLS, FETCH, Element>(cols)(a, w, begin, end, m, sums);
     finish_dots(a, begin, end, m, cols, sums);
@@ -210,9 +210,9 @@ static void dot_task(const Linear &a, const LinearPlan &plan, float *scratch, in
             for (int64_t i = 0; i < next_n - n; ++i) widen_row(stored.row(i), wide + i * a.K, a.K);
         for (int64_t block = 0; block < x.count; ++block) {
             const int64_t m = x.begin(block), next = x.begin(block + 1);
-            if (wide) dot_block<false>(a, Rows<float>{wide, a.K}, n, next_n, m, next, false);
-            else if (block == 0) dot_block<true>(a, stored, n, next_n, m, next, plan.streams);
-            else dot_block<false>(a, stored, n, next_n, m, next, false);
+            if (wide) dot_block<false>(a, Rows<float>{wide, a.K}, n, next_n, m, next, Reading::one_stream);
+            else if (block == 0) dot_block<true>(a, stored, n, next_n, m, next, plan.reading);
+            else dot_block<false>(a, stored, n, next_n, m, next, Reading::one_stream);
         }
     }
 }

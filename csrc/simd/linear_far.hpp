@@ -12,14 +12,14 @@
 namespace upcast {
 namespace UPCAST_NS {
 
-constexpr bool READS_FAR_ROWS = UPCAST_LEVEL == 3;
+constexpr bool HAS_FAR_ROWS = UPCAST_LEVEL == 3; // other levels were not measured to gain by it
 constexpr int64_t FAR_BLOCKS = 4;    // of x, at most: with more it is not memory that takes the time
 constexpr int64_t FAR_AHEAD = 256;   // halves between those in use and those being fetched
 
 constexpr int far_parts(int cols) { return cols == 1 ? 4 : dot_rows(cols); }
 
 static bool reads_far_rows(const Linear &a, const LinearPlan &plan) {
-    if (!READS_FAR_ROWS || plan.streams) return false;
+    if (!HAS_FAR_ROWS || plan.reading != Reading::far_streams) return false;
     const int64_t blocks = RowBlocks(a, plan, 0).count;
     return blocks == 1 || (blocks <= FAR_BLOCKS && plan.block == STRETCH);
 }
@@ -66,7 +66,7 @@ static void far_task(const Linear &a, const LinearPlan &plan, int task) {
     const FarTiles tiles = far_tiles_for<DOT_COLS>(cols);
     const auto near = [&](int64_t n, int64_t next, int64_t block) {
         const Rows<uint16_t> rows = {a.w + n * a.ldw, a.ldw};
-        dot_block<false>(a, rows, n, next, x.begin(block), x.begin(block + 1), false);
+        dot_block<false>(a, rows, n, next, x.begin(block), x.begin(block + 1), Reading::one_stream);
     };
     const int64_t step = x.count == 1 ? most<int64_t>(1, apart) : plan.block / DOT_COLS;
     for (int64_t i = 0; i < apart; i += step) {

@@ -66,7 +66,7 @@ void expect(const char *what, double error, double size, int64_t m, int64_t n, i
 
 void run_linear(const Linear &a, int threads) {
     LinearPlan plan = LEVEL.plan_linear(a, threads);
-    plan.streams = below(2) != 0;
+    plan.reading = static_cast<Reading>(below(3));
     Buffer<char> scratch(static_cast<int64_t>(plan.scratch) + 64);
     char *aligned = scratch.data + (64 - reinterpret_cast<uintptr_t>(scratch.data) % 64) % 64;
     for (int phase = 0; phase < 2; ++phase)

@@ -1,0 +1,52 @@
+#include "runtime/tuning.hpp"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace upcast {
+
+namespace {
+
+enum class Family { any, intel, other };
+
+struct Row {
+    Family family;
+    Isa isa;
+    Tuning tuning;
+};
+
+// The first row that fits counts. What each reading is: simd/linear_dot.hpp, simd/linear_far.hpp.
+constexpr Row TABLE[] = {
+    {Family::intel, Isa::any, {Reading::near_streams}},   // measured on Intel's with AMX
+    {Family::any, Isa::x86_64_v3, {Reading::far_streams}}, // on Zen 3
+    {Family::any, Isa::any, {Reading::one_stream}},       // on Zen 4 and 5
+};
+
+Family ask() {
+#if defined(__x86_64__)
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return Family::other;
+    if (b == 0x756e6547) return Family::intel; // "Genu" of GenuineIntel
+#endif
+    return Family::other;
+}
+
+Family family() {
+    // Asked once: a virtual machine answers cpuid in microseconds.
+    static Family known = Family::any;
+    Family found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (found == Family::any) __atomic_store_n(&known, found = ask(), __ATOMIC_RELAXED);
+    return found;
+}
+
+} // namespace
+
+const Tuning &tuning(Isa isa) {
+    const Family here = family();
+    const Row *row = TABLE;
+    while ((row->family != Family::any && row->family != here) || (row->isa != Isa::any && row->isa != isa)) ++row;
+    return row->tuning;
+}
+
+} // namespace upcast
