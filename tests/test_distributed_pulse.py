@@ -25,9 +25,9 @@ class World:
 @pytest.fixture
 def pulses(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[pulse.Pulse]]:
     """The pulses of three ranks, all of them in this process."""
-    store, world, ranks = HashStore(), World(), iter(range(RANKS))
+    store, ranks = HashStore(), iter(range(RANKS))
     stands_for_dist: Any = SimpleNamespace(
-        group=SimpleNamespace(WORLD=world),
+        group=SimpleNamespace(WORLD=World()),
         get_rank=lambda: next(ranks),
         get_world_size=lambda: RANKS,
         distributed_c10d=SimpleNamespace(_get_default_store=lambda: store),

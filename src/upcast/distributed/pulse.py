@@ -33,7 +33,7 @@ class Pulse:
     """
 
     def __init__(self) -> None:
-        self.world = weakref.ref(dist.group.WORLD)
+        self._world = weakref.ref(dist.group.WORLD)
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
         self.heard: dict[str, Any] | None = None
         self._store: Any = None
@@ -41,6 +41,12 @@ class Pulse:
         self._open, self._over, self._left = threading.Event(), threading.Event(), False
         self._thread = threading.Thread(target=self._run, name="upcast-pulse", daemon=True)
         self._thread.start()
+
+    @property
+    def current(self) -> bool:
+        """Whether the process group is still the one that this was started for."""
+        world = self._world()
+        return world is not None and world is dist.group.WORLD
 
     def verdict(self, error: str, ranks: Sequence[int], grace: float) -> str:
         """Return who of ``ranks`` is lost and why, in the words of the first who knew; ``error`` is what this one saw.
@@ -79,13 +85,13 @@ class Pulse:
     def _run(self) -> None:
         try:
             store = self._connect()
-            while not self._over.is_set() and dist.group.WORLD is self.world():
+            while self.current and not self._over.is_set():
                 store.add(_COUNT.format(self.rank), 1)
                 if store.check([_VERDICT]):
                     self.heard = json.loads(store.get(_VERDICT))
                     break
                 self._over.wait(BEAT)
-            if dist.group.WORLD is self.world() and (self.heard or self._left):  # else the store may be gone: torch warns
+            if self.current and (self.heard or self._left):  # else the store may be gone, of which torch warns
                 store.set((_HEARD if self.heard else _LEFT).format(self.rank), "")
         except Exception:  # the store is gone, and with it whoever would see the count
             return
@@ -149,7 +155,7 @@ def started() -> Pulse:
     """Return the pulse of this process, of which there is one for the default process group."""
     global _current  # noqa: PLW0603 - one per process
     with _lock:
-        if _current is None or _current.world() is not dist.group.WORLD:
+        if _current is None or not _current.current:
             _stop(False)
             _current = Pulse()
         return _current
