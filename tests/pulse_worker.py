@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -38,6 +39,7 @@ def leave_and_come_again() -> None:
 
 def fork() -> None:
     """A child has no pulse, and takes nothing from that of its parent."""
+    warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons warn of a fork beside threads, as gloo's are
     with joined(timeout=60):
         child = os.fork()
         if child == 0:
