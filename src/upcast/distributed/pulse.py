@@ -51,7 +51,7 @@ class Pulse:
     def verdict(self, error: str, ranks: Sequence[int], grace: float) -> str:
         """Return who of ``ranks`` is lost and why, in the words of the first who knew; ``error`` is what this one saw.
 
-        It takes ``grace`` seconds at most, and as long again on rank 0: with it the store may end.
+        It takes about ``grace`` seconds, and up to as long again on rank 0, with which the store may end.
         """
         grace = max(grace, _LEAST)
         found = self.heard or _bounded(lambda: self._found(error, ranks, grace), 2 * grace) or self.heard
