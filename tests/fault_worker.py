@@ -104,4 +104,4 @@ elif last and fault == "option":
     options += ["--kv-cache", "float32"]
 if door == "transformers":
     sys.exit(generate_with_transformers(folder, float(timeout)))
-sys.exit(main.main(["generate", folder, *options]))
+sys.exit(main(["generate", folder, *options]))

@@ -1,8 +1,6 @@
 """The ranks that share a model: sums and gathers between them, and what is said when one of them is lost."""
 
 import contextlib
-import json
-import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -13,16 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from upcast.core.errors import UpcastError
-from upcast.distributed import shared_memory
+from upcast.distributed import pulse, shared_memory
 
 WIRES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # Bytes up to which ranks on other hosts gather and add up for themselves: half the steps of a ring that adds up on its
 # way, and each step waits for the network. Two ranks send no more bytes by it, whatever the length.
 SHORT = 16 * 1024
-
-_LOST = "upcast/lost"  # + /rank: written to the store by a rank that stops, with its reason if it is to blame
-_POLL = 0.05  # seconds
 
 
 class RankError(UpcastError):
@@ -47,7 +42,7 @@ class Group:
         process_group: of gloo, on the CPU.
         wire: in which dtype partial sums travel. Below float32 each rank gathers them and adds them up in float32; a
             sum with a value out of the dtype's range is done again in float32, on all ranks alike.
-        grace: seconds that survivors wait for each other to find out who is missing.
+        grace: seconds within which survivors find out who is missing: who does not count in that time (see `pulse`).
 
     ``calls``, ``seconds`` and ``repeated`` count the collectives, the time in them, and those done again. ``shared`` is
     the memory through which ranks of one host reach each other, after `share`; otherwise everything goes through gloo.
@@ -59,8 +54,11 @@ class Group:
         self._process_group = weakref.ref(process_group)  # a model outlives it: see `leave`
         self.wire, self.grace = wire, grace
         self.rank, self.size = dist.get_rank(process_group), dist.get_world_size(process_group)
+        self._ranks = dist.get_process_group_ranks(process_group)  # by their numbers among all
         self.calls, self.seconds, self.repeated = 0, 0.0, 0
         self.shared: shared_memory.Shared | None = None
+        if self.size > 1:
+            self._pulse = pulse.started()
 
     @property
     def process_group(self) -> Any:
@@ -137,15 +135,16 @@ class Group:
         if self.size == 1 or isinstance(error, RankError):
             return
         try:
-            store = _store()
-            store.set(f"{_LOST}/{self.rank}", json.dumps({"reason": str(error) or type(error).__name__}))
+            store = dist.distributed_c10d._get_default_store()  # it may live here, and others have to read the reason
+            told = self._pulse.fail(str(error) or type(error).__name__, self.grace)
             if self.shared is not None:
                 self.shared.close()
             dist.destroy_process_group()  # wakes the others
         except Exception:  # there may be nobody left to tell
             return
-        if self.rank == 0:
-            time.sleep(self.grace)  # it may be the store's home: the others have to read the reason
+        self._pulse.stay(told, self.grace)
+        pulse.stop()
+        del store
 
     def _gathered(self, x: Tensor) -> Tensor:
         out = x.new_empty((self.size, *x.shape))
@@ -187,45 +186,9 @@ class Group:
         self.calls += 1
         self.seconds += time.perf_counter() - start
 
-    def _verdict(self, error: Exception) -> str:
-        """Find out who is missing: every survivor says in the store that it lives, and waits for the others."""
-        silent = "did not answer in time" if "imed out" in str(error) else "is gone: its connection was closed"
-        try:
-            missing, blamed = self._bounded_roll_call()
-        except Exception:  # the store is on rank 0, or with torchrun where torchrun started first
-            return f"rank 0 is gone: neither it nor its store can be reached. {_STOP}"
-        if blamed:
-            return f"rank {blamed[0][0]} failed: {blamed[0][1]}. {_STOP}"
-        if missing:
-            return f"rank {', '.join(map(str, missing))} {silent}. {_STOP}"
-        return f"the ranks cannot reach each other, though all {self.size} live ({error}). {_STOP}"
-
-    def _bounded_roll_call(self) -> tuple[list[int], list[tuple[int, str]]]:
-        """Call the roll from a thread: where the network is cut, the store blocks for as long as TCP tries again."""
-        found: list[tuple[list[int], list[tuple[int, str]]]] = []
-        caller = threading.Thread(target=lambda: found.append(self._roll_call()), daemon=True)
-        caller.start()
-        caller.join(2 * self.grace)
-        return found[0]  # IndexError: no answer, or an error
-
-    def _roll_call(self) -> tuple[list[int], list[tuple[int, str]]]:
-        store = _store()
-        store.set(f"{_LOST}/{self.rank}", "{}")
-        end, waiting = time.monotonic() + self.grace, set(range(self.size))
-        blamed = []
-        while waiting and time.monotonic() < end:
-            for rank in [rank for rank in waiting if store.check([f"{_LOST}/{rank}"])]:
-                waiting.discard(rank)
-                reason = json.loads(store.get(f"{_LOST}/{rank}")).get("reason")
-                blamed += [(rank, reason)] if reason else []
-            time.sleep(_POLL)
-        if self.rank == 0:
-            time.sleep(10 * _POLL)  # it may be the store's home: the others have to hear the end
-        return sorted(waiting), blamed
+    def _verdict(self, error: BaseException) -> str:
+        """Return who is lost and why; the same on all survivors."""
+        return f"{self._pulse.verdict(str(error), self._ranks, self.grace)}. {_STOP}"
 
 
 _STOP = "This rank stops as well; start all of them again"
-
-
-def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()

@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from upcast.core import config
 from upcast.core.errors import UpcastError
+from upcast.distributed import pulse
 from upcast.distributed.collectives import Group, RankError
 
 _JOINED = "upcast/joined"
@@ -56,6 +57,7 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
             f"rank {place.rank} found the others but cannot connect to them ({str(error).splitlines()[0]}); each "
             "host must reach every other. Set GLOO_SOCKET_IFNAME to the network interface between them."
         ) from None
+    pulse.started()
     return init_device_mesh("cpu", (place.ranks,))
 
 
@@ -96,6 +98,7 @@ def leave(mesh: DeviceMesh) -> None:
     """
     if not dist.is_initialized():
         return
+    pulse.stop(left=True)  # before the others let go, and rank 0 of its store
     with contextlib.suppress(RuntimeError):  # a rank that died by now takes nothing away
         dist.barrier()
     abandon(mesh)
@@ -103,6 +106,7 @@ def leave(mesh: DeviceMesh) -> None:
 
 def abandon(mesh: DeviceMesh) -> None:
     """Close the connections without waiting for anyone; for a rank that can no longer reach the others."""
+    pulse.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
     getattr(mesh, "_pg_registry", {}).clear()  # torch keeps it there; older ones know groups by name
