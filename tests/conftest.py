@@ -1,9 +1,11 @@
 """What the tests share: tiny models, the prepared real model, and comparison against float32."""
 
 import copy
+import importlib
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -40,6 +42,17 @@ def inference_on_one_thread() -> Iterator[None]:
     with torch.inference_mode():
         yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def no_other_gpt() -> Iterator[None]:
+    """LitGPT's functions are its own at first: models of other tests may be alive, never unpatched."""
+    generation = importlib.import_module("upcast.integrations.litgpt.generation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "_patched", weakref.WeakSet())
+        generation._settle()
+        yield
+    generation._settle()
 
 
 @pytest.fixture(scope="session")

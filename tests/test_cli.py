@@ -83,7 +83,7 @@ def test_usage_errors(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("_upcast_startup.start", lambda: None)
     try:
-        code = main.main(arguments)
+        code = main(arguments)
     except SystemExit as exit:
         code = exit.code
     assert code == 2
@@ -102,7 +102,7 @@ def test_status_says_what_is_active_and_why(python: Run) -> None:
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main.main(["--help"])
+        main(["--help"])
     text = capsys.readouterr().out
     assert "run" in text
     assert "status" in text

@@ -55,7 +55,7 @@ def test_the_twin_computes_what_its_source_computes(
 ) -> None:
     folder = checkpoint(tmp_path, dtype, name)
     before = content(folder)
-    assert main.main(["convert", str(folder)]) == 0
+    assert main(["convert", str(folder)]) == 0
     assert "verified: " in capsys.readouterr().out
     assert content(folder) == before
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "checkpoint-float16"]
@@ -226,7 +226,7 @@ def test_another_source_starts_anew(tmp_path: Path, python: Run) -> None:
 
 def test_a_float16_checkpoint_needs_no_twin(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"))
-    assert main.main(["convert", str(folder)]) == 0
+    assert main(["convert", str(folder)]) == 0
     assert "is float16 already: nothing to convert" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["checkpoint"]
 

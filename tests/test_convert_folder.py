@@ -272,7 +272,7 @@ def test_tensors_that_have_no_twin(
 ) -> None:
     torch.save(state(), source / "lit_model.pth", _use_new_zipfile_serialization=not legacy)
     refused = "tensor" in message
-    assert main.main(["convert", str(source)]) == 2 * refused
+    assert main(["convert", str(source)]) == 2 * refused
     said = capsys.readouterr()
     assert len((said.err if refused else said.out).strip().splitlines()) == 1
     assert [line for line in (said.err + said.out).splitlines() if re.search(message, line)]
@@ -298,5 +298,5 @@ def test_outputs_that_cannot_be(source: Path, output: Callable[[Path], Path], me
 
 def test_an_interruption_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(convert, "_verify", _interrupt)
-    assert main.main(["convert", str(source)]) == 130
+    assert main(["convert", str(source)]) == 130
     assert capsys.readouterr().err.endswith("upcast: interrupted; the same command goes on from here\n")

@@ -1,6 +1,5 @@
 """LitGPT's generation loops and the float16 KV cache of a fused model."""
 
-import gc
 from typing import Any
 
 import pytest
@@ -39,11 +38,11 @@ def _generate(model: Any) -> list[int]:
     return list(generate(model, IDS[0, :PROMPT], max_returned_tokens=40, temperature=0.0).tolist())
 
 
+@pytest.mark.usefixtures("no_other_gpt")
 @pytest.mark.parametrize("at_once", AT_ONCE)
 def test_litgpt_s_loops_compute_one_position(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     from litgpt.generate import base
 
-    gc.collect()  # models of other tests, never unpatched
     model, plain = pair("Gemma-3-4b-it", "float32")
     own = base.next_token._upcast_original, base.batched_next_token._upcast_original
     tokens = _generate(plain)
@@ -112,6 +111,7 @@ def test_a_watched_head_sees_every_position() -> None:
         assert shapes == [(1, 7)]
 
 
+@pytest.mark.usefixtures("no_other_gpt")
 @pytest.mark.parametrize("before", [False, True], ids=["patched first", "compiled first"])
 def test_a_compiled_next_token_runs_fused_and_says_so_once(
     before: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -124,7 +124,6 @@ def test_a_compiled_next_token_runs_fused_and_says_so_once(
         graphs.append(graph)
         return graph.forward
 
-    gc.collect()  # models of other tests, never unpatched
     own, unpatched = base.next_token, make(LLAMA)
     if before:  # as LitGPT's scripts do
         own = getattr(own, "_upcast_original", own)

@@ -3,7 +3,6 @@
 import random
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -200,10 +199,9 @@ def test_who_is_refused_leaves_what_another_thread_has_patched(monkeypatch: pyte
     upcast.unpatch(model)
 
 
+@pytest.mark.usefixtures("no_other_gpt")
 def test_a_model_of_litgpt_that_comes_while_the_last_one_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     base = pytest.importorskip("litgpt.generate.base")
-    monkeypatch.setattr(generation, "_patched", weakref.WeakSet())  # models of other tests may be there still
-    generation._settle()
     first, original, models = base.next_token, generation._wrapped, [nn.Module(), nn.Module()]
     comes = threading.Thread(target=generation.enter, args=(models[1],))
 
@@ -221,5 +219,3 @@ def test_a_model_of_litgpt_that_comes_while_the_last_one_leaves(monkeypatch: pyt
     assert hasattr(base.next_token, "_upcast_original")
     generation.leave(models[1])
     assert base.next_token is first
-    monkeypatch.undo()
-    generation._settle()
