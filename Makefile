@@ -70,7 +70,7 @@ test-versions: setup
 		for site in $$old/lib/python3*/site-packages; do \
 			echo "import site; site.addsitedir('$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)')" > $$site/zz_venv.pth; \
 		done && \
-		$$old/bin/python -m pytest tests/test_transformers_versions.py tests/test_training.py -k "not compiled" \
+		$$old/bin/python -m pytest tests/integrations/transformers/test_versions.py tests/patching/test_training.py -k "not compiled" \
 			|| exit 1; \
 	done
 

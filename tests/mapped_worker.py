@@ -189,7 +189,7 @@ def write(folder: Path, form: str, seed: int) -> None:
         return
     import transformers
 
-    from tests.test_loading import SIZES
+    from tests.integrations.test_loading import SIZES
 
     torch.manual_seed(seed)
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES)).to(dtype)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.litgpt_checkpoints import small_config
-from tests.test_transformers import FAMILIES, make
+from tests.transformers_models import FAMILIES, make
 from upcast.policy.policy import CLASSES
 
 IDS = torch.arange(1, 13)[None]

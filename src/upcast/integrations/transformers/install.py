@@ -2,7 +2,7 @@
 
 Many families carry copies of the modules of Llama, Mistral, Qwen2 or Qwen3 under their own names. What counts as such a
 copy is decided by the code of its forward, compared with theirs in the installed version, so that a family whose module
-does anything else keeps its own. Their forwards are checked against float32 by tests/test_transformers_cache.py.
+does anything else keeps its own. tests/integrations/transformers/test_cache.py checks their forwards against float32.
 """
 
 import functools

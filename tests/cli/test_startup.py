@@ -1,0 +1,130 @@
+"""UPCAST=1: on means on, off means off, and nothing of ours breaks a start or an import."""
+
+import site
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import wrapt
+
+import _upcast_startup
+from tests.conftest import Run
+from upcast.integrations import activation
+
+SOURCE = Path(__file__).parents[2] / "src"
+TARGET = "import sys; import {}; print('wrapt' in sys.modules, 'upcast' in sys.modules)"
+
+
+def imported(stderr: str) -> set[str]:
+    """Module names in the output of -X importtime."""
+    return {line.split("|")[-1].strip() for line in stderr.splitlines() if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize("variables", [{}, {"UPCAST": "0"}, {"UPCAST": "off"}, {"UPCAST": ""}], ids=str)
+def test_with_upcast_off_start_up_imports_nothing(python: Run, variables: dict[str, str]) -> None:
+    modules = imported(python("-X", "importtime", "-c", "pass", **variables).stderr)
+    assert "site" in modules
+    ours = {name for name in modules if "upcast" in name or name.split(".")[0] in ("wrapt", "torch")}
+    # UPCAST=0 runs the hook's own off test, without the libraries; unset runs nothing at all
+    assert {name for name in ours if not name.startswith("_editable")} <= (
+        {"_upcast_startup"} if variables.get("UPCAST") else set()
+    )
+
+
+def test_the_check_above_can_fail(python: Run) -> None:
+    modules = imported(python("-X", "importtime", "-c", "pass", UPCAST="1").stderr)
+    assert {"_upcast_startup", "wrapt"} <= modules
+    assert "torch" not in modules
+
+
+def test_with_upcast_off_torch_has_none_of_our_hooks(python: Run) -> None:
+    script = "import torch, sys; print([m for m in sys.modules if 'upcast' in m or m == 'wrapt'], "
+    script += "[f for f in sys.meta_path if 'wrapt' in type(f).__module__])"
+    found = python("-c", script).stdout.replace("'_editable_skbc_upcast'", "").strip()
+    assert found == "[] []"
+
+
+def test_the_hook_waits_for_its_libraries(python: Run) -> None:
+    assert python("-c", TARGET.format("torch"), UPCAST="1").stdout.split() == ["True", "False"]
+    assert python("-c", TARGET.format("litgpt"), UPCAST="1").stdout.split() == ["True", "True"]
+
+
+def test_both_lists_of_libraries_agree() -> None:
+    assert tuple(activation.ACTIVATIONS) == _upcast_startup.TARGETS
+
+
+def test_a_wrong_value_warns_once_and_breaks_nothing(python: Run) -> None:
+    result = python("-c", "import litgpt, transformers; print('fine')", UPCAST="maybe")
+    assert result.stdout.strip() == "fine"
+    assert result.stderr.count("upcast is not active") == 1
+    assert "UPCAST='maybe' in the environment; it takes one of '1', 'true'" in result.stderr
+
+
+def test_a_failure_inside_a_hook_warns_and_breaks_nothing(python: Run) -> None:
+    fails = "import upcast.integrations.activation as s; s.ACTIVATIONS['litgpt.api'] = lambda m: 1 / 0"
+    script = f"{fails}; import litgpt; print('fine')"
+    result = python("-c", script, UPCAST="1")
+    assert result.stdout.strip() == "fine"
+    assert result.stderr.count("upcast is not active for litgpt.api: division by zero") == 1
+
+
+BREAKING = {
+    "a wrong value": ({"UPCAST": "maybe"}, "", "upcast is not active"),
+    "a broken wrapt": ({"UPCAST": "1"}, "1 / 0", "wrapt cannot be used (ZeroDivisionError: division by zero)"),
+    "a wrapt of another kind": ({"UPCAST": "1"}, "register_post_import_hook = None", "wrapt cannot be used (TypeError"),
+    "no wrapt": ({"UPCAST": "1"}, "raise ImportError('none')", "wrapt cannot be used (ImportError: none)"),
+}
+
+
+@pytest.mark.parametrize("strictness", ["default", "error"])
+@pytest.mark.parametrize("case", BREAKING)
+def test_nothing_breaks_a_start_or_an_import(python: Run, tmp_path: Path, case: str, strictness: str) -> None:
+    variables, wrapt, said = BREAKING[case]
+    if wrapt:
+        (tmp_path / "wrapt.py").write_text(wrapt)
+    program = "import litgpt.api; print('fine')" if not wrapt else "print('fine')"
+    path = {"PYTHONPATH": str(tmp_path)} if wrapt else {}
+    result = python("-W", strictness, "-W", "ignore::DeprecationWarning", "-c", program, **variables, **path)
+    assert result.stdout.strip() == "fine", result.stderr
+    assert result.stderr.count(said) == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_child_processes_inherit_it(python: Run) -> None:
+    child = TARGET.format("os")
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
+    assert python("-c", script, UPCAST="1").stdout.split() == ["True", "False"]
+    assert python("-c", script).stdout.split() == ["False", "False"]
+
+
+def test_the_pth_line_runs_from_a_site_folder(tmp_path: Path) -> None:
+    """As site does it, in a folder of our own: a process without the installed start-up file (-S)."""
+    for name in ("upcast.pth", "_upcast_startup.py"):
+        (tmp_path / name).write_text((SOURCE / name).read_text())
+    script = f"""
+import sys, site
+sys.path += {[*site.getsitepackages(), str(Path(wrapt.__file__).parents[1])]!r}
+site.addsitedir({str(tmp_path)!r})
+site.addsitedir({str(tmp_path)!r})  # twice, as some set-ups do
+print("_upcast_startup" in sys.modules, len(__import__("wrapt.importer").importer._post_import_hooks))
+"""
+    for value, want in (("1", ["True", str(len(_upcast_startup.TARGETS))]), ("", ["False", "0"])):
+        result = subprocess.run(
+            [sys.executable, "-S", "-c", script], env={"UPCAST": value}, capture_output=True, text=True, check=True
+        )
+        assert result.stdout.split() == want
+
+
+def test_the_start_up_files_are_one_readable_line_each() -> None:
+    pth = (SOURCE / "upcast.pth").read_text().splitlines()
+    assert pth == ['import os; os.environ.get("UPCAST") and __import__("_upcast_startup").start()']
+    assert (SOURCE / "upcast.start").read_text().split() == ["_upcast_startup:start"]
+    assert callable(_upcast_startup.start)
+
+
+def test_the_start_up_files_are_installed() -> None:
+    folders = [Path(folder) for folder in site.getsitepackages()]
+    for name in ("upcast.pth", "upcast.start", "_upcast_startup.py"):
+        (installed,) = [folder / name for folder in folders if (folder / name).is_file()]
+        assert installed.read_text() == (SOURCE / name).read_text()

@@ -1,0 +1,205 @@
+"""One native call per decoder layer and token: against the module by module path, and everything that must undo it."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import upcast
+from tests.conftest import relative_error, rounded
+from tests.integrations.transformers.test_cache import generated
+from tests.transformers_models import IDS, TEXT, make
+from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
+
+transformers = pytest.importorskip("transformers")
+
+BIASED = {"attention_bias": True, "mlp_bias": True}
+KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Llama": ("LlamaForCausalLM", "LlamaConfig", TEXT),
+    "Llama with biases": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, **BIASED}),
+    "one group": ("LlamaForCausalLM", "LlamaConfig", {**TEXT, "num_key_value_heads": 1, "head_dim": 16}),
+    "Mistral": ("MistralForCausalLM", "MistralConfig", {**TEXT, "sliding_window": None}),
+    "Qwen2": ("Qwen2ForCausalLM", "Qwen2Config", TEXT),
+    "Qwen3": ("Qwen3ForCausalLM", "Qwen3Config", {**TEXT, "head_dim": 8}),
+}
+TOKENS = 10  # the first comes out of the prompt's forward, the others are decoded
+
+
+def lively(kind: str = "Llama", **options: Any) -> Any:
+    name, config, sizes = KINDS[kind]
+    model = make(name, config, {**sizes, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2) if parameter.dim() >= 2 else parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def calls(model: Any) -> list[int]:
+    """Return how often each layer ran as one native call."""
+    forwards = [layer.__dict__["forward"] for layer in model.model.layers]
+    assert all(isinstance(forward, FusedDecoderLayer) for forward in forwards)
+    return [forward.calls for forward in forwards]
+
+
+def one_by_one(model: Any) -> Any:
+    """Take the layers' forwards away; those of their modules stay."""
+    for layer in model.model.layers:
+        del layer.__dict__["forward"]
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_is_one_call_per_layer(kind: str) -> None:
+    want, _ = generated(rounded(lively(kind)))
+    model = upcast.patch(lively(kind))
+    got, cache = generated(model)
+    assert calls(model) == [TOKENS - 1] * 2
+    assert relative_error(got, want) < 1e-3
+    assert cache.get_seq_length() == IDS.shape[1] + TOKENS - 1
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_call_equals_its_modules(kind: str, options: dict[str, Any]) -> None:
+    want, _ = generated(one_by_one(upcast.patch(lively(kind))), **options)
+    model = upcast.patch(lively(kind))
+    got, _ = generated(model, **options)
+    assert calls(model) == [TOKENS - 1] * 2
+    assert relative_error(got, want) < 1e-5
+
+
+UNFUSED: dict[str, dict[str, Any]] = {
+    "padded": {"attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])},
+    "static": {"cache_implementation": "static", "disable_compile": True},
+    "no cache": {"use_cache": False},
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # Transformers' own
+@pytest.mark.parametrize("way", UNFUSED)
+def test_what_the_call_does_not_cover_runs_module_by_module(way: str) -> None:
+    model = upcast.patch(lively())
+    got, _ = generated(model, **UNFUSED[way])
+    assert calls(model) == [0, 0]
+    assert relative_error(got, generated(rounded(lively()), **UNFUSED[way])[0]) < 1e-3
+
+
+def eager(model: Any) -> None:
+    model.set_attn_implementation("eager")
+
+
+def training(model: Any) -> None:
+    model.train()
+
+
+def hook(model: Any) -> None:
+    model.model.layers[1].mlp.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def forward(model: Any) -> None:
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda x: type(mlp).forward(mlp, x) * 2
+
+
+@pytest.mark.parametrize("change", [eager, training, hook, forward])
+def test_what_changes_a_model_is_respected(change: Callable[[Any], None]) -> None:
+    want, model = rounded(lively()), upcast.patch(lively())
+    generated(model)  # the layers have collected their weights
+    for each in (want, model):
+        change(each)
+    before = calls(model)
+    assert relative_error(generated(model)[0], generated(want)[0]) < 1e-3
+    untouched = [calls(model)[layer] - before[layer] for layer in range(2)]
+    assert untouched == ([0, 0] if change in (eager, training) else [TOKENS - 1, 0])
+
+
+def weight(model: Any) -> None:
+    model.model.layers[0].self_attn.k_proj.load_state_dict({"weight": torch.ones(16, 32) / 16})
+
+
+def norm(model: Any) -> None:
+    model.model.layers[1].input_layernorm.variance_epsilon = 1.0
+
+
+def scaling(model: Any) -> None:
+    model.model.layers[1].self_attn.scaling = 0.01
+
+
+@pytest.mark.parametrize("change", [weight, norm, scaling])
+def test_new_numbers_are_seen(change: Callable[[Any], None]) -> None:
+    want, model = rounded(lively()), upcast.patch(lively())
+    first, _ = generated(model)
+    for each in (want, model):
+        change(each)
+    got, _ = generated(model)
+    assert relative_error(got, first) > 1e-2
+    assert relative_error(got, generated(want)[0]) < 1e-3
+    assert calls(model) == [2 * (TOKENS - 1)] * 2
+
+
+def test_attentions_and_hidden_states_are_those_of_float32() -> None:
+    want, model = rounded(lively(attn_implementation="eager")), upcast.patch(lively(attn_implementation="eager"))
+    options = {"output_attentions": True, "output_hidden_states": True}
+    kinds = ("attentions", "hidden_states")
+    results = []
+    for each in (want, model):
+        cache = transformers.DynamicCache(config=each.config)
+        with torch.inference_mode():
+            each(IDS, past_key_values=cache)
+            output = each(IDS[:, :1], past_key_values=cache, **options)
+        results.append([state for kind in kinds for state in getattr(output, kind)])
+    assert len(results[1]) == len(results[0]) == 5
+    assert all(relative_error(got, wanted) < 1e-3 for wanted, got in zip(*results, strict=True))
+
+
+def test_hidden_states_are_those_of_float32() -> None:
+    """Transformers records them with hooks on the attentions too, which stay: then it runs module by module."""
+    model = upcast.patch(lively())
+    results = []
+    for each in (rounded(lively()), model):
+        cache = transformers.DynamicCache(config=each.config)
+        with torch.inference_mode():
+            each(IDS, past_key_values=cache)
+            results.append(each(IDS[:, :1], past_key_values=cache, output_hidden_states=True).hidden_states)
+    assert len(results[1]) == len(results[0]) == 3
+    assert all(relative_error(got, want) < 1e-3 for want, got in zip(*results, strict=True))
+    assert calls(model) == [0, 0]
+
+
+def test_a_decoded_value_beyond_float16_widens_one_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its row is written nowhere before the layer is upcast: the answer is float32's, with one row of keys each."""
+    source = lively()
+    with torch.no_grad():
+        source.model.embed_tokens.weight[77] = 50.0
+        source.model.layers[0].self_attn.v_proj.weight.fill_(60.0)
+        source.model.layers[0].input_layernorm.weight.copy_(torch.arange(32.0) * 10)
+    results = []
+    for each in (rounded(source), upcast.patch(source)):
+        cache = transformers.DynamicCache(config=each.config)
+        with torch.inference_mode():
+            each(IDS, past_key_values=cache)
+            results.append(each(torch.full((2, 1), 77), past_key_values=cache).logits)
+    assert relative_error(results[1], results[0]) < 1e-3
+    assert [type(layer.keys).__name__ for layer in cache.layers] == ["Tensor", "HalfWeight"]
+    assert [layer.keys.shape[2] for layer in cache.layers] == [8, 8]
+    assert calls(source) == [0, 1]
+    assert capsys.readouterr().err.count("the KV cache of layer 0 goes to float32") == 1
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_has_weights_of_its_own(copied: Callable[[Any], Any]) -> None:
+    model = upcast.patch(lively())
+    before, _ = generated(model)
+    other = copied(model)
+    weight(model)
+    assert torch.equal(generated(other)[0], before)
+    assert calls(other)[0] >= TOKENS - 1
+
+
+def test_layers_of_other_kinds_keep_their_forward() -> None:
+    sizes = {**TEXT, "head_dim": 8}
+    model = upcast.patch(make("Gemma3ForCausalLM", "Gemma3TextConfig", sizes))
+    assert not any(isinstance(module.__dict__.get("forward"), FusedDecoderLayer) for module in model.modules())
