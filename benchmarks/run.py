@@ -25,22 +25,15 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks import (
-    ablation,
-    chart,
-    distributed_suite,
-    machine,
-    peers,
-    record,
-    report,
-    serve_suite,
-    smollm2,
-    stress,
-    subject,
-    training_suite,
-)
-from benchmarks.session import FULL, QUICK, Effort, Result, job_for, measure, started
-from benchmarks.variants import BASELINE, VARIANTS
+from benchmarks.harness import chart, machine, record, report, stress, subject
+from benchmarks.harness.session import FULL, QUICK, Effort, Result, job_for, measure, started
+from benchmarks.harness.variants import BASELINE, VARIANTS
+from benchmarks.models import smollm2
+from benchmarks.peers.registry import registry as peers
+from benchmarks.suites import ablation
+from benchmarks.suites import distributed as distributed_suite
+from benchmarks.suites import serve as serve_suite
+from benchmarks.suites import training as training_suite
 
 SUITES = ("variants", "serve", "ablation", "training", "distributed")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"

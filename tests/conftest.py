@@ -58,7 +58,7 @@ def no_other_gpt() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
     """The folder of SmolLM2-135M-Instruct with its real weights, prepared once for all tests."""
-    from benchmarks.smollm2 import prepare
+    from benchmarks.models.smollm2 import prepare
 
     return prepare()
 

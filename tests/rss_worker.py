@@ -11,7 +11,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 import upcast
-from benchmarks import memory
+from benchmarks.harness import memory
 from tests.distributed_worker import weight_bytes
 from upcast.distributed import join, leave
 from upcast.tensor.half_weight import HalfWeight

@@ -17,11 +17,13 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from rich.console import Console
 
-from benchmarks import chart, memory, quality, record, report, run, serve_suite, serving, stress, subject
-from benchmarks.session import QUICK, Effort, Result, job_for, measure, started
-from benchmarks.summary import summarise
-from benchmarks.variants import BASELINE, VARIANTS, weight_bytes
-from benchmarks.worker import Loading, Sample, StressOutcome, next_tokens
+from benchmarks import run
+from benchmarks.harness import chart, memory, quality, record, report, serving, stress, subject
+from benchmarks.harness.job import Loading, Sample, StressOutcome, next_tokens
+from benchmarks.harness.session import QUICK, Effort, Result, job_for, measure, started
+from benchmarks.harness.summary import summarise
+from benchmarks.harness.variants import BASELINE, VARIANTS, weight_bytes
+from benchmarks.suites import serve as serve_suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TINY = {"block_size": 256, "n_layer": 2, "n_embd": 32, "n_head": 4, "padded_vocab_size": 64, "vocab_size": 64}
@@ -327,7 +329,7 @@ def test_a_dead_and_a_refusing_process_fail_alone(tmp_path: Path) -> None:
 
 
 def test_settings_of_upcast_do_not_reach_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.session import _worker_environment
+    from benchmarks.harness.session import _worker_environment
 
     monkeypatch.setenv("UPCAST", "1")
     monkeypatch.setenv("UPCAST_KERNELS", "portable")

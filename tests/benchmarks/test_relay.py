@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from benchmarks import relay
+from benchmarks.harness import relay
 
 DELAY, RATE, SIZE = 0.05, 1e6, 1000  # seconds, bit/s, bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import serving
+from benchmarks.harness import serving
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
 pytest.importorskip("litserve")

@@ -15,9 +15,9 @@ from litgpt.model import GPT
 from litgpt.prompts import load_prompt_style
 from litgpt.tokenizer import Tokenizer
 
-from benchmarks import smollm2
-from benchmarks.stress import SCALED, stress, stress_eps
-from benchmarks.subject import topics_text
+from benchmarks.harness.stress import SCALED, stress, stress_eps
+from benchmarks.harness.subject import topics_text
+from benchmarks.models import smollm2
 
 real = pytest.mark.real
 

@@ -9,8 +9,9 @@ import pytest
 pytest.importorskip("litgpt")
 pytest.importorskip("matplotlib")
 
-from benchmarks import run, training_suite
-from benchmarks.training import Course, Job, summary
+from benchmarks import run
+from benchmarks.harness.training import Course, Job, summary
+from benchmarks.suites import training as training_suite
 
 
 def course(peak: int, losses: list[float]) -> Course:

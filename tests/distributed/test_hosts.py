@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cost
-from benchmarks.namespaces import Host, Link, cut, hosts, latency, why_not
+from benchmarks.harness import cost
+from benchmarks.harness.namespaces import Host, Link, cut, hosts, latency, why_not
 from tests.distributed.test_distributed import ROOT
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
@@ -42,7 +42,8 @@ def test_two_hosts_take_the_time_that_the_link_needs(link: Link, folder: Path) -
         pytest.skip(reason)
     with hosts(link) as places:
         ranks = [
-            start(r, places, "benchmarks.distributed_worker", str(folder), "40", "100", "float32") for r in range(RANKS)
+            start(r, places, "benchmarks.harness.distributed_worker", str(folder), "40", "100", "float32")
+            for r in range(RANKS)
         ]
         outputs = [rank.communicate(timeout=300) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs

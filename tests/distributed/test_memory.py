@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import memory
+from benchmarks.harness import memory
 from tests.distributed.test_distributed import ROOT, run_ranks
 from tests.litgpt_checkpoints import write_checkpoint
 

@@ -268,7 +268,7 @@ def written(folder: Path, source: Path, dtype: torch.dtype, form: str) -> tuple[
 
 @pytest.mark.real
 def test_peak_memory_of_loading(tmp_path: Path, python: Run) -> None:
-    from benchmarks.smollm2_transformers import prepare_transformers
+    from benchmarks.models.smollm2_transformers import prepare_transformers
 
     source = prepare_transformers()
     folders = [tmp_path / f"{dtype} {form}" for dtype, form in FORMS]

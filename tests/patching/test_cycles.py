@@ -246,7 +246,7 @@ print(max(sizes[2:]) - sizes[1])
 
 
 def test_memory_is_flat_over_reloads(python: Run, tmp_path: Path) -> None:
-    from benchmarks import memory
+    from benchmarks.harness import memory
 
     if not memory.supported():
         pytest.skip("this system does not tell a process how much memory it has")

@@ -45,7 +45,7 @@ def stressed(smollm2: Path, scale: int) -> Any:
     """The exact stress test: activations grow by ``scale``, and in float32 no bit of the logits changes."""
     from litgpt import GPT, Config
 
-    from benchmarks.stress import stress, stress_eps
+    from benchmarks.harness.stress import stress, stress_eps
 
     model = GPT(Config.from_file(smollm2 / "model_config.yaml")).eval()
     model.load_state_dict(stress(torch.load(smollm2 / "lit_model.pth"), scale), assign=True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import upcast
-from benchmarks.ablation import load
+from benchmarks.suites.ablation import load
 from tests.conftest import assert_patched, relative_error
 from tests.integrations.litgpt.test_models import float32_model
 from tests.real.test_model import TEXT

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.training import Job, Trainer, measure
+from benchmarks.harness.training import Job, Trainer, measure
 from tests.conftest import half_weights, relative_error
 
 pytest.importorskip("litgpt")

@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks import machine
-from benchmarks.chart import ACCENT, BAD, FAINT, PLAIN
-from benchmarks.training import Course, Job, measure, summary
+from benchmarks.harness import machine
+from benchmarks.harness.chart import ACCENT, BAD, FAINT, PLAIN
+from benchmarks.harness.training import Course, Job, measure, summary
 
 ALLOWED = 1e-3  # how far a loss may be from float32's
 STRESS = 4096

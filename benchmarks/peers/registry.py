@@ -4,10 +4,11 @@ from types import ModuleType
 
 from litgpt.config import Config
 
-from benchmarks import llamacpp, openvino_peer
-from benchmarks.peer import PeerWorker
-from benchmarks.variants import LLAMA_CPP, OPENVINO
-from benchmarks.worker import Job
+from benchmarks.harness.job import Job
+from benchmarks.harness.variants import LLAMA_CPP, OPENVINO
+from benchmarks.peers.base import PeerWorker
+from benchmarks.peers.registry import llamacpp
+from benchmarks.peers.registry import openvino as openvino_peer
 
 MODULES: dict[str, ModuleType] = {LLAMA_CPP: llamacpp, OPENVINO: openvino_peer}
 

@@ -21,8 +21,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import machine, serving
-from benchmarks.subject import QUESTION, Subject
+from benchmarks.harness import machine, serving
+from benchmarks.harness.subject import QUESTION, Subject
 
 FLOAT32, OURS = "float32", "upcast"
 VARIANTS = {FLOAT32: {}, OURS: {"UPCAST": "1", "UPCAST_VERBOSE": "0"}}
@@ -177,7 +177,7 @@ def _worker(connection: Connection, checkpoint: Path, precision: str | None) -> 
     import torch
     from litgpt import LLM
 
-    from benchmarks.variants import weight_bytes
+    from benchmarks.harness.variants import weight_bytes
 
     torch.nn.functional.linear(torch.ones(256, 256), torch.ones(256, 256))  # the thread pool belongs to no model
     llm = LLM.load(str(checkpoint), distribute=None)

@@ -13,8 +13,8 @@ from litgpt.config import Config
 from litgpt.model import GPT
 
 import upcast
-from benchmarks.stress import stress, stress_eps, why_not
-from benchmarks.subject import Subject
+from benchmarks.harness.stress import stress, stress_eps, why_not
+from benchmarks.harness.subject import Subject
 
 SCALES = (1, 4)
 WINDOW = 128  # tokens

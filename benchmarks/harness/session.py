@@ -14,11 +14,12 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality import Quality
-from benchmarks.subject import Subject
-from benchmarks.summary import Summary, summarise
-from benchmarks.variants import BASELINE
-from benchmarks.worker import Failure, Job, Loading, Sample, StressOutcome, serve
+from benchmarks.harness.child import serve
+from benchmarks.harness.job import Failure, Job, Loading, Sample, StressOutcome
+from benchmarks.harness.quality import Quality
+from benchmarks.harness.subject import Subject
+from benchmarks.harness.summary import Summary, summarise
+from benchmarks.harness.variants import BASELINE
 
 PATIENCE = 600  # seconds for one answer; the slowest, on a large model, takes a tenth of it
 # UPCAST=1 would patch the baselines behind the benchmark's back; only the choice of kernels is the user's.

@@ -12,7 +12,7 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
 
-from benchmarks import smollm2
+from benchmarks.models import smollm2
 from upcast.core import pages
 
 QUESTION = "What do llamas eat?"

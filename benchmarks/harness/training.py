@@ -1,8 +1,8 @@
 """Fine-tuning on a float16 base beside float32: memory of a step, time of a step, the loss at every step.
 
-    python -m benchmarks.training                       # SmolLM2-135M, LoRA r=8, sequence 256, batch 4, in LitGPT
-    python -m benchmarks.training --library transformers  # the same with PEFT
-    python -m benchmarks.training --steps 200 --scale 64 --variants float32 upcast float16
+    python -m benchmarks.harness.training  # SmolLM2-135M, LoRA r=8, sequence 256, batch 4, in LitGPT
+    python -m benchmarks.harness.training --library transformers  # the same with PEFT
+    python -m benchmarks.harness.training --steps 200 --scale 64 --variants float32 upcast float16
     python benchmarks/run.py --suite training           # both libraries, 200 steps, the stress test, and the picture
 
 Every variant trains in a process of its own, in interleaved steps, on the same text from the same adapters. The step is
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import memory, smollm2, stress
+from benchmarks.harness import memory, stress
+from benchmarks.models import smollm2
 
 VARIANTS = ("float32", "upcast", "float16")
 RANK, SEED = 8, 1
@@ -106,7 +107,7 @@ class Trainer:
 def _text(job: Job) -> Tensor:
     from litgpt.tokenizer import Tokenizer
 
-    from benchmarks.subject import topics_text
+    from benchmarks.harness.subject import topics_text
 
     tokens: Tensor = Tokenizer(smollm2.prepare()).encode(topics_text()[:400_000], bos=False).long()
     return tokens
@@ -149,7 +150,7 @@ def _transformers(job: Job) -> Any:
     from transformers import AutoModelForCausalLM
 
     import upcast
-    from benchmarks.smollm2_transformers import prepare_transformers
+    from benchmarks.models.smollm2_transformers import prepare_transformers
 
     dtype = torch.float16 if job.variant == "float16" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(prepare_transformers(), dtype=dtype)

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a Transformers checkpoint folder, made out of the LitGPT one.
 
-``python -m benchmarks.smollm2_transformers`` compares ``generate`` of the patched model with float32 eager: decode
-time per token in interleaved rounds, weight bytes, and the text.
+``python -m benchmarks.models.smollm2_transformers`` compares ``generate`` of the patched model with float32 eager:
+decode time per token in interleaved rounds, weight bytes, and the text.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from litgpt import Config
 from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
 from safetensors.torch import save_file
 
-from benchmarks.smollm2 import prepare
+from benchmarks.models.smollm2 import prepare
 
 PROMPT = list(range(100, 164))
 NEW_TOKENS = 64

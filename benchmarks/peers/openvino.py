@@ -14,8 +14,9 @@ from litgpt.config import Config
 from torch import Tensor, nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from benchmarks import peer, stress
-from benchmarks.worker import Job
+from benchmarks.harness import stress
+from benchmarks.harness.job import Job
+from benchmarks.peers.registry import base as peer
 
 PACKAGE = "openvino"
 LENGTH = 2048  # positions of the tables of angles

@@ -8,10 +8,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.session import Result
-from benchmarks.subject import PROMPT_TOKENS
-from benchmarks.variants import BASELINE, about
-from benchmarks.worker import StressOutcome
+from benchmarks.harness.job import StressOutcome
+from benchmarks.harness.session import Result
+from benchmarks.harness.subject import PROMPT_TOKENS
+from benchmarks.harness.variants import BASELINE, about
 
 WIDTH = 120
 NOTHING = "-"

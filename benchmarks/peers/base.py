@@ -11,8 +11,8 @@ import torch
 from litgpt.config import Config
 from torch import Tensor
 
-from benchmarks import memory, quality
-from benchmarks.worker import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
+from benchmarks.harness import memory, quality
+from benchmarks.harness.job import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
 
 
 class Model(Protocol):

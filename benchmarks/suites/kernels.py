@@ -4,7 +4,7 @@ Every measurement rotates over at least 160 MB of distinct weights and alternate
 so that a busy neighbour slows them alike; figures are ratios of medians. Answers are checked before anything
 is timed.
 
-    python benchmarks/kernels.py [--quick] [--json FILE] [--chart FILE]
+    python benchmarks/suites/kernels.py [--quick] [--json FILE] [--chart FILE]
 """
 
 import argparse

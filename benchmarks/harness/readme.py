@@ -1,6 +1,6 @@
 """Write a measured run into the README: the table between its markers, and the picture beside it.
 
-python benchmarks/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
+python benchmarks/harness/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
 """
 
 import argparse
@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-BEGIN = "<!-- benchmark: begin (written by benchmarks/readme.py) -->"
+ROOT = Path(__file__).resolve().parents[2]
+BEGIN = "<!-- benchmark: begin (written by benchmarks/harness/readme.py) -->"
 END = "<!-- benchmark: end -->"
 PICTURE = Path("docs/benchmark.png")
 

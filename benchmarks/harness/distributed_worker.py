@@ -1,6 +1,6 @@
 """One rank of the distributed suite: decodes, and prints its figures as one line of JSON.
 
-usage: python -m benchmarks.distributed_worker CHECKPOINT_FOLDER TOKENS TIMEOUT WIRE
+usage: python -m benchmarks.harness.distributed_worker CHECKPOINT_FOLDER TOKENS TIMEOUT WIRE
 """
 
 import json

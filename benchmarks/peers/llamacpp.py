@@ -16,8 +16,9 @@ from litgpt.config import Config
 from numpy.typing import NDArray
 from torch import Tensor
 
-from benchmarks import peer, stress
-from benchmarks.worker import Job
+from benchmarks.harness import stress
+from benchmarks.harness.job import Job
+from benchmarks.peers.registry import base as peer
 from upcast.core import pages
 
 PACKAGE = "llama-cpp-python"

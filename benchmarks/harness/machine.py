@@ -10,7 +10,7 @@ import psutil
 
 PACKAGES = ("torch", "litgpt", "lightning", "numpy", "tokenizers", "upcast")
 VECTORS = ("avx512f", "avx512_bf16", "avx512_fp16", "avx2", "f16c")
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def describe() -> dict[str, object]:

@@ -23,8 +23,8 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import cost, machine
-from benchmarks.namespaces import Host, Link, hosts, latency, why_not
+from benchmarks.harness import cost, machine
+from benchmarks.harness.namespaces import Host, Link, hosts, latency, why_not
 from upcast.distributed.collectives import WIRES as DTYPES
 
 RANKS, WIRES = (1, 2), tuple(DTYPES)
@@ -33,7 +33,7 @@ FREE = Link()
 LATE = (Link(delay=2e-4), Link(delay=1e-3), Link(delay=5e-3))
 LINKS = (FREE, Link(rate=1e9), Link(rate=1e8), *LATE, Link(rate=1e9, delay=2e-4), Link(rate=1e8, delay=1e-3))
 SLOW = Link(rate=1e8)  # where smaller sums could pay
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 120.0  # seconds
 
 
@@ -149,7 +149,14 @@ def _start(
     address = places[0].address if places else host.address
     where = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": address, "MASTER_PORT": str(port)}
     fixed = {"OMP_NUM_THREADS": "1", "UPCAST_VERBOSE": "0", "GLOO_SOCKET_IFNAME": host.interface}
-    arguments = ["-m", "benchmarks.distributed_worker", str(checkpoint.resolve()), str(tokens), str(TIMEOUT), wire]
+    arguments = [
+        "-m",
+        "benchmarks.harness.distributed_worker",
+        str(checkpoint.resolve()),
+        str(tokens),
+        str(TIMEOUT),
+        wire,
+    ]
     command = [*host.prefix, sys.executable, *arguments]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env={**os.environ, **where, **fixed}, **pipes)

@@ -1,16 +1,11 @@
-"""One variant in a process of its own: it loads the model, then measures whatever the parent asks for.
+"""One of PyTorch's variants in a process of its own: it loads the model, then measures what the parent asks for.
 
 Nothing here decides what is measured or when: the parent interleaves the variants (session.py).
 """
 
-import contextlib
 import gc
 import importlib
 import time
-import traceback
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,54 +13,13 @@ from litgpt.config import Config
 from litgpt.generate.base import generate_fn
 from torch import Tensor
 
-from benchmarks import memory, quality, stress
-from benchmarks.variants import BASELINE, PEERS, VARIANTS, weight_bytes
-
-STRESS_TOKENS = 64
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a worker needs to know, once."""
-
-    variant: str
-    checkpoint: Path
-    scratch: Path  # where float32 leaves its logits for the others
-    threads: int | None
-    prompt: tuple[int, ...]
-    chat: tuple[int, ...]
-    windows: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Loading:
-    """Memory is above what the process held with all libraries imported; None where it cannot be told."""
-
-    weight_bytes: int
-    peak_bytes: int | None
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One round: `prefill` and `first_token` in seconds, `decode` in seconds per token, and what was said."""
-
-    prefill: float
-    decode: float
-    first_token: float
-    answer: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StressOutcome:
-    """The stress test at one scale; the error is against float32's unscaled logits, None if not finite."""
-
-    scale: int
-    nonfinite_share: float
-    relative_error: float | None
+from benchmarks.harness import memory, quality, stress
+from benchmarks.harness.job import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
+from benchmarks.harness.variants import BASELINE, VARIANTS, weight_bytes
 
 
 class Worker:
-    """Methods are what the parent may ask for; see `serve`."""
+    """Methods are what the parent may ask for; see child.py."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -146,46 +100,3 @@ class Worker:
         with torch.inference_mode(), self.variant.context():
             logits: Tensor = model(tokens.unsqueeze(0))
         return logits[0].float()
-
-
-def stress_outcome(scale: int, logits: Tensor, reference: Tensor) -> StressOutcome:
-    """Judge the logits of a scaled model, both (positions, vocabulary)."""
-    share = quality.nonfinite_share(logits)
-    return StressOutcome(scale, share, None if share else quality.relative_error(logits, reference))
-
-
-def next_tokens(windows: Tensor) -> Tensor:
-    """The token after each position, -100 after the last of each window; (windows * length,)."""
-    following = windows.roll(-1, dims=1)
-    following[:, -1] = -100
-    return following.flatten()
-
-
-@dataclass(frozen=True)
-class Failure:
-    """What a request died of: one line, and the traceback."""
-
-    reason: str
-    details: str
-
-
-def serve(connection: Connection, job: Job) -> None:
-    """Answer requests (method name, arguments) until the parent closes the connection or is gone."""
-    worker: Any = None
-    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        while True:
-            method, arguments = connection.recv()
-            try:
-                worker = worker or _worker(job)
-                answer = getattr(worker, method)(*arguments)
-            except Exception as error:  # reported by the parent, which fails the run
-                answer = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
-            connection.send(answer)
-
-
-def _worker(job: Job) -> Any:
-    if job.variant in PEERS:
-        from benchmarks.peers import worker_of  # which imports this module
-
-        return worker_of(job)
-    return Worker(job)

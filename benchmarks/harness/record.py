@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.session import Effort, Result
-from benchmarks.subject import QUESTION, Subject, fingerprint
-from benchmarks.variants import BASELINE, about
+from benchmarks.harness import machine
+from benchmarks.harness.session import Effort, Result
+from benchmarks.harness.subject import QUESTION, Subject, fingerprint
+from benchmarks.harness.variants import BASELINE, about
 
 SCHEMA = 1
 TIMINGS = ("prefill", "decode", "first_token")

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
-from benchmarks.report import OURS, prefill_rate
-from benchmarks.variants import BASELINE
+from benchmarks.harness.report import OURS, prefill_rate
+from benchmarks.harness.variants import BASELINE
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
 ACCENT, PLAIN, BAD, GOOD = "#0072B2", "#8c8c8c", "#D55E00", "#009E73"

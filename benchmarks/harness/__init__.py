@@ -1,0 +1,1 @@
+"""How it is measured: processes, memory, machines, figures, tables and pictures."""
