@@ -29,7 +29,7 @@ from benchmarks.harness import chart, machine, record, report, stress, subject
 from benchmarks.harness.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.harness.variants import BASELINE, VARIANTS
 from benchmarks.models import smollm2
-from benchmarks.peers.registry import registry as peers
+from benchmarks.peers import registry as peers
 from benchmarks.suites import ablation
 from benchmarks.suites import distributed as distributed_suite
 from benchmarks.suites import serve as serve_suite

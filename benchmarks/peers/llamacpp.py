@@ -18,7 +18,7 @@ from torch import Tensor
 
 from benchmarks.harness import stress
 from benchmarks.harness.job import Job
-from benchmarks.peers.registry import base as peer
+from benchmarks.peers import base as peer
 from upcast.core import pages
 
 PACKAGE = "llama-cpp-python"

@@ -16,7 +16,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from benchmarks.harness import stress
 from benchmarks.harness.job import Job
-from benchmarks.peers.registry import base as peer
+from benchmarks.peers import base as peer
 
 PACKAGE = "openvino"
 LENGTH = 2048  # positions of the tables of angles

@@ -6,9 +6,9 @@ from litgpt.config import Config
 
 from benchmarks.harness.job import Job
 from benchmarks.harness.variants import LLAMA_CPP, OPENVINO
+from benchmarks.peers import llamacpp
+from benchmarks.peers import openvino as openvino_peer
 from benchmarks.peers.base import PeerWorker
-from benchmarks.peers.registry import llamacpp
-from benchmarks.peers.registry import openvino as openvino_peer
 
 MODULES: dict[str, ModuleType] = {LLAMA_CPP: llamacpp, OPENVINO: openvino_peer}
 

@@ -13,7 +13,7 @@ from litgpt.model import GPT
 
 from benchmarks import run
 from benchmarks.models import smollm2
-from benchmarks.peers.registry import llamacpp
+from benchmarks.peers import llamacpp
 from tests.conftest import relative_error
 
 SIZES = {"block_size": 256, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_query_groups": 2, "padded_vocab_size": 96}

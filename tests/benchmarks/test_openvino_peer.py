@@ -8,8 +8,8 @@ import torch
 from litgpt import GPT
 from litgpt.config import Config
 
-from benchmarks.peers.registry import openvino as openvino_peer
-from benchmarks.peers.registry import registry as peers
+from benchmarks.peers import openvino as openvino_peer
+from benchmarks.peers import registry as peers
 from tests.benchmarks.test_llamacpp import tiny
 from tests.conftest import relative_error
 

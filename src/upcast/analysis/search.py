@@ -1,8 +1,7 @@
 """The smallest policy whose result is finite and close enough to float32's, found by measurement.
 
-First the diagnosis ranks the op classes by how far beyond float16 they reach; classes are added in that order until
-the result passes, and then dropped one by one as long as it still does (delta debugging with single steps, which ends
-in a set none of whose members can be dropped). What is left is narrowed to module patterns, by halving the depth.
+First the diagnosis ranks the op classes by how far beyond float16 they reach; `smallest` finds the set of them that is
+needed. What is left is narrowed to module patterns, by halving the depth.
 """
 
 import math
@@ -17,12 +16,13 @@ from upcast.analysis.diagnose import relative_error
 from upcast.analysis.range_observer import Culprit, RangeObserver, all_finite
 from upcast.analysis.result import Result, Table
 from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Sample, Samples, answer, trial
+from upcast.analysis.smallest import smallest
 from upcast.core import console
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import named_modules
 from upcast.policy import fingerprint
 from upcast.policy.mode import Observer
-from upcast.policy.policy import ALL, Policy, show
+from upcast.policy.policy import ALL, Policy
 
 Metric = Callable[[Any, Any], float]
 
@@ -188,27 +188,15 @@ class _Judge:
         self.first = self._reference(next(iter(self.data)), 0)
         if self.passes(NONE, "plain float16", self.findings.in_float16):
             return NONE
-        order, chosen = self.findings.ranked(), self.findings.beyond()
-        while not self.passes(Policy(frozenset(chosen)), f"upcast {show(frozenset(chosen))}"):
-            rest = [each for each in order if each not in chosen]
-            if not rest:
-                finite, error = self.results[SAFE]
-                found = f"an error of {error:.1e}" if finite else "no finite result"
-                raise UpcastError(
-                    f"every class upcast gives {found}; no policy can be better than float32 math on float16 weights. "
-                    f"Allow more than tolerance={self.tolerance:g}, or keep weights in float32 (storage=float32)."
-                )
-            chosen.add(rest[0])
-        return Policy(self._smallest(chosen, [each for each in reversed(order) if each in chosen]))
-
-    def _smallest(self, chosen: set[str], order: list[str]) -> frozenset[str]:
-        """Drop members until none can be dropped: one that cannot be from a larger set cannot be from a smaller."""
-        for each in order:
-            if len(chosen) == 1:
-                break  # the empty set has failed already
-            if self.passes(Policy(frozenset(chosen - {each})), f"drop {each}"):
-                chosen = chosen - {each}
-        return frozenset(chosen)
+        chosen = smallest(self.findings.ranked(), self.findings.beyond(), lambda c, what: self.passes(Policy(c), what))
+        if chosen is not None:
+            return Policy(chosen)
+        finite, error = self.results[SAFE]
+        found = f"an error of {error:.1e}" if finite else "no finite result"
+        raise UpcastError(
+            f"every class upcast gives {found}; no policy can be better than float32 math on float16 weights. "
+            f"Allow more than tolerance={self.tolerance:g}, or keep weights in float32 (storage=float32)."
+        )
 
     # --- modules ---
 

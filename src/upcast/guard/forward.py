@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from upcast.analysis.range_observer import RangeObserver
 from upcast.analysis.runner import SAFE, trial
+from upcast.analysis.smallest import smallest
 from upcast.core import console, extensions, scopes
 from upcast.core import forward_override as forwards
 from upcast.core.errors import UpcastError
@@ -30,7 +31,7 @@ from upcast.guard.snapshot import State
 from upcast.kernels import transforms
 from upcast.patching.engine import record_of
 from upcast.policy import module_scope
-from upcast.policy.policy import Policy, show
+from upcast.policy.policy import ALL, Policy, show
 
 _local: Any = threading.local()  # .roots: models whose forward this thread is in
 
@@ -117,19 +118,24 @@ class GuardedForward(Forward):
         assert selection is not None
         base = selection.policy
 
-        def attempt(added: frozenset[str]) -> tuple[bool, Any]:
+        tried: list[Any] = []  # the last set, and what it gave
+
+        def enough(added: frozenset[str], _: str = "") -> bool:
             module_scope.change(self.root, selection, with_classes(base, added))
             state.restore()
-            output = self._run(args, kwargs)
-            return self._fine(output), output
+            tried[:] = added, self._run(args, kwargs)
+            return self._fine(tried[1])
 
-        added, output = smallest(findings.ranked(), findings.beyond(), attempt)
+        found = smallest(findings.ranked(), findings.beyond(), enough)
+        added = ALL if found is None else found
+        if tried[0] != added:
+            enough(added)
         record_of(self.root).policy = selection.policy
         console.say(
             f"{type(self.root).__name__}: a value that is not finite under policy {base}; from this step on "
             f"{show(added)} runs in float32 too: policy {selection.policy}"
         )
-        return output
+        return tried[1]
 
     def _error(self, state: State, sample: Any, wide: str, when: str) -> UpcastError:
         name = type(self.root).__name__
@@ -158,28 +164,6 @@ class GuardedForward(Forward):
             f"{name}: the result is not finite{when} under policy {policy}; first in {where}. "
             "Patch with heal=True, or with the policy that upcast.search finds."
         )
-
-
-def smallest(order: list[str], start: set[str], attempt: Any) -> tuple[frozenset[str], Any]:
-    """Return the smallest set of classes for which ``attempt`` gives (True, output), and that output.
-
-    All classes together must be enough. The last attempt made is the one returned.
-    """
-    chosen = frozenset(start)
-    fine, output = attempt(chosen)
-    for each in order:
-        if fine:
-            break
-        if each not in chosen:
-            chosen = chosen | {each}
-            fine, output = attempt(chosen)
-    last = chosen
-    for each in reversed([each for each in order if each in chosen]):
-        last = chosen - {each}
-        fine, smaller = attempt(last)
-        if fine:
-            chosen, output = last, smaller
-    return chosen, output if last == chosen else attempt(chosen)[1]
 
 
 def with_classes(policy: Policy, added: frozenset[str]) -> Policy:
