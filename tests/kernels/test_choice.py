@@ -13,13 +13,13 @@ import torch
 import upcast
 from tests.conftest import Run, relative_error
 from upcast import kernels
-from upcast.kernels import native, portable
+from upcast.kernels import native, native_library, portable
 from upcast.tensor.half_weight import HalfWeight
 
 ROOT = Path(__file__).parents[2]
 CALLED = """
 import torch, upcast
-from upcast.kernels import native, portable
+from upcast.kernels import native, native_library, portable
 calls = []
 for module in (native, portable):
     def record(*args, _linear=module.linear, _name=module.__name__):
@@ -55,8 +55,8 @@ def test_what_was_asked_for_is_what_runs(python: Run, variables: dict[str, str],
 
 
 def test_native_where_it_cannot_load_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_module", None)
-    monkeypatch.setattr(native, "_load_error", "no C++ compiler was found when upcast was installed")
+    monkeypatch.setattr(native_library, "_module", None)
+    monkeypatch.setattr(native_library, "_load_error", "no C++ compiler was found when upcast was installed")
     with pytest.raises(upcast.UpcastError, match=r"cannot be loaded \(no C\+\+ compiler was found"):
         kernels.use("native")
     assert kernels.use("auto") is portable

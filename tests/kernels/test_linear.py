@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.kernels.measure import check
 from upcast.core.errors import UpcastError
-from upcast.kernels import native
+from upcast.kernels import native, native_library
 
 SHAPES = [(1, 1), (1, 33), (7, 31), (31, 7), (33, 129), (129, 33), (64, 1023), (1023, 31), (257, 576)]
 ROWS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 13, 15, 16, 17, 24, 31, 33, 64, 129]
@@ -223,6 +223,7 @@ def test_without_the_exchange_interface(monkeypatch: pytest.MonkeyPatch, rows: i
     expected = [native.linear(x, weight, bias) for x in layouts]
     assert native.info()["exchange"] == "dlpack"
     monkeypatch.setattr(native, "_exchange", False)
+    monkeypatch.setattr(native_library, "exchange", False)
     assert native.info()["exchange"] == "data_ptr"
     for x, y in zip(layouts, expected, strict=True):
         assert torch.equal(native.linear(x, weight, bias), y)

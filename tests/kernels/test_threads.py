@@ -152,20 +152,13 @@ def test_forcing_a_level_that_cannot_run_is_refused() -> None:
 
 def test_a_missing_library_says_why(tmp_path: Path) -> None:
     """As after an install without a compiler: the note written by the build is the reason given."""
-    package = tmp_path / "upcast" / "kernels"
-    package.mkdir(parents=True)
-    (tmp_path / "upcast" / "core").mkdir()
-    source = Path(native.__file__)
-    for name in (
-        "kernels/native.py",
-        "kernels/reference.py",
-        "core/functional.py",
-        "core/errors.py",
-        "core/__init__.py",
-    ):
-        (tmp_path / "upcast" / name).write_text((source.parents[1] / name).read_text())
+    package, source = tmp_path / "upcast" / "kernels", Path(native.__file__).parents[1]
+    for folder in ("kernels", "core"):
+        (tmp_path / "upcast" / folder).mkdir(parents=True)
+        for file in (source / folder).glob("*.py"):
+            (tmp_path / "upcast" / folder / file.name).write_text(file.read_text())
     (package / "native_missing.txt").write_text("no C++ compiler was found when upcast was installed\n")
-    (package / "__init__.py").touch()
+    (package / "__init__.py").write_text("")
     (tmp_path / "upcast" / "__init__.py").touch()
     script = f"""
 import sys

@@ -6,11 +6,7 @@ registers. Nothing here records gradients. Whatever a kernel cannot take is refu
 """
 
 import functools
-import importlib
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -18,9 +14,42 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from upcast.core.errors import KernelError, UpcastError
+from upcast.kernels import native_library
 from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec
+from upcast.kernels.native_library import available, info, level, load_error, set_isa
 from upcast.kernels.reference import Survey
 
+__all__ = [
+    "ACTIVATIONS",
+    "WHOLE",
+    "add_up",
+    "all_empty",
+    "attention",
+    "available",
+    "block",
+    "blocks",
+    "can_call_blocks",
+    "compare",
+    "digest",
+    "embedding",
+    "gated",
+    "grouped_linear",
+    "info",
+    "kv_append",
+    "layer_norm",
+    "level",
+    "linear",
+    "load_error",
+    "look",
+    "matmul",
+    "meet",
+    "quiet",
+    "rms_norm",
+    "rope",
+    "set_isa",
+    "survey",
+    "unchanged",
+]
 _COPY_FIRST, _COPY_SECOND = 1, 2
 Places = tuple[tuple[int, int, Tensor, Tensor], ...]
 WHOLE = PARTS["whole"]
@@ -31,67 +60,8 @@ _threads = torch.get_num_threads
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension module, or None and the reason why there is none."""
-    try:
-        return importlib.import_module("upcast.kernels._native"), None
-    except ImportError as error:
-        note = Path(__file__).with_name("native_missing.txt")
-        return None, note.read_text().strip() if note.exists() else str(error)
-
-
-def _attach_pool(module: ModuleType) -> None:
-    """Point the kernels at the OpenMP library that torch itself is linked to, whatever its file is called."""
-    libraries = Path(torch.__file__).parent / "lib"
-    suffix = "dylib" if sys.platform == "darwin" else "so"
-    for candidate in [libraries / f"libtorch_cpu.{suffix}", *sorted(libraries.glob("lib*omp*"))]:
-        if module.attach_pool(str(candidate)):
-            return
-
-
-_module, _load_error = _load()
-_native: Any = _module
-_exchange = False
-if _module is not None:
-    _exchange = _module.setup(KernelError, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
-    _attach_pool(_module)
-
-
-def available() -> bool:
-    """Whether the native library is loaded."""
-    return _module is not None
-
-
-def load_error() -> str | None:
-    """Why the native library is not loaded, or None."""
-    return _load_error
-
-
-def info() -> dict[str, Any]:
-    """What runs: `isa` in use, `available` levels best first, `compiler`, `threads`, `exchange`."""
-    if _module is None:
-        return {"isa": None, "available": (), "compiler": None, "threads": None, "exchange": None}
-    return {
-        "isa": _module.level(),
-        "available": _module.levels(),
-        "compiler": _module.compiler(),
-        "threads": _module.pool(),
-        "exchange": "dlpack" if _exchange else "data_ptr",
-    }
-
-
-def level() -> str:
-    """The instruction set in use."""
-    return str(_native.level())
-
-
-def set_isa(name: str) -> None:
-    """Run the level `name`, one of `info()["available"]`, from the next call on."""
-    if _module is None:
-        raise UpcastError(f"the native kernels are missing: {_load_error}; there is no level to choose.")
-    if not _module.force_level(name):
-        levels = ", ".join(_module.levels())
-        raise UpcastError(f"instruction set {name!r} cannot run here; this machine runs {levels}. Choose one of these.")
+_native = native_library.native
+_exchange = native_library.exchange
 
 
 def _describe(tensor: Tensor | None) -> Any:
@@ -395,7 +365,7 @@ def _quiet(
     )
 
 
-quiet: Any = _quiet if _module is None else _module.quiet  # natively: this is asked for every product
+quiet: Any = _quiet if _native is None else _native.quiet  # natively: this is asked for every product
 
 
 def all_empty(dicts: list[dict[Any, Any]]) -> bool:
