@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import CodeType
+from types import CodeType, MethodType
 from typing import Any, ClassVar
 
 from torch import nn
@@ -77,6 +77,7 @@ class Attached:
 class Forward(Attached):
     """An object called in place of a module's own ``forward``, or of another method."""
 
+    method: ClassVar[str] = "forward"  # what of the class it stands for
     fast: ClassVar[bool] = False  # a short way for float32 models, which is left out where a policy decides dtypes
     looks_on: ClassVar[bool] = False  # it runs what is below it, and sees what comes out
     below: Any = None  # what the instance had in this one's place, of ours or of users; None: its class's method
@@ -129,22 +130,42 @@ def observes() -> bool:
     return not getattr(_looking, "paused", 0)
 
 
+def kept(module: nn.Module) -> Iterator[Forward]:
+    """Yield our forwards of this instance by whatever name it holds them: accelerate renames one that it wraps."""
+    for forward in list(module.__dict__.values()):
+        while isinstance(forward, Forward):
+            yield forward
+            forward = forward.below  # noqa: PLW2901
+
+
 def remove(module: nn.Module, owner: str) -> None:
-    """Take the forwards, and what else stands for a method, of ``owner`` away from ``module``; all others stay."""
-    above = None
-    for each in list(stack(module)):
-        if not isinstance(each, Forward) or each.owner != owner:
-            above = each
-        elif above is not None:
-            above.below = each.below
-        elif each.below is not None:
-            module.__dict__["forward"] = each.below
-        else:
-            del module.__dict__["forward"]
+    """Take the forwards, and what else stands for a method, of ``owner`` away from ``module``; all others stay.
+
+    One that a library keeps by a name of its own, to run it from a forward of its own, leaves there what it stands for.
+    """
     state = module.__dict__
-    for name in [name for name, value in state.items() if isinstance(value, Attached) and value.owner == owner]:
-        if name != "forward":
+    for name, value in list(state.items()):
+        if isinstance(value, Forward):
+            left = _without(value, owner)
+            if left is not None:
+                state[name] = left
+            elif hasattr(type(module), name):
+                del state[name]
+            else:
+                state[name] = MethodType(getattr(type(module), value.method), module)
+        elif isinstance(value, Attached) and value.owner == owner:
             del state[name]
+
+
+def _without(top: Any, owner: str) -> Any:
+    """Return what remains of the stack under ``top`` without the forwards of ``owner``, or None."""
+    if not isinstance(top, Forward):
+        return top
+    below = _without(top.below, owner)
+    if top.owner == owner:
+        return below
+    top.below = below
+    return top
 
 
 def _nothing() -> None:

@@ -28,7 +28,6 @@ class Fused(Forward):
     It stands for the method of the class that the module had when it was made, and runs only while that is genuine.
     """
 
-    method = "forward"
     fast = True
 
     def __init__(self, module: nn.Module) -> None:

@@ -120,7 +120,7 @@ class GuardedApply(Attached):
             )
         for _, weight in list(_half_weights(module._parameters)):  # each module inside does its own
             materialize.materialize(weight, f"the program converts them to {wanted}")
-        for each in [each for each in forward_override.stack(module) if getattr(each, "fast", False)]:
+        for each in [each for each in forward_override.kept(module) if each.fast]:
             forward_override.remove(module, each.owner)  # it is for float32
         module.__dict__.pop(_SCRIPT, None)
         return type(module)._apply(module, function, recurse)

@@ -18,6 +18,8 @@ from upcast.tensor.half_weight import HalfWeight
 class TrainingSwitch(Forward):
     """``train`` of a patched model: in training mode, its next forward pass under autograd begins the training."""
 
+    method = "train"
+
     def __call__(self, mode: bool = True) -> Any:
         """Set the mode, as ``Module.train`` does, and return the module."""
         root = self.module

@@ -150,6 +150,7 @@ class CacheReset(Forward):
     """``reset_parameters`` of one cache."""
 
     owner = "litgpt"
+    method = "reset_parameters"
 
     def __call__(self) -> None:
         """Fill the cache with zeros, as LitGPT does; where its model's caches are kept, later, and what is left."""
@@ -165,6 +166,7 @@ class CacheClearer(Forward):
     """``clear_kv_cache`` of one GPT."""
 
     owner = "litgpt"
+    method = "clear_kv_cache"
 
     def __call__(self) -> None:
         """Drop the caches, as LitGPT does; where they are kept, only until others are there."""
