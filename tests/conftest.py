@@ -27,6 +27,13 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(variable)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _nothing_compiled() -> None:
+    """A graph break marks code of torch's own, such as Module's call, for the rest of the process."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
 @pytest.fixture
 def few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is said, and no optimizer is searched for: that takes a tenth of a second."""
