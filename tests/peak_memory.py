@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 MEASURE = """
 import os, sys
 from pathlib import Path
-from benchmarks import memory
+from benchmarks.harness import memory
 {imports}
 for folder in map(Path, sys.argv[1:]):
     if os.fork():  # a process for each folder, of which none imports the libraries again

@@ -194,7 +194,7 @@ def test_weight_bytes_of_quantize_dynamic() -> None:
 @pytest.mark.skipif(not memory.supported(), reason="only the Linux kernel tells")
 def test_peak_is_noticed_after_it_is_gone() -> None:
     script = """if True:
-        from benchmarks import memory
+        from benchmarks.harness import memory
         memory.reset_peak()
         before = memory.peak_bytes()
         block = bytearray(b"1") * (64 << 20)

@@ -133,7 +133,7 @@ PEAK = """
 import sys
 from pathlib import Path
 import upcast.integrations.litgpt.convert
-from benchmarks import memory
+from benchmarks.harness import memory
 upcast.integrations.litgpt.convert.convert(Path(sys.argv[1]))  # brings in what any conversion needs of torch
 memory.reset_peak()
 before = memory.resident_bytes()

@@ -232,7 +232,7 @@ def test_a_forward_whose_module_is_gone_says_so() -> None:
 
 RELOADED = """
 import gc, sys, torch, transformers
-from benchmarks import memory
+from benchmarks.harness import memory
 gc.disable()
 ids, sizes = torch.arange(8)[None], []
 for _ in range(6):
