@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import itertools
 import os
 import socket
 import time
@@ -20,7 +21,9 @@ from upcast.distributed.collectives import Group, RankError
 _JOINED = "upcast/joined"
 _MISSING = "upcast/missing"
 _STRANDED = "upcast/stranded"
+_CLOSING = "upcast/closing"  # in a store of rank 0 that all have left; who joins again waits for the next one
 _POLL, _GRACE = 0.05, 3.0  # seconds
+_joins = itertools.count()  # of this process
 
 
 def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> DeviceMesh:
@@ -100,6 +103,8 @@ def leave(mesh: DeviceMesh) -> None:
         return
     pulse.stop(left=True)  # before the others let go, and rank 0 of its store
     with contextlib.suppress(RuntimeError):  # a rank that died by now takes nothing away
+        if dist.get_rank() == 0:
+            _base(dist.distributed_c10d._get_default_store()).set(_CLOSING, "")
         dist.barrier()
     abandon(mesh)
 
@@ -113,10 +118,22 @@ def abandon(mesh: DeviceMesh) -> None:
 
 
 def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
-    host = place.rank == 0 and not place.served
+    """Open the store: of torchrun, where it serves one to each join in turn, or of rank 0, a new one each time."""
+    if place.served:
+        return PrefixStore(f"upcast/{place.attempt}/{next(_joins)}", _opened(place, False, span))
+    end = time.monotonic() + span.total_seconds()
+    while True:
+        store = _opened(place, place.rank == 0, span)
+        with contextlib.suppress(RuntimeError):  # it went while it was asked
+            if place.rank == 0 or not store.check([_CLOSING]) or time.monotonic() > end:
+                return PrefixStore(f"upcast/{place.attempt}", store)
+        time.sleep(_POLL)
+
+
+def _opened(place: config.Rank, host: bool, span: datetime.timedelta) -> Any:
     listening = _listening(place) if host else None
     try:
-        store = TCPStore(
+        return TCPStore(
             place.address,
             place.port,
             place.ranks,
@@ -131,7 +148,13 @@ def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
             f"rank {place.rank} {what} at {place.address}:{place.port} within {span.total_seconds():g} s "
             f"({str(error).splitlines()[0]}); rank 0 must run there. Check MASTER_ADDR, MASTER_PORT and the firewall."
         ) from None
-    return PrefixStore(f"upcast/{place.attempt}", store)
+
+
+def _base(store: Any) -> Any:
+    """Return the store that ``store`` gives its keys a prefix for."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return store
 
 
 def _listening(place: config.Rank) -> socket.socket | None:
