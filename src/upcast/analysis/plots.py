@@ -102,7 +102,7 @@ def errors(bars: Sequence[Bar], title: str, path: Path, tolerance: float | None 
     finite = [bar.error for bar in bars if bar.error > 0 and math.isfinite(bar.error)]
     low = min(finite, default=1e-3) / 3
     axis.set_xscale("log")
-    axis.set_xlim(low, max(finite, default=1.0) * 6)
+    axis.set_xlim(low, (max([*finite, tolerance or 0.0]) or 1.0) * 6)
     for y, (_, error, op_class, faint) in enumerate(bars):
         colour = COLOURS.get(op_class, OTHER)
         if math.isfinite(error):
