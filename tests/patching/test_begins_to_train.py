@@ -1,5 +1,7 @@
 """A model that was patched for inference and then trained learns as the unpatched one does, and says so in one line."""
 
+import copy
+import pickle
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -113,6 +115,41 @@ def by_hand(model: nn.Module) -> list[float]:
     return losses
 
 
+def penalty_first(model: nn.Module) -> list[float]:
+    """What is computed of the weights before the first forward pass, beside a product outside of any module."""
+    model.train()
+    losses = []
+    for _ in range(4):
+        model.zero_grad()
+        penalty = sum(parameter.square().sum() for parameter in model.parameters())
+        turned = model.head.bias.new_ones(1, 16) @ model.body.weight.T
+        loss = loss_of(model) + 0.01 * penalty + 0.01 * turned.square().sum()
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def part_by_part(model: nn.Module) -> list[float]:
+    """A loop that calls the parts of a model, some of them in eval mode, and never the model."""
+    model.train()
+    model.body.eval()
+    losses = []
+    for _ in range(4):
+        model.zero_grad()
+        x = model.norm(model.embed(IDS[:, :-1]))
+        x = model.head(torch.relu(model.body(x + torch.tanh(model.conv(x.mT).mT))))
+        loss = nn.functional.cross_entropy(x.flatten(0, 1), IDS[:, 1:].flatten())
+        loss.backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.sub_(0.1 * parameter.grad)
+        losses.append(float(loss.detach()))
+    return losses
+
+
 def scheduler_and_ema(model: nn.Module) -> list[float]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2)
@@ -155,7 +192,7 @@ Program = Callable[[nn.Module], list[float]]
 PROGRAMS: list[Program] = [
     *(plain_loop, loop_in_training_mode, training_mode_then_optimizer_of_what_requires_grad, head_on_a_frozen_body),
     *(body_frozen_one_by_one, unfrozen_later, added_to_an_optimizer, groups_with_decay, by_hand, scheduler_and_ema),
-    *(hooks_on_gradients, in_another_process),
+    *(hooks_on_gradients, in_another_process, penalty_first, part_by_part),
 ]
 
 
@@ -173,6 +210,21 @@ def test_it_learns_as_unpatched(
     for name, parameter in got.named_parameters():
         assert relative_error(parameter, want.get_parameter(name)) < 1e-4, name
         assert parameter.requires_grad is want.get_parameter(name).requires_grad, name
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy], ids=["itself", "a copy"])
+def test_nobody_holds_the_model_but_its_own_train(copied: Callable[[nn.Module], nn.Module]) -> None:
+    model = copied(upcast.patch(net())).train()
+    loss_of(model).backward()
+    assert not half_weights(model)
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_a_copy_of_a_part_takes_nothing_else_along() -> None:
+    model = upcast.patch(net())
+    model.head.train()
+    assert 2 * len(pickle.dumps(model.head)) < len(pickle.dumps(model))
+    assert copy.deepcopy(model.head).train().training
 
 
 def test_a_frozen_body_stays_in_float16() -> None:
@@ -220,7 +272,7 @@ def test_unpatch_gives_back_what_was_trained() -> None:
     for model in (got, want):
         plain_loop(model)
     upcast.unpatch(got)
-    assert "train" not in got.__dict__
+    assert not any("train" in module.__dict__ for module in got.modules())
     assert not got._forward_pre_hooks
     assert relative_error(got(IDS), want(IDS)) < 1e-5
     assert all(parameter.requires_grad for parameter in got.parameters())

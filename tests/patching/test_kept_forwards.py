@@ -77,8 +77,9 @@ def test_layers_that_are_stored_in_one_dtype_and_computed_in_another() -> None:
 
 def test_another_method_that_is_kept_stays_that_method() -> None:
     model: Any = upcast.patch(nn.Sequential(nn.Linear(8, 8)))
-    assert isinstance(model.train, TrainingSwitch)
-    model.kept_train = model.train
+    layer = model[0]
+    assert isinstance(layer.train, TrainingSwitch)
+    layer.kept_train = layer.train
     upcast.unpatch(model)
-    model.kept_train(False)
-    assert not model.training
+    layer.kept_train(False)
+    assert not layer.training

@@ -38,6 +38,11 @@ def plain_loop(folder: Path) -> Any:
     return _loop(model), _logits(model)
 
 
+def trained_as_it_is_loaded(folder: Path) -> Any:
+    model = load(folder).train()
+    return _loop(model), _logits(model)
+
+
 def loop_without_train(folder: Path) -> Any:
     model = load(folder)
     return _loop(model), _logits(model)

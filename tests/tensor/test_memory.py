@@ -125,6 +125,10 @@ WRITES: list[tuple[str, Use]] = [
     (".data of zeros", lambda m, _: setattr(m[0].weight, "data", torch.zeros(40, 5))),
     (".data of float16", lambda m, _: setattr(m[1].weight, "data", m[1].weight.data.float().clone())),
     (".data +=", lambda m, _: m[0].weight.data.__iadd__(torch.ones(40, 5))),
+    ("a shallow copy", _scaled(0.5, lambda m: copy.copy(m[0].weight))),
+    ("a shallow copy of an equal weight's .data", _scaled(0.5, lambda m: copy.copy(m[1].weight.data))),
+    ("apply_", lambda m, _: m[0].weight.data.apply_(lambda x: x / 2)),
+    ("map_ of a row", lambda m, _: m[1].weight.detach()[3].map_(m[2].weight[4], lambda x, y: x + y)),
     ("swapped", lambda m, _: _swap(m[1].weight, m[2].weight)),
     ("swapped after one has moved", _swapped_after_one_has_moved),
     ("vector_to_parameters", lambda m, _: _through_a_vector(m)),
@@ -137,9 +141,13 @@ WRITES: list[tuple[str, Use]] = [
 def test_a_write_arrives_and_changes_nothing_else(use: Use, tmp_path: Path) -> None:
     got, want = upcast.patch(net()), rounded(net())
     assert got[1].weight.store.half is got[2].weight.store.half
+    weights, versions = [*got.parameters()], [weight._version for weight in got.parameters()]
     with torch.no_grad():
+        before = [weight.clone() for weight in weights]
         for model in (got, want):
             use(model, tmp_path)
+        for weight, numbers, version in zip(weights, before, versions, strict=True):
+            assert torch.equal(weight, numbers) or weight._version > version or type(weight) is nn.Parameter
         for parameter, wanted in zip(got.parameters(), rounded(want).parameters(), strict=True):
             assert parameter.dtype == torch.float32
             assert relative_error(parameter, wanted) < 3e-4
@@ -378,6 +386,37 @@ def test_small_steps_are_not_lost(step: Callable[[Tensor, Tensor], object]) -> N
             step(want, new)
     assert type(got) is nn.Parameter
     assert relative_error(got, want) < 1e-3  # the first few were rounded
+
+
+def _decayed(average: nn.Module, new: nn.Module) -> None:
+    for name, numbers in average.state_dict().items():
+        numbers.mul_(0.999)
+        numbers.add_(0.001 * new.state_dict()[name])
+
+
+def _copied(average: nn.Module, new: nn.Module) -> None:
+    for numbers, others in zip(average.state_dict().values(), new.state_dict().values(), strict=True):
+        numbers.copy_(0.999 * numbers + 0.001 * others)
+
+
+@pytest.mark.parametrize("step", [_decayed, _copied])
+def test_small_steps_through_state_dicts_are_not_lost(step: Callable[[nn.Module, nn.Module], None]) -> None:
+    """An average as many training scripts keep it: nobody asks there whether float16 holds a step."""
+    got, want, new = upcast.patch(net()), rounded(net()), net()
+    nn.init.normal_(new[0].weight)
+    for _ in range(40):
+        step(got, new)
+        step(want, new)
+    assert got.state_dict()["0.weight"].dtype == torch.float32
+    assert relative_error(got[0].weight, want[0].weight) < 2e-3  # the first few were rounded
+
+
+def test_state_dicts_that_are_read_or_loaded_leave_weights_in_float16() -> None:
+    model = upcast.patch(net())
+    for _ in range(9):
+        state = model.state_dict()
+        model.load_state_dict({name: numbers * 0.5 for name, numbers in state.items()})
+    assert_patched(model)
 
 
 def test_loading_the_same_checkpoint_again_stays_in_float16() -> None:

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import upcast
 from tests.conftest import half_weights, relative_error, rounded
 
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 IDS = torch.arange(3, 17).view(2, 7)
 TEXT: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 TEXT |= {"num_attention_heads": 2, "num_key_value_heads": 1, "pad_token_id": 0}
@@ -29,6 +30,19 @@ class Recurrent(nn.Module):
 
     def forward(self, ids: Tensor) -> Any:
         return self.head(self.lstm(self.embed(ids))[0])
+
+
+class Padded(nn.Module):
+    """Of which torch drops the padded positions on the way, and gives zeros for them: a mean over all has those."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.embed, self.encoder = nn.Embedding(64, 16), nn.TransformerEncoder(layer, 2, nn.LayerNorm(16))
+
+    def forward(self, ids: Tensor) -> Any:
+        padding = torch.arange(ids.shape[1]) > torch.tensor([[3], [5]])
+        return self.encoder(self.embed(ids), src_key_padding_mask=padding).mean(1)
 
 
 def transformer(kind: str, config: str, **sizes: Any) -> Callable[[], nn.Module]:
@@ -56,6 +70,7 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "ViT": (transformer("ViTModel", "ViTConfig", image_size=16, patch_size=8), PIXELS),
     "convolutional": (convolutional, PIXELS),
     "recurrent": (Recurrent, IDS),
+    "padded": (Padded, IDS),
 }
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from upcast.core import console, forward_override
 from upcast.core.forward_override import Attached
 from upcast.core.module_tree import modules
-from upcast.patching import fast_linear, training_switch
+from upcast.patching import fast_linear, padded_encoder, training_switch
 from upcast.tensor import materialize, pickling, torchscript
 from upcast.tensor.half_weight import HalfWeight, out_of_range, parameter
 
@@ -30,6 +30,7 @@ def install(root: nn.Module, unpatch: Callable[[nn.Module], object], *, shortcut
     if shortcuts:
         fast_linear.install(root)
     training_switch.install(root)
+    padded_encoder.install(root)
     root.__dict__[_SCRIPT] = torchscript.refuse_script
     for module in modules(root):
         module.__dict__["_apply"] = GuardedApply(module, unpatch if module is root else None)
@@ -42,6 +43,7 @@ def remove(root: nn.Module) -> None:
         _discard(module._load_state_dict_pre_hooks, lambda hook: isinstance(getattr(hook, "hook", hook), AcceptState))
     pickling.remove(modules(root))
     training_switch.remove(root)
+    padded_encoder.remove(root)
     fast_linear.remove(root)
     for module in modules(root):
         module.__dict__.pop(_SCRIPT, None)
@@ -65,9 +67,7 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
     for name, weight in _half_weights(module._parameters):
         value = state.get(prefix + name)
         if isinstance(value, HalfWeight) and (to_onnx or not isinstance(value, nn.Parameter)):
-            weight.reclaim()
-            weight.store.unshare()  # the caller may write into it
-            state[prefix + name] = value.memory()
+            state[prefix + name] = weight.hand_out()
 
 
 class AcceptState(Attached):
@@ -123,6 +123,7 @@ class GuardedApply(Attached):
         for each in [each for each in forward_override.kept(module) if each.fast]:
             forward_override.remove(module, each.owner)  # it is for float32
         module.__dict__.pop(_SCRIPT, None)
+        training_switch.remove(module)
         return type(module)._apply(module, function, recurse)
 
 

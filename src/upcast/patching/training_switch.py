@@ -4,6 +4,8 @@ An optimizer or DistributedDataParallel that is given the weights says so itself
 the other sign: the model goes into training mode, and then runs while gradients are recorded.
 """
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,37 +15,63 @@ from upcast.core.forward_override import Forward
 from upcast.core.module_tree import modules
 from upcast.tensor import materialize
 from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.store import Fallbacks, Store
 
 
 class TrainingSwitch(Forward):
-    """``train`` of a patched model: in training mode, its next forward pass under autograd begins the training."""
+    """``train`` of a patched model's children: in training mode, what runs under autograd begins the training.
+
+    Not of the model itself: in ``load().train()`` nobody holds it any more once its ``train`` has been looked up.
+    """
 
     method = "train"
 
+    def __init__(self, module: nn.Module, root: nn.Module, account: Fallbacks, place: int) -> None:
+        super().__init__(module)
+        self._root: Callable[[], nn.Module | None] = weakref.ref(root)
+        self.account, self.place = account, place
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_root": _nowhere}  # a copy of a child takes no copy of the model along
+
     def __call__(self, mode: bool = True) -> Any:
         """Set the mode, as ``Module.train`` does, and return the module."""
-        root = self.module
-        type(root).train(root, mode)
-        _watch(root, mode)
-        return root
+        module, root = self.module, self._root()
+        type(module).train(module, mode)
+        if mode:
+            self.account.learning.add(self.place)
+            Store.learning = True
+        else:
+            self.account.learning.discard(self.place)
+        _watch(root if root is not None and root.training == mode else module, mode)
+        return module
+
+
+def _nowhere() -> None:
+    """What stands for the model in a copy of one of its children."""
 
 
 def install(root: nn.Module) -> None:
     """Have ``root`` know when it goes into training mode; one that is in it already says nothing by that."""
-    root.__dict__["train"] = TrainingSwitch(root)
+    waiting = _waiting(root)
+    for place, module in enumerate([*root.children()] or [root]) if waiting else ():
+        if "train" not in module.__dict__:
+            module.__dict__["train"] = TrainingSwitch(module, root, waiting[0].fallbacks, place)
 
 
 def remove(root: nn.Module) -> None:
     """Take away what `install` gave."""
-    root.__dict__.pop("train", None)
-    _watch(root, mode=False)
+    for module in modules(root):
+        if isinstance(module.__dict__.get("train"), TrainingSwitch):
+            del module.__dict__["train"]
+        _watch(module, mode=False)
 
 
-def _watch(root: nn.Module, mode: bool) -> None:
-    hooks = root._forward_pre_hooks
+def _watch(module: nn.Module, mode: bool) -> None:
+    hooks = module._forward_pre_hooks
     ours = [key for key, hook in hooks.items() if hook is _begin]
-    if mode and not ours and _waiting(root):
-        root.register_forward_pre_hook(_begin)
+    if mode and not ours and _waiting(module):
+        module.register_forward_pre_hook(_begin)
     for key in ours if not mode else ():
         del hooks[key]
 
@@ -54,8 +82,8 @@ def _waiting(root: nn.Module) -> list[HalfWeight]:
     return [parameter for parameter in found if isinstance(parameter, HalfWeight) and parameter.wants_grad]
 
 
-def _begin(root: nn.Module, _: Any) -> None:
-    if root.training and torch.is_grad_enabled():
-        for weight in _waiting(root):
+def _begin(module: nn.Module, _: Any) -> None:
+    if module.training and torch.is_grad_enabled():
+        for weight in _waiting(module):
             materialize.materialize(weight, materialize.TRAINING)
-        _watch(root, mode=False)  # it has begun
+        _watch(module, mode=False)  # it has begun

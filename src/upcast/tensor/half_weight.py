@@ -119,6 +119,8 @@ class HalfWeight(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if len(types) > 1 and not all(issubclass(kind, torch.Tensor) for kind in types):
             return NotImplemented  # what is no tensor, as one that is yet to be loaded, knows what it stands for
+        if Store.learning and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _computes(func):
+            _begin_training((args, kwargs))
         if Store.dissolved:
             args, kwargs = resolved(args, kwargs or {})
             if not any(isinstance(each, HalfWeight) for each in pytree.tree_leaves((args, kwargs))):
@@ -191,7 +193,25 @@ class HalfWeight(torch.Tensor):
             if self.store.half is not None:
                 self.store.unshare()
             self.memory().copy_(source)
+            self.store.handed = None  # this write was looked at
         return self
+
+    def hand_out(self) -> torch.Tensor:
+        """Return the tensor that holds the numbers, for a state dict, whose reader may write into it.
+
+        Nobody asks then whether a step is too small for float16; from the fourth state dict on, if those before were
+        written, it is a float32 one.
+        """
+        self.reclaim()
+        store = self.store
+        store.unshare()
+        if store.half is not None and not store.half.is_inference():
+            written = store.handed not in (None, store.half._version)
+            store.blurred += int(written)
+            store.handed = store.half._version
+            if written and store.blurred >= _BLURRED:
+                materialize.dissolve(self, materialize.SMALL_STEPS)
+        return self.memory()
 
     def reclaim(self) -> bool:
         """Store in float16 what ``.data =`` shared with a tensor that is gone by now; return whether it is again."""
@@ -217,6 +237,18 @@ class HalfWeight(torch.Tensor):
         blur, step = (rounded - source).norm(), (source - stored).norm()
         self.store.blurred += int(blur > _BLUR * step)
         return self.store.blurred > _BLURRED or 2 * int(undone.count_nonzero()) > int(changed.count_nonzero())
+
+    def __copy__(self) -> torch.Tensor:
+        """Share the memory, as torch's shallow copies do."""
+        shared: torch.Tensor
+        if not isinstance(self, torch.nn.Parameter):
+            shared = self.like(self.stored) if self.reclaim() else materialize.alias(self)
+        elif self.reclaim():
+            shared = rebuild(self.store, self.region, self.wants_grad)
+        else:
+            shared = torch.nn.Parameter(materialize.alias(self), self.wants_grad)
+        shared.__dict__.update(self.attributes())
+        return shared
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         if id(self) not in memo:
@@ -268,6 +300,20 @@ def resolved(args: Any, kwargs: Any) -> tuple[Any, Any]:
     return resolved_args, resolved_kwargs
 
 
+def _computes(func: Any) -> bool:
+    """Whether ``func`` makes of a weight what a gradient can come back through."""
+    if getattr(func, "__name__", "") in ("__get__", "__set__"):
+        return func in _TURNED
+    return func not in _METADATA and func not in _LOOKS
+
+
+def _begin_training(values: Any) -> None:
+    """Make float32 what requires grad, of models that went into training mode after the patch."""
+    for each in pytree.tree_leaves(values):
+        if isinstance(each, HalfWeight) and each.wants_grad and each.fallbacks.learning:
+            materialize.materialize(each, materialize.TRAINING)
+
+
 def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return the arguments with those that torch calls ``input`` and ``other`` at their places, the first two."""
     kwargs = dict(kwargs)
@@ -284,6 +330,11 @@ _BLUR, _BLURRED = 0.05, 3  # the part of a step that rounding may be, and how of
 OURS = frozenset(
     ("store", "region", "row_major", "wants_grad", "packed", "source", "_is_param")
 )  # what a HalfWeight's own __dict__ holds
+_TURNED = {getattr(torch.Tensor, name).__get__ for name in ("T", "mT", "H", "mH")}
+_LOOKS = {
+    *(torch.Tensor.detach, torch.detach, torch.Tensor.to, torch.Tensor.float, torch.Tensor.cpu, torch.Tensor.type),
+    *(torch.Tensor.requires_grad_, torch.Tensor.element_size, torch.Tensor.share_memory_, torch.Tensor.data_ptr),
+}
 _ALIASING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 

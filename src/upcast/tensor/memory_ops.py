@@ -126,6 +126,23 @@ def _measure_references() -> None:
 _measure_references()
 
 
+@handles_each(Tensor.apply_, Tensor.map_, Tensor.map2_)
+def _by_a_function(function: Any, target: Tensor, *args: Any) -> Tensor:
+    """What a function of Python's writes, number by number: no version tells of that."""
+    plain = [each.upcast() if isinstance(each, HalfWeight) else each for each in (target, *args)]
+    written: Tensor = function(*plain)
+    return target.overwrite(written, update=True) if isinstance(target, HalfWeight) else written
+
+
+@handles(accessor("_version").__get__)
+def _version(weight: HalfWeight) -> int:
+    """How often the memory was written; whoever keeps what was made of a weight asks for it."""
+    if weight.stored.is_inference() or _traced() or _imitates(sys._getframe(2)):
+        with torch._C.DisableTorchFunctionSubclass():
+            return weight._version
+    return weight.stored._version
+
+
 @handles(Tensor.share_memory_)
 def _share_memory(weight: HalfWeight) -> HalfWeight:
     if weight.wants_grad:  # another process may train it, and this one wants to see that

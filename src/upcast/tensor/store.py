@@ -17,6 +17,7 @@ class Fallbacks:
         self.largest: dict[str, int] = {}
         self.dissolved: dict[str, tuple[int, int]] = {}  # reason -> how many weights, and their bytes in float32
         self.missed_gradient = False  # a backward pass went by weights that report that they require grad
+        self.learning: set[int] = set()  # which parts of the model went into training mode after the patch
         self._lock = threading.RLock()  # what a signal calls may count as well
 
     def count(self, operation: str, elements: int) -> None:
@@ -32,8 +33,8 @@ class Fallbacks:
             self.dissolved[reason] = (weights + 1, size + 4 * elements)
         return not weights
 
-    def __reduce__(self) -> tuple[type["Fallbacks"], tuple[str]]:
-        return (Fallbacks, (self.model,))  # a copy of a model starts its own count
+    def __reduce__(self) -> tuple[type["Fallbacks"], tuple[str], dict[str, set[int]]]:
+        return (Fallbacks, (self.model,), {"learning": set(self.learning)})  # a copy of a model starts its own count
 
     def __str__(self) -> str:
         rows = [f"{name}: {n} calls, up to {self.largest[name]:,} bytes" for name, n in sorted(self.calls.items())]
@@ -74,18 +75,21 @@ class Store:
         wide: the float32 numbers, once they have dissolved.
         sharing: how many stores use the very same ``half`` (weights that are equal), or None.
         before: the weight's dtype before the patch.
-        blurred: how many updates were so small that rounding was a part of them.
+        blurred: how many updates were so small that rounding was a part of them, or were not looked at.
+        handed: the version of ``half`` when a state dict was given it; None if it was written by us since.
         written: what was computed for ``weight.data += ...`` and is written already; it is yet to be assigned.
         former: the float16 numbers before ``weight.data = x``, as long as ``wide`` is the memory of ``x``.
     """
 
     dissolved = False  # whether any store of the process has: then HalfWeights are looked at twice
+    learning = False  # whether any model went into training mode after its patch: then so under autograd
 
     # What most stores have; a cache makes two stores for every layer and token.
     wide: Tensor | None = None
     sharing: list[int] | None = None
     before = torch.float32
     blurred = 0
+    handed: int | None = None
     written: "weakref.ref[Tensor] | None" = None
     former: Tensor | None = None
 
@@ -94,7 +98,7 @@ class Store:
         self.fallbacks = fallbacks
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "written": None}
+        return {**self.__dict__, "written": None, "handed": None}
 
     def share(self, other: "Store") -> None:
         """Use the memory of ``other``, whose numbers are the same, until either is written."""
@@ -109,7 +113,7 @@ class Store:
         with _changes:
             if self.sharing is not None and self.half is not None and self.sharing[0] > 1:
                 with torch.inference_mode(False):
-                    self.half = like(self.half, torch.float16)
+                    self.half = _later(like(self.half, torch.float16), self.half)
             self._leave()
 
     def dissolve(self) -> bool:
@@ -118,7 +122,7 @@ class Store:
             if self.half is None:
                 return False
             with torch.inference_mode(False), torch.no_grad():
-                self.wide = like(self.half, torch.float32)
+                self.wide = _later(like(self.half, torch.float32), self.half)
             Store.dissolved = True  # before it is true: an interruption comes between any two lines
             self.half = None
             self._leave()
@@ -168,6 +172,13 @@ def uses(tensor: Tensor) -> int:
     """
     storage, count = tensor.untyped_storage(), getattr(torch._C, "_storage_Use_Count", None)
     return int(count(storage._cdata)) - 1 if count and storage.resizable() else 2
+
+
+def _later(copy: Tensor, before: Tensor) -> Tensor:
+    """Return ``copy``, which stands for ``before`` from now on, with a version that comes after."""
+    if not before.is_inference():
+        torch._C._autograd._unsafe_set_version_counter((copy,), (before._version + 1,))
+    return copy
 
 
 def like(source: Tensor, dtype: torch.dtype) -> Tensor:
