@@ -22,6 +22,7 @@ from upcast.kernels import held_files, native
 
 _MAPS = Path("/proc/self/maps")
 _ALIGNMENT = 16  # bytes; no number is larger
+_GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
 @dataclass
@@ -90,7 +91,8 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
             mappings.setdefault((span.name, span.inode, span.start - span.offset), []).append(piece)
     return [
         (name, [tensor for piece in pieces for tensor in piece.tensors])
-        for (name, inode, _), pieces in mappings.items()
+        for (listed, inode, _), pieces in mappings.items()
+        for name in (_spelled(listed, inode),)
         if not _is_held(name, inode, _united(pieces))
     ]
 
@@ -108,13 +110,22 @@ def _spans() -> list[_Span]:
         if inode == "0" or not name or "s" in rights:
             continue
         start, end = (int(edge, 16) for edge in addresses.split("-"))
-        found = _Span(start, end, int(offset, 16), int(inode), name[0].replace("\\012", "\n"))
+        found = _Span(start, end, int(offset, 16), int(inode), name[0])
         before = spans[-1] if spans else None
         if before and before.is_followed_by(found):
             before.end = end
         else:
             spans.append(found)
     return spans
+
+
+def _spelled(listed: str, inode: int) -> str:
+    """Return the name of a mapped file: a newline in it, and a backslash before the digits 012, are listed alike."""
+    other = listed.replace("\\012", "\n")
+    try:
+        return other if os.stat(other).st_ino == inode else listed
+    except OSError:
+        return listed
 
 
 def _span_of(tensor: Tensor, spans: list[_Span]) -> _Span | None:
@@ -147,8 +158,8 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
     """Move the pieces to a mapping that is held, or to copies; False where the system gives no lease."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return True  # deleted, or replaced: nobody finds the file that is mapped
+    except OSError as error:  # deleted: nobody finds the file that is mapped; or there are too many open files
+        return error.errno in _GONE
     taken = False
     try:
         status = os.fstat(descriptor)
