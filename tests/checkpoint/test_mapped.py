@@ -336,7 +336,7 @@ def test_names_of_other_files_that_are_mapped(tmp_path: Path) -> None:
     assert torch.equal(tensor, want)
 
 
-def test_a_file_for_which_no_descriptor_is_left(tmp_path: Path) -> None:
+def test_the_last_descriptors_are_the_program_s(tmp_path: Path) -> None:
     files = [tmp_path / "first", tmp_path / "second"]
     model = nn.Module()
     for file in files:
@@ -345,9 +345,10 @@ def test_a_file_for_which_no_descriptor_is_left(tmp_path: Path) -> None:
     free = os.dup(0)
     os.close(free)
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, before[1]))  # the first file is held, and no more opened
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, before[1]))
     try:
         overwriting.hold(model)
+        os.close(os.open(files[0], os.O_RDONLY))  # the program can go on
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
     for file in files:

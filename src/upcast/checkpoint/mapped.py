@@ -77,7 +77,8 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     """Move what ``model`` holds in mapped files to mappings that no writer reaches.
 
     Nothing is copied, unless somebody has the file open for writing at this moment. Where the system gives no lease
-    (the file is another user's, the file system has none) tensors stay where they are, and are returned with the name.
+    (the file is another user's, the file system has none), or the process has few descriptors left, tensors stay where
+    they are, and are returned with the name.
     """
     spans = _spans()
     mappings: dict[tuple[str, int, int], list[_Piece]] = {}  # apart: one file may be mapped twice
@@ -165,7 +166,7 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
         status = os.fstat(descriptor)
         if status.st_ino != inode or any(piece.offset + piece.size > status.st_size for piece in pieces):
             return True
-        if not native.available():
+        if not native.available() or _is_among_the_last(descriptor):
             return False
         failed, address, parts = held_files.hold_file(descriptor, status.st_size, [(p.offset, p.size) for p in pieces])
         taken = not failed
@@ -180,6 +181,12 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
     finally:
         if not taken:
             os.close(descriptor)
+
+
+def _is_among_the_last(descriptor: int) -> bool:
+    """Whether a descriptor is of the last quarter that this process may have: the program wants them."""
+    limit = os.sysconf("SC_OPEN_MAX")  # -1: as many as it likes
+    return 4 * descriptor >= 3 * limit > 0
 
 
 def _memory(address: int, size: int, part: int) -> Tensor:
