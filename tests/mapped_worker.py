@@ -129,6 +129,21 @@ def wait_until(question: Callable[[], bool]) -> None:
         time.sleep(0.01)
 
 
+def linked(model: nn.Module, file: Path, other: Path) -> None:
+    os.link(file, file.with_name("linked"))
+    os.truncate(file.with_name("linked"), 10)
+
+
+def renamed(model: nn.Module, file: Path, other: Path) -> None:
+    old = file.rename(file.with_name("old"))
+    shutil.copyfile(other, file)
+    old.open("wb").close()
+
+
+def through_torch_s_mapping(model: nn.Module, file: Path, other: Path) -> None:
+    torch.from_file(str(file), shared=True, size=file.stat().st_size, dtype=torch.uint8).zero_()
+
+
 def replaced(model: nn.Module, file: Path, other: Path) -> None:
     fresh = file.with_name("fresh")
     shutil.copyfile(other, fresh)
@@ -161,13 +176,17 @@ FILES: dict[str, tuple[Action, str]] = {
     "dd": (command("dd", "if=OTHER", "of=FILE", "conv=notrunc"), OTHER),
     "written in place": (in_place, OTHER),
     "written through a mapping": (through_a_mapping, OTHER),
+    "written through torch's mapping": (through_torch_s_mapping, BROKEN),
+    "truncated by another name": (linked, BROKEN),
+    "renamed and truncated": (renamed, OTHER),
     "os.replace": (replaced, OTHER),
     "os.truncate": (lambda model, file, other: os.truncate(file, 10), BROKEN),
     "opened for writing": (lambda model, file, other: file.open("wb").close(), BROKEN),
     "truncate": (without_waiting, BROKEN),
     "deleted": (lambda model, file, other: file.unlink(), BROKEN),
 }
-OUTSIDE = ("torch.save in a child", "cp", "dd", "truncate")  # by another process: only a lease helps
+# By another process, or where no audit sees it: only a lease helps.
+OUTSIDE = ("torch.save in a child", "cp", "dd", "truncate", "written through torch's mapping")
 FEW = {name: ({**TORCH, **FILES})[name] for name in ("torch.save to a str", "shutil.copy", "os.truncate")}
 FORMS: dict[str, tuple[torch.dtype, str, dict[str, tuple[Action, str]]]] = {
     "LitGPT float16": (torch.float16, "lit_model.pth", {**TORCH, **LITGPT, **FILES}),

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from upcast import UpcastError
-from upcast.integrations.litgpt import convert
+from upcast.checkpoint import output_folder, zip_writer
+from upcast.core import file_lock
+from upcast.integrations.litgpt import convert, convert_source
 
-HERE = Path(convert.__file__).parent
-TRACED = {str(HERE / f"{name}.py") for name in ("convert", "partial", "file_lock", "torch_file", "source")}
+TRACED = {module.__file__ for module in (convert, convert_source, output_folder, file_lock, zip_writer)}
 WRITERS = (
     "appearing",
     "begin",
@@ -140,7 +141,7 @@ def main(folder: Path, way: str, stride: int, seed: int) -> None:
     box.mkdir()
     total = run(source, box / "twin", -1, way)[0]
     wanted, draw = content(box), random.Random(seed)
-    points = range(draw.randrange(stride), total, stride)
+    points = range(seed % stride, total, stride)
     for at in points:
         shutil.rmtree(box)
         box.mkdir()

@@ -138,6 +138,18 @@ def test_files_beside_the_weights_are_as_they_are_at_the_end(
     assert (tmp_path / "source-float16" / "model_config.yaml").read_text() == "name: small\n"
 
 
+def test_other_weights_of_the_same_size_and_time_are_no_twin(source: Path) -> None:
+    convert.convert(source)
+    weights, twin = source / "lit_model.pth", content(source.with_name("source-float16"))
+    before, state = weights.stat(), torch.load(weights)
+    torch.save({name: 2 * tensor for name, tensor in state.items()}, weights)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert weights.stat().st_size == before.st_size
+    with pytest.raises(upcast.UpcastError, match="is not a float16 copy of this checkpoint as it is now"):
+        convert.convert(source)
+    assert content(source.with_name("source-float16")) == twin
+
+
 def test_a_twin_with_other_files_beside_it_says_so(source: Path) -> None:
     convert.convert(source)
     assert convert.convert(source).endswith("nothing to do")
@@ -284,12 +296,18 @@ OUTPUTS: list[tuple[str, Callable[[Path], Path], str]] = [
     ("of a long name", lambda folder: folder.with_name("a" * 253), "File name too long"),
     ("the root", lambda folder: Path(folder.anchor), "is there already, and is not a float16 copy"),
     ("a link to itself", lambda folder: folder.with_name("loop"), "loop"),
+    ("with NUL", lambda folder: folder.with_name("a\0b"), "leads nowhere"),
+    ("where a file system is mounted", lambda folder: folder.with_name("mounted"), "is a mount point"),
 ]
 
 
 @pytest.mark.parametrize(("output", "message"), [pytest.param(o, m, id=i) for i, o, m in OUTPUTS])
-def test_outputs_that_cannot_be(source: Path, output: Callable[[Path], Path], message: str) -> None:
+def test_outputs_that_cannot_be(
+    source: Path, output: Callable[[Path], Path], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source.with_name("loop").symlink_to("loop")
+    source.with_name("mounted").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == source.with_name("mounted"))
     before = content(source.parent)
     with pytest.raises(upcast.UpcastError, match=f"{message}.*another folder with --output"):
         convert.convert(source, output(source))

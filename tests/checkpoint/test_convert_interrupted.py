@@ -21,7 +21,8 @@ from upcast.integrations.litgpt import convert
 
 PROGRAM = str(Path(__file__).parents[1].joinpath("stop_points.py"))
 WAYS = ["kill", "interrupt", "full", "random"]
-EVERY = [(40, way) for way in WAYS] + [pytest.param(1, way, marks=pytest.mark.slow) for way in WAYS]
+SOME = [(40, 0, way) for way in WAYS]
+EVERY = [pytest.param(4, seed, way, marks=pytest.mark.slow) for way in WAYS for seed in range(4)]
 
 
 @pytest.fixture
@@ -50,9 +51,11 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize(("stride", "way"), EVERY)
-def test_stopped_anywhere_it_ends_with_the_same_bytes(tmp_path: Path, python: Run, stride: int, way: str) -> None:
-    result = python(PROGRAM, str(tmp_path), way, str(stride), "0", PYTHONPATH=str(ROOT), UPCAST_VERBOSE="0")
+@pytest.mark.parametrize(("stride", "seed", "way"), SOME + EVERY)
+def test_stopped_anywhere_it_ends_with_the_same_bytes(
+    tmp_path: Path, python: Run, stride: int, seed: int, way: str
+) -> None:
+    result = python(PROGRAM, str(tmp_path), way, str(stride), str(seed), PYTHONPATH=str(ROOT), UPCAST_VERBOSE="0")
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"[1-9]\d* stops\n", result.stdout), result.stdout
 

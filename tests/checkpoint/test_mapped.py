@@ -2,7 +2,9 @@
 
 import gc
 import hashlib
+import mmap
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -20,6 +22,8 @@ from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.mapped_worker import can_be_written, is_mapped, output, rows, shift, wait_until
 from tests.peak_memory import ROOT
 from upcast.checkpoint import mapped as ours
+from upcast.checkpoint import overwriting
+from upcast.core.pages import give_back_pages
 from upcast.kernels import native
 
 pytest.importorskip("litgpt")
@@ -134,7 +138,7 @@ def test_a_file_that_is_open_for_writing_is_copied(folder: Path) -> None:
         assert torch.equal(output(model), want)
 
 
-@pytest.mark.parametrize("name", ["with space", "new\nline", "ünïcödé", "back\\slash", "\x85"])
+@pytest.mark.parametrize("name", ["with space", "new\nline", "ünïcödé", "back\\slash", "back\\012slash", "\x85"])
 def test_names_of_files(folder: Path, name: str) -> None:
     folder = folder.rename(folder.with_name(name))
     model = upcast.load_litgpt(folder)
@@ -315,6 +319,41 @@ def test_what_is_shared_for_writing_or_in_no_file_is_left_alone(tmp_path: Path) 
     before = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
     assert ours.hold(model) == []
     assert [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())] == before
+
+
+def test_names_of_other_files_that_are_mapped(tmp_path: Path) -> None:
+    """All are in one list of the system's."""
+    want = torch.arange(4096.0)
+    (tmp_path / "numbers").write_bytes(want.numpy().tobytes())
+    tensor = torch.from_file(str(tmp_path / "numbers"), shared=False, size=4096)
+    others = []
+    for name in (b"\xc2\x85", b"\xe2\x80\xa8", b"caf\xe9", b"new\nline", b"carriage\rreturn"):
+        other = Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), name)))
+        other.write_bytes(bytes(4096))
+        with other.open("rb") as file:
+            others.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    give_back_pages(tensor)
+    assert torch.equal(tensor, want)
+
+
+def test_the_last_descriptors_are_the_program_s(tmp_path: Path) -> None:
+    files = [tmp_path / "first", tmp_path / "second"]
+    model = nn.Module()
+    for file in files:
+        file.write_bytes(torch.arange(64, dtype=torch.float16).numpy().tobytes())
+        model.register_buffer(file.name, from_file(file))
+    free = os.dup(0)
+    os.close(free)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, before[1]))
+    try:
+        overwriting.hold(model)
+        os.close(os.open(files[0], os.O_RDONLY))  # the program can go on
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    for file in files:
+        file.write_bytes(b"")
+        assert model.get_buffer(file.name)[3] == 3
 
 
 @pytest.mark.parametrize("change", ["deleted", "replaced", "shorter"])

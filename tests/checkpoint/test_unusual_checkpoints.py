@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,9 +49,18 @@ def part_of_a_conjugate(tensor: Tensor) -> Tensor:
     return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
 
 
+def end_like_an_archive(file: Path) -> None:
+    """Write the format before torch 1.6, and near its end what an archive ends with, as numbers may by chance."""
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    with file.open("ab") as opened:
+        opened.write(ENDS_ARCHIVES + bytes(40))
+
+
+ENDS_ARCHIVES = b"PK\5\6"
 FILES: dict[str, Callable[[Path], None]] = {
     "compressed": lambda file: repack(file, zipfile.ZIP_DEFLATED),
     "without padding": lambda file: repack(file, zipfile.ZIP_STORED),
+    "old format": end_like_an_archive,
     "part of a conjugate": lambda file: resave(file, part_of_a_conjugate),
     "negated": lambda file: resave(file, lambda tensor: torch._neg_view(-tensor)),
 }
@@ -128,6 +138,17 @@ def test_safetensors_without_padding(tmp_path: Path, odd: int, dtype: torch.dtyp
     assert relative_error(logits(model), want) < 1e-5
     held = weights.keys() & mapped(model, folder)
     assert held == (weights.keys() if dtype == torch.float16 and odd % 2 == 0 else set())  # only what is odd is copied
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)  # of bfloat16 they are beyond 65504
+def test_safetensors_that_end_like_an_archive(tmp_path: Path, dtype: torch.dtype) -> None:
+    folder = write(tmp_path, dtype=dtype)
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-200, 2)
+        file.write(ENDS_ARCHIVES)
+    assert zipfile.is_zipfile(folder / "model.safetensors") or sys.version_info >= (3, 14)
+    model = upcast.from_pretrained(transformers.LlamaForCausalLM, folder)
+    assert relative_error(logits(model), logits(float32_model(folder))) < 1e-5
 
 
 # --- tensors that are yet to be negated -------------------------------------------------------------------------------

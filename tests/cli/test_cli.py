@@ -1,5 +1,8 @@
 """The command line, the environment, and the public names."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +101,18 @@ def test_status_says_what_is_active_and_why(python: Run) -> None:
         assert text in on.stdout
     isolated = python("-S", "-c", "pass", UPCAST="1")
     assert isolated.returncode == 0
+
+
+@pytest.mark.parametrize(("gone", "said"), [(True, ""), (False, "upcast: standard output: [Errno 28] No space left")])
+def test_where_nobody_takes_the_answer(gone: bool, said: str, tmp_path: Path) -> None:
+    ends = os.pipe() if gone else (os.open("/dev/null", os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+    os.close(ends[0])
+    command = [sys.executable, "-m", "upcast", "status"]
+    result = subprocess.run(command, cwd=tmp_path, stdout=ends[1], stderr=subprocess.PIPE, text=True, check=False)
+    os.close(ends[1])
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == bool(said)
+    assert result.stderr.startswith(said)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

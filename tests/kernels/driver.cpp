@@ -29,10 +29,10 @@ uint64_t random_bits() {
 int64_t below(int64_t limit) { return static_cast<int64_t>(random_bits() % static_cast<uint64_t>(limit)); }
 float uniform() { return static_cast<float>(below(20001) - 10000) / 5000.0f; }
 
-// `count` elements whose last byte is the last of the allocation.
+// `count` elements whose last byte is the last of the allocation; of none, nullptr, as in an empty tensor.
 template <class T> struct Buffer {
-    explicit Buffer(int64_t count) : size(count), data(static_cast<T *>(malloc(sizeof(T) * static_cast<size_t>(count + !count)))) {
-        memset(static_cast<void *>(data), 0, sizeof(T) * static_cast<size_t>(count));
+    explicit Buffer(int64_t count) : size(count), data(nullptr) {
+        if (count) data = static_cast<T *>(calloc(static_cast<size_t>(count), sizeof(T)));
     }
     ~Buffer() { free(data); }
     Buffer(const Buffer &) = delete;
@@ -236,8 +236,24 @@ void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
 } // namespace
 
 #include "driver_block.hpp"
+#include "runtime/digest.hpp"
 
 namespace {
+
+// The same bytes have one checksum at any address and with any threads; with one bit changed, another.
+void test_digest(int64_t bytes) {
+    Buffer<char> data(bytes), moved(bytes + 1);
+    for (int64_t i = 0; i < bytes; ++i) data[i] = moved[i + 1] = static_cast<char>(random_bits());
+    const auto digest = [](const char *at, int64_t size, int threads) {
+        Pieces pieces;
+        const bool added = pieces.add(at, size) && pieces.add(nullptr, 0);
+        return added ? pieces.digest(threads) : 0;
+    };
+    const uint64_t want = digest(data.data, bytes, 1);
+    if (digest(moved.data + 1, bytes, 3) != want) expect("the same bytes", 1, 0, bytes, 0, 0);
+    if (bytes) data[below(bytes)] ^= static_cast<char>(1 << below(8));
+    if (bytes && digest(data.data, bytes, 2) == want) expect("a bit that differs", 1, 0, bytes, 0, 0);
+}
 
 struct Seen {
     pthread_t threads[2];
@@ -278,7 +294,8 @@ void test_edges() {
     for (bool transposed : {false, true}) test_linear(140, 70, 40, transposed, 2), test_linear(33, 35, 2100, transposed, 1);
     test_blocks(), test_pause();
     test_linear(3, 5, 9001, false, 2), test_linear(3, 5, 9001, true, 2), test_linear(1, 5, 9001, true, 2);
-    for (int64_t n : sizes) test_survey(n);
+    for (int64_t n : sizes) test_survey(n), test_digest(n);
+    for (int64_t bytes : {int64_t(0), int64_t(64), PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 77}) test_digest(bytes);
     for (int64_t width : sizes) test_rows(3, width), test_rope(3, width, width / 2 * 2, false), test_rope(3, width, width / 4 * 2, true);
     for (int64_t width : {1, 16, 31, 64})
         for (int64_t time : {1, 5, 20}) test_attention(3, time, 70, width, 0, 2), test_attention(1, time, 700, width, 33, 4);
@@ -287,7 +304,7 @@ void test_edges() {
 void test_random() {
     for (int i = 0; i < 8; ++i) test_linear(below(70), below(150), below(400), below(2), static_cast<int>(1 + below(5)));
     test_rows(below(5), 1 + below(300));
-    test_survey(below(3000));
+    test_survey(below(3000)), test_digest(below(3000));
     const int64_t width = 1 + below(90);
     test_block(1 + below(30), 1 + below(70), 1 + below(3), 1 + below(90), static_cast<int>(1 + below(3)));
     test_rope(below(20), width, below(width + 1) / 2 * 2, below(2));

@@ -22,6 +22,7 @@ from upcast.kernels import held_files, native
 
 _MAPS = Path("/proc/self/maps")
 _ALIGNMENT = 16  # bytes; no number is larger
+_GONE = (errno.ENOENT, errno.ENOTDIR)
 
 
 @dataclass
@@ -76,7 +77,8 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     """Move what ``model`` holds in mapped files to mappings that no writer reaches.
 
     Nothing is copied, unless somebody has the file open for writing at this moment. Where the system gives no lease
-    (the file is another user's, the file system has none) tensors stay where they are, and are returned with the name.
+    (the file is another user's, the file system has none), or the process has few descriptors left, tensors stay where
+    they are, and are returned with the name.
     """
     spans = _spans()
     mappings: dict[tuple[str, int, int], list[_Piece]] = {}  # apart: one file may be mapped twice
@@ -90,7 +92,8 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
             mappings.setdefault((span.name, span.inode, span.start - span.offset), []).append(piece)
     return [
         (name, [tensor for piece in pieces for tensor in piece.tensors])
-        for (name, inode, _), pieces in mappings.items()
+        for (listed, inode, _), pieces in mappings.items()
+        for name in (_spelled(listed, inode),)
         if not _is_held(name, inode, _united(pieces))
     ]
 
@@ -108,13 +111,22 @@ def _spans() -> list[_Span]:
         if inode == "0" or not name or "s" in rights:
             continue
         start, end = (int(edge, 16) for edge in addresses.split("-"))
-        found = _Span(start, end, int(offset, 16), int(inode), name[0].replace("\\012", "\n"))
+        found = _Span(start, end, int(offset, 16), int(inode), name[0])
         before = spans[-1] if spans else None
         if before and before.is_followed_by(found):
             before.end = end
         else:
             spans.append(found)
     return spans
+
+
+def _spelled(listed: str, inode: int) -> str:
+    """Return the name of a mapped file: a newline in it, and a backslash before the digits 012, are listed alike."""
+    other = listed.replace("\\012", "\n")
+    try:
+        return other if os.stat(other).st_ino == inode else listed
+    except OSError:
+        return listed
 
 
 def _span_of(tensor: Tensor, spans: list[_Span]) -> _Span | None:
@@ -147,14 +159,14 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
     """Move the pieces to a mapping that is held, or to copies; False where the system gives no lease."""
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return True  # deleted, or replaced: nobody finds the file that is mapped
+    except OSError as error:  # deleted: nobody finds the file that is mapped; or there are too many open files
+        return error.errno in _GONE
     taken = False
     try:
         status = os.fstat(descriptor)
         if status.st_ino != inode or any(piece.offset + piece.size > status.st_size for piece in pieces):
             return True
-        if not native.available():
+        if not native.available() or _is_among_the_last(descriptor):
             return False
         failed, address, parts = held_files.hold_file(descriptor, status.st_size, [(p.offset, p.size) for p in pieces])
         taken = not failed
@@ -169,6 +181,12 @@ def _is_held(name: str, inode: int, pieces: list["_Piece"]) -> bool:
     finally:
         if not taken:
             os.close(descriptor)
+
+
+def _is_among_the_last(descriptor: int) -> bool:
+    """Whether a descriptor is of the last quarter that this process may have: the program wants them."""
+    limit = os.sysconf("SC_OPEN_MAX")  # -1: as many as it likes
+    return 4 * descriptor >= 3 * limit > 0
 
 
 def _memory(address: int, size: int, part: int) -> Tensor:

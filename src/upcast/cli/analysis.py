@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from upcast.core import console
 from upcast.core.errors import UpcastError
 
 PLAIN_TEXT = "pydoc_data.topics"  # real English and code, on every machine that has Python
@@ -63,14 +64,14 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     model, tokenizer = load(arguments.checkpoint)
     ids = torch.as_tensor(tokenizer.encode(arguments.prompt)).long().reshape(1, -1)
     found = diagnose(model, ids, tolerance=arguments.tolerance)
-    print(found)
+    code = console.answer(found)
     _write(arguments, found)
     if arguments.search or arguments.save:
         policy = search(model, ids)
-        print(policy)
+        code = max(code, console.answer(policy))
         if arguments.save:
             policy.to_json(arguments.save)
-    return 0
+    return code
 
 
 def _certify(arguments: argparse.Namespace) -> int:
@@ -83,11 +84,11 @@ def _certify(arguments: argparse.Namespace) -> int:
     sizes = {"window": arguments.window, "windows": arguments.windows, "greedy": arguments.greedy}
     text = text[: 8 * arguments.window * (arguments.windows + 1)]  # a token is hardly ever longer than 8 characters
     certificate = certify(model, text, tokenizer=tokenizer, policy=arguments.policy, **sizes)
-    print(certificate)
+    code = console.answer(certificate)
     if arguments.markdown is not None:
         arguments.markdown.write_text(certificate.to_markdown() + "\n")
     _write(arguments, certificate)
-    return 0
+    return code
 
 
 def _write(arguments: argparse.Namespace, found: Any) -> None:
@@ -133,7 +134,6 @@ def load(folder: Path) -> tuple[Any, Any]:
 def _litgpt(folder: Path) -> tuple[Any, Any]:
     from litgpt import Tokenizer
 
-    from upcast.core import console
     from upcast.integrations.litgpt.load import load_litgpt
     from upcast.patching import engine
 

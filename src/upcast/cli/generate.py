@@ -50,11 +50,10 @@ def add_to(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Join the other ranks, load, generate and print; raise UpcastError when a rank is lost or fails."""
     with joined(arguments.timeout) as mesh:
-        _generate(arguments, mesh if mesh.size() > 1 else None, mesh.get_rank())
-    return 0
+        return _generate(arguments, mesh if mesh.size() > 1 else None, mesh.get_rank())
 
 
-def _generate(arguments: argparse.Namespace, mesh: Any, rank: int) -> None:
+def _generate(arguments: argparse.Namespace, mesh: Any, rank: int) -> int:
     if arguments.max_new_tokens < 1:
         raise UpcastError(f"--max-new-tokens {arguments.max_new_tokens}; it must be at least 1.")
     model = load.load_litgpt(arguments.checkpoint_dir, kv_cache=arguments.kv_cache, mesh=mesh, wire=arguments.wire)
@@ -75,9 +74,11 @@ def _generate(arguments: argparse.Namespace, mesh: Any, rank: int) -> None:
         sampling = {"temperature": arguments.temperature, "top_k": arguments.top_k, "eos_id": tokenizer.eos_id}
         tokens = generate(model, ids, size, **sampling)
         seconds = time.perf_counter() - start
-    if rank == 0:
-        print(tokenizer.decode(tokens), flush=True)
-        console.say(_figures(model, len(tokens) - len(ids), seconds))
+    if rank:
+        return 0
+    code = console.answer(tokenizer.decode(tokens))
+    console.say(_figures(model, len(tokens) - len(ids), seconds))
+    return code
 
 
 def _encoded(folder: Path, prompt: str, settings: Any) -> tuple[Any, Any]:

@@ -83,18 +83,18 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    from upcast.core import console
     from upcast.integrations.litgpt.convert import convert
 
     try:
-        print(convert(arguments.checkpoint_dir, arguments.output))
+        return console.answer(convert(arguments.checkpoint_dir, arguments.output))
     except KeyboardInterrupt:
         print("upcast: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
     from upcast.cli import status
+    from upcast.core import console
 
-    print(status.describe())
-    return 0
+    return console.answer(status.describe())

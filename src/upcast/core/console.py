@@ -70,6 +70,21 @@ def _write(text: str) -> None:
             print(text, file=sys.stderr)
 
 
+def answer(text: object) -> int:
+    """Print what a command was asked for to standard output; return the exit code, 1 where nobody takes it.
+
+    A reader that has gone need not hear of it. What is yet to be written, to files or to the screen, is written.
+    """
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError) as error:
+        sys.stdout = None  # or Python tries once more when it ends
+        if not isinstance(error, BrokenPipeError):
+            _write(f"upcast: standard output: {error}; what should stand there is lost. Send it elsewhere.")
+        return 1
+    return 0
+
+
 class Progress:
     """How far ``total`` bytes of work have come: a bar on a terminal if tqdm is there, else a line per tenth."""
 

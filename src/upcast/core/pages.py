@@ -126,9 +126,9 @@ def _of_a_file(start: int, end: int) -> bool:
     """Whether one mapping of a file holds these addresses; True where the system does not say (not Linux)."""
     if not _MAPS.exists():
         return True
-    for line in _MAPS.read_text().splitlines():
+    for line in _MAPS.read_bytes().split(b"\n")[:-1]:  # names of files may hold anything else
         span, _, _, _, inode, *_ = line.split(maxsplit=5)
-        first, last = (int(edge, 16) for edge in span.split("-"))
+        first, last = (int(edge, 16) for edge in span.split(b"-"))
         if first <= start < last:
-            return end <= last and inode != "0"
+            return end <= last and inode != b"0"
     return False

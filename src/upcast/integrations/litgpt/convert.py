@@ -129,8 +129,8 @@ def _followed(output: Path) -> Path:
     """Return where the links in ``output`` lead."""
     try:
         return output.resolve()
-    except (OSError, RuntimeError) as error:
-        raise UpcastError(f"{output} leads nowhere ({error}). Name another folder with --output.") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UpcastError(f"{str(output)!r} leads nowhere ({error}). Name another folder with --output.") from None
 
 
 def _already(folder: Path, output: Path) -> str | None:
@@ -147,6 +147,11 @@ def _already(folder: Path, output: Path) -> str | None:
         raise UpcastError(
             f"{output} is there already, and is not a float16 copy of this checkpoint as it is now; nothing is "
             "overwritten. Delete it, or name another folder with --output."
+        )
+    if os.path.ismount(output):
+        raise UpcastError(
+            f"{output} is a mount point, and the copy could not take its name in the end. Name another folder with "
+            f"--output, such as {output / folder.name}-float16."
         )
     return None
 

@@ -99,9 +99,13 @@ def checkpoint_folder(folder: Path) -> Path:
 
 
 def identity_of(folder: Path) -> dict[str, Any]:
-    """Return what tells whether the source is still the same."""
-    found = (folder / WEIGHTS).stat()
-    return {"folder": folder.name, "bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+    """Return what tells whether the source is still the same.
+
+    Time and size do not alone: copies, archives and images may give other weights those of the ones before.
+    """
+    weights = folder / WEIGHTS
+    found, crc = weights.stat(), reading.checksum(weights)
+    return {"folder": folder.name, "bytes": found.st_size, "modified_ns": found.st_mtime_ns, "crc32": f"{crc:08x}"}
 
 
 def beside(folder: Path) -> list[Path]:
