@@ -140,6 +140,9 @@ LITGPT: dict[str, tuple[Damage, str, str]] = {  # name -> what is done, the file
     "a pipe of weights": (_fifo(PTH), PTH, "no file"),
     "weights without end": (_link(PTH, "/dev/zero"), PTH, "no file"),
     "text": (_write(PTH, b"hello\n" * 99), PTH, "cannot be read"),
+    "a page": (_write(PTH, b"<html>404</html>"), PTH, "cannot be read, .* Download"),
+    "a pointer": (_write(PTH, b"version https://git-lfs.github.com/spec/v1\n"), PTH, "it begins as no such file does"),
+    "nothing": (_write(PTH, b""), PTH, "it begins as no such file does"),
     "a safetensors header": (_write(PTH, struct.pack("<Q", 2**60) + b"{}"), PTH, "Download|Save"),
     "code": (_weights(lambda state: {"model": Code()}), PTH, "could run code"),
     "numbers for names": (

@@ -31,6 +31,7 @@ def read(path: Path) -> dict[str, Tensor]:
     if not os.path.isfile(path):  # Path's own raises for some names
         raise UpcastError(f"no file {path}; a checkpoint folder holds one. Check the path, or download the model.")
     try:
+        _check_begin(path)
         _check_archive(path)
         loaded = _load(path)
     except pickle.UnpicklingError as error:
@@ -64,6 +65,16 @@ def checked(state: object, path: Path) -> dict[str, Tensor]:
     return state
 
 
+def _check_begin(path: Path) -> None:
+    """Refuse what is neither an archive nor a pickle, such as a page or a pointer in place of what was not downloaded.
+
+    An unpickler takes any text for orders, and those of most for dangerous ones.
+    """
+    with path.open("rb") as file:
+        if not file.read(4).startswith((_ARCHIVE, b"\x80")):
+            raise ValueError("it begins as no such file does")
+
+
 def _check_archive(path: Path) -> None:
     """Refuse an archive whose entries share bytes: they would be read, and unpacked, once for each."""
     if _is_archive(path):
@@ -87,6 +98,7 @@ def _check_room(state: dict[str, Tensor], path: Path) -> None:
         )
 
 
+_ARCHIVE = b"PK\3\4"
 _SMALL = 1 << 20
 _DENSEST = 1032  # how many bytes one of a deflated entry can stand for
 
@@ -122,7 +134,7 @@ def _is_archive(path: Path) -> bool:
     Of all files of numbers one in 65,000 has those four, by chance, where `zipfile` looks.
     """
     with path.open("rb") as file:
-        return file.read(4) == b"PK\3\4" and zipfile.is_zipfile(file)
+        return file.read(4) == _ARCHIVE and zipfile.is_zipfile(file)
 
 
 def checksum(path: Path) -> int:
