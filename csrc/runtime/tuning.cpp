@@ -18,9 +18,9 @@ struct Row {
 
 // The first row that fits counts. What each reading is: simd/linear_dot.hpp, simd/linear_far.hpp.
 constexpr Row TABLE[] = {
-    {Family::intel, Isa::any, {Reading::near_streams}},   // measured on Intel's with AMX
+    {Family::intel, Isa::any, {Reading::near_streams}},    // measured on Intel's with AMX
     {Family::any, Isa::x86_64_v3, {Reading::far_streams}}, // on Zen 3
-    {Family::any, Isa::any, {Reading::one_stream}},       // on Zen 4 and 5
+    {Family::any, Isa::any, {Reading::one_stream}},        // on Zen 4 and 5
 };
 
 Family ask() {
