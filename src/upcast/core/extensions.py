@@ -6,9 +6,9 @@ The core asks what is registered and names no library. An integration is a subcl
         name = "mylibrary"
 
         def install(self, root, kv_cache):
-            for module in tree.modules(root):
+            for module in module_tree.modules(root):
                 if isinstance(module, mylibrary.Norm):
-                    forward.push(module, MyNorm(module))  # MyNorm.owner = "mylibrary": it is taken away by that name
+                    forward_override.push(module, MyNorm(module))  # MyNorm.owner = "mylibrary": taken away by it
 
     register(MyLibrary())
 """
@@ -46,7 +46,7 @@ class Extension:
         return False
 
     def install(self, root: nn.Module, kv_cache: str) -> None:
-        """Give the library's modules in ``root`` their fused forwards (`forward.push`) and caches of that dtype."""
+        """Give the library's modules in ``root`` fused forwards (`forward_override.push`) and caches of that dtype."""
 
     def install_caches(self, root: nn.Module, kv_cache: str) -> None:
         """As `install`, but under a policy other than safe: caches only, which no fused forward reads."""

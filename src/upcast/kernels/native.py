@@ -20,8 +20,6 @@ from upcast.kernels.native_library import available, info, level, load_error, se
 from upcast.kernels.reference import Survey
 
 __all__ = [
-    "ACTIVATIONS",
-    "WHOLE",
     "add_up",
     "all_empty",
     "attention",

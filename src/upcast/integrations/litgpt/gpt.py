@@ -1,7 +1,7 @@
 """LitGPT's GPT with one native call per block, or for all of them, and only the logits that LitGPT reads.
 
 The fused forward of the whole model runs when every block is one that the native kernels know and nobody watches a
-module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-level forwards of `litgpt_modules`.
+module inside it. Otherwise LitGPT's own `GPT.forward` runs, over the module-level forwards of `modules`.
 """
 
 import contextlib

@@ -25,8 +25,8 @@ from upcast.distributed import consistency
 from upcast.distributed.collectives import Group
 from upcast.distributed.sharding import Cut, divide_heads, even, turned
 from upcast.integrations import loading
-from upcast.integrations.litgpt import gpt as litgpt_stack
 from upcast.integrations.litgpt.divided_block import DividedBlock
+from upcast.integrations.litgpt.gpt import wants_last
 
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
 
@@ -196,7 +196,7 @@ class LastPosition(Attached):
     """Forward pre-hook of a GPT's head: only the last position, in loops that read no other."""
 
     def __call__(self, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-        return (args[0][:, -1:],) if litgpt_stack.wants_last(self.module) else args
+        return (args[0][:, -1:],) if wants_last(self.module) else args
 
 
 class Elsewhere(nn.Module):

@@ -1,7 +1,7 @@
 """One native call per decoder layer and token: Transformers' layers of the Llama kind over a float16 cache.
 
 A prompt, a batch that is padded, a layer that someone watches, and all that trains or traces run the forwards of
-`transformers_modules`, one by one, which give the same.
+`modules`, one by one, which give the same.
 """
 
 from typing import Any
