@@ -220,6 +220,23 @@ def test_nobody_holds_the_model_but_its_own_train(copied: Callable[[nn.Module], 
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+ONE_LINE: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "train": lambda layer: upcast.patch(layer).train(),
+    "eval, train": lambda layer: upcast.patch(layer).eval().train(),
+    "a copy": lambda layer: copy.deepcopy(upcast.patch(layer)).train(),
+    "pickled": lambda layer: pickle.loads(pickle.dumps(upcast.patch(layer))).train(),
+}
+
+
+@pytest.mark.parametrize("line", ONE_LINE)
+def test_a_layer_by_itself_begins_to_train(line: str) -> None:
+    layer = ONE_LINE[line](nn.Linear(5, 3, bias=False))
+    assert layer.training
+    layer(torch.ones(2, 5)).sum().backward()
+    assert torch.equal(layer.weight.grad, torch.full((3, 5), 2.0))  # type: ignore[arg-type]
+    assert layer.eval().train() is layer
+
+
 def test_a_copy_of_a_part_takes_nothing_else_along() -> None:
     model = upcast.patch(net())
     model.head.train()

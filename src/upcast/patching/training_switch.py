@@ -21,22 +21,26 @@ from upcast.tensor.store import Fallbacks, Store
 class TrainingSwitch(Forward):
     """``train`` of a patched model's children: in training mode, what runs under autograd begins the training.
 
-    Not of the model itself: in ``load().train()`` nobody holds it any more once its ``train`` has been looked up.
+    Not of the model itself: in ``load().train()`` nobody holds it any more once its ``train`` has been looked up. A
+    model that has no children is made anew then, of what it held.
     """
 
     method = "train"
+    held: dict[str, Any] | None = None  # by a model without children
 
     def __init__(self, module: nn.Module, root: nn.Module, account: Fallbacks, place: int) -> None:
         super().__init__(module)
         self._root: Callable[[], nn.Module | None] = weakref.ref(root)
-        self.account, self.place = account, place
+        self.account, self.place, self.kind = account, place, type(module)
+        if module is root:
+            self.held = dict(module.__dict__)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_root": _nowhere}  # a copy of a child takes no copy of the model along
 
     def __call__(self, mode: bool = True) -> Any:
         """Set the mode, as ``Module.train`` does, and return the module."""
-        module, root = self.module, self._root()
+        module, root = self._alive() or self._anew(), self._root()
         type(module).train(module, mode)
         if mode:
             self.account.learning.add(self.place)
@@ -44,6 +48,14 @@ class TrainingSwitch(Forward):
         else:
             self.account.learning.discard(self.place)
         _watch(root if root is not None and root.training == mode else module, mode)
+        return module
+
+    def _anew(self) -> Any:
+        if self.held is None:
+            return self.module  # an error
+        module = object.__new__(self.kind)
+        module.__dict__.update(self.held, train=self)
+        self._module = weakref.ref(module)
         return module
 
 

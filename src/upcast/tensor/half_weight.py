@@ -259,12 +259,8 @@ class HalfWeight(torch.Tensor):
     def _duplicate(self, memo: dict[int, Any]) -> torch.Tensor:
         bare = not memo  # what is copied as a part of something finds that there
         if bare or not self.reclaim() or materialize.copied_by_an_adapter():
-            plain = torch.nn.Parameter(self.upcast(), self.wants_grad)
-            plain.__dict__.update(copy.deepcopy(self.attributes(), memo))
-            return plain
-        copied = rebuild(copy.deepcopy(self.store, memo), self.region, self.wants_grad)
-        copied.__dict__.update(copy.deepcopy(self.attributes(), memo))
-        return copied
+            return torch.nn.Parameter(self.upcast(), self.wants_grad)
+        return rebuild(copy.deepcopy(self.store, memo), self.region, self.wants_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the float32 tensor or parameter that it is; modules keep float16 (`upcast.tensor.pickling`)."""
