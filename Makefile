@@ -23,6 +23,7 @@ help:
 	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
 	@echo "make test-versions    Transformers 4.51.3 and 4.57.6 in environments of their own (about 5 minutes)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
+	@echo "make sanitize-library  the same for the library itself, under the tests of what holds files (about 20 minutes)"
 	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
 	@echo "make fuzz         random shapes, strides and values for a minute, damaged files for another"
 	@echo "make format       format and sort imports"

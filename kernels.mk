@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 60
 CROSS_CXX ?= aarch64-linux-gnu-g++
 CROSS_RUN ?= qemu-aarch64-static
 
-.PHONY: sanitize fuzz test-aarch64 check-libdispatch
+.PHONY: sanitize sanitize-library fuzz test-aarch64 check-libdispatch
 
 # Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan.
 sanitize: | $(KERNEL_BUILD)
@@ -19,6 +19,17 @@ sanitize: | $(KERNEL_BUILD)
 	  echo "kernel driver, level $$number"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number || exit 1; done
+
+# The library itself, in an environment that borrows the other packages, under the tests of what holds files and memory.
+ASAN := build/asan
+ASAN_TESTS := tests/checkpoint/test_mapped.py tests/tensor/test_half_weight.py tests/kernels/test_block_spec.py
+sanitize-library: setup
+	rm -rf $(ASAN) && $(PYTHON) -m venv --without-pip $(ASAN)/venv
+	CXXFLAGS="-O1 -g -fsanitize=address,undefined" $(PIP) wheel --no-deps --wheel-dir $(ASAN) .
+	for site in $(ASAN)/venv/lib/python3*/site-packages; do \
+	  $(PYTHON) -m zipfile -e $(ASAN)/upcast-*.whl $$site && echo $(CURDIR)/$(VENV)/lib/python3*/site-packages > $$site/borrowed.pth; done
+	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	  $(ASAN)/venv/bin/python -m pytest -m "not slow" $(ARGS) $(ASAN_TESTS)
 
 # Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all; damaged files as long.
 fuzz: | $(KERNEL_BUILD)

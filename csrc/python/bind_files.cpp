@@ -48,6 +48,7 @@ pthread_mutex_t turn = PTHREAD_MUTEX_INITIALIZER; // held around all that follow
 File *files = nullptr;
 int child_is_ready[2] = {-1, -1};              // a pipe, while the process forks
 pid_t watcher = 0;                             // the thread's id, of this process
+bool forking = false;                          // from py_before_fork to py_after_fork
 
 struct Turn {
     Turn() { pthread_mutex_lock(&turn); }
@@ -268,12 +269,23 @@ PyObject *py_before_fork(PyObject *, PyObject *) {
         Released released; // who is copying needs no interpreter, but takes its time
         pthread_mutex_lock(&turn);
     }
+    forking = true;
     if (!files || pipe2(child_is_ready, O_CLOEXEC) < 0) child_is_ready[0] = child_is_ready[1] = -1;
     Py_RETURN_NONE;
 }
 
+// A server in C may fork by itself, and tell Python in the child alone: a thread that is not there may have had its turn.
+static bool take_turn_of_child(bool is_child) {
+    if (!is_child) return false;
+    turn = PTHREAD_MUTEX_INITIALIZER;
+    pthread_mutex_lock(&turn);
+    child_is_ready[0] = child_is_ready[1] = -1;
+    return true;
+}
+
 // Until the child has leases of its own it depends on the parent's, which the parent could give up.
 PyObject *py_after_fork(PyObject *, PyObject *is_child) {
+    if (!forking && !take_turn_of_child(is_child == Py_True)) Py_RETURN_NONE;
     if (is_child == Py_True) {
         watcher = 0;
         for (File *file = files; file; file = file->after)
@@ -286,6 +298,7 @@ PyObject *py_after_fork(PyObject *, PyObject *is_child) {
         if (is_child != Py_True) poll(&closed, 1, MOST_WAITED);
         close(child_is_ready[0]);
     }
+    forking = false;
     pthread_mutex_unlock(&turn);
     Py_RETURN_NONE;
 }

@@ -244,21 +244,27 @@ def test_two_processes_at_once(folder: Path, servers: list["subprocess.Popen[str
 
 
 FORKED = """
-import os, sys, torch, upcast
+import ctypes, os, sys, torch, upcast
 from pathlib import Path
 from tests.mapped_worker import can_be_written, output, wait_until
 folder, who = Path(sys.argv[1]), sys.argv[2]
 model = upcast.load_litgpt(folder)
 want = output(model)
 ask, answer = os.pipe(), os.pipe()
-child = os.fork()
+python = ctypes.PyDLL(None)  # a server in C forks by itself, and tells Python in the child alone
+child = python.fork() if who == "child of C" else os.fork()
 if not child:
+    if who == "child of C":
+        python.PyOS_AfterFork_Child()
+        os.write(answer[1], b"up")
     if who == "grandchild" and os.fork():
         os._exit(0)
     os.read(ask[0], 1)
     os.write(answer[1], b"same" if torch.equal(output(model), want) else b"other")
     os._exit(0)
 os.close(answer[1])  # a child that dies is heard
+if who == "child of C":
+    assert os.read(answer[0], 2) == b"up"
 if who == "grandchild":
     os.waitpid(child, 0)
 if who != "both":
@@ -272,7 +278,7 @@ if who == "both":
 """
 
 
-@pytest.mark.parametrize("who", ["child", "both", "grandchild"])
+@pytest.mark.parametrize("who", ["child", "both", "grandchild", "child of C"])
 def test_forks(folder: Path, python: Run, who: str) -> None:
     result = python("-c", FORKED, str(folder), who, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
