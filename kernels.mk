@@ -28,7 +28,7 @@ sanitize-library: setup
 	CXXFLAGS="-O1 -g -fsanitize=address,undefined" $(PIP) wheel --no-deps --wheel-dir $(ASAN) .
 	for site in $(ASAN)/venv/lib/python3*/site-packages; do \
 	  $(PYTHON) -m zipfile -e $(ASAN)/upcast-*.whl $$site && echo $(CURDIR)/$(VENV)/lib/python3*/site-packages > $$site/borrowed.pth; done
-	LD_PRELOAD=$$($(CXX) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(ASAN)/venv/bin/python -m pytest -m "not slow" $(ARGS) $(ASAN_TESTS)
 
 # Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all; damaged files as long.

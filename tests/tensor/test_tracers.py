@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import upcast
 from tests.conftest import Run, assert_patched, half_weights, relative_error, rounded
-from tests.tensor.test_transforms import TOLERANCE, WARNINGS, Function, Tokens, Wrapper, two
+from tests.tensor.test_graphs import Wrapper
+from tests.tensor.test_transforms import TOLERANCE, WARNINGS, Function, Tokens, two
 from upcast import kernels
 from upcast.kernels import transforms
 
