@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from upcast import kernels
 from upcast.core.forward_override import Forward
 from upcast.kernels import transforms
+from upcast.kernels.block_spec import NORMS, Matrix, Norm
+from upcast.patching.fast_linear import LinearForward, operands
 from upcast.tensor import autocast
 from upcast.tensor.genuine import bound, forwards, observed, originals
 
@@ -106,6 +108,36 @@ def unwatched_call(module: nn.Module) -> bool:
 
 class UnknownLayer(Exception):
     """A layer of a block that the native call for whole blocks does not know."""
+
+
+def plain(module: nn.Module) -> bool:
+    """Whether ``module`` runs its class's forward, or a short way to the same."""
+    return isinstance(module.__dict__.get("forward"), (LinearForward, type(None)))
+
+
+def matrix(linear: Any) -> Matrix:
+    """Return a plain patched Linear, or none at all, as the call for whole blocks takes it.
+
+    Raises:
+        UnknownLayer: the module is something else.
+    """
+    if linear is None:
+        return Matrix()
+    held = operands(linear) if type(linear) is nn.Linear and plain(linear) else None
+    if held is None:
+        raise UnknownLayer
+    return Matrix(*held)
+
+
+def rms_norm(norm: Any, kind: type[Fused], eps: str, offset: float = 0.0) -> Norm:
+    """Return a norm that has a fused forward of that kind in the same way; ``eps`` names its attribute.
+
+    Raises:
+        UnknownLayer: the module is something else, or its vector is none that the kernels take.
+    """
+    if not fuses(norm, kind) or not float32(norm.weight):
+        raise UnknownLayer
+    return Norm(norm.weight, None, NORMS["rms"], getattr(norm, eps), offset)
 
 
 class GatedMLP(Fused):

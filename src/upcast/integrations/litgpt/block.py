@@ -4,7 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upcast.integrations.fused import UnknownLayer, float32, fuses
+from upcast.integrations.fused import UnknownLayer, float32, fuses, matrix, plain, rms_norm
 from upcast.integrations.litgpt.divided_block import DividedBlock
 from upcast.integrations.litgpt.modules import (
     SCORES,
@@ -17,7 +17,6 @@ from upcast.integrations.litgpt.modules import (
 from upcast.integrations.litgpt.positions import positions
 from upcast.kernels import native
 from upcast.kernels.block_spec import ACTIVATIONS, NORMS, PARTS, BlockSpec, Matrix, Norm
-from upcast.patching.fast_linear import LinearForward, operands
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
 
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
@@ -132,13 +131,13 @@ def _spec(block: Any, divided: bool, scale: float) -> BlockSpec:
         scale=scale,
         softcap=config.attention_logit_softcapping or 0.0,
         window=config.sliding_window_size if attn.apply_sliding_window_attention else 0,
-        qkv=_matrix(attn.qkv),
+        qkv=matrix(attn.qkv),
         key=Matrix(),
         value=Matrix(),
-        proj=_matrix(attn.proj),
-        gate=_matrix(gate),
-        up=_matrix(up),
-        down=_matrix(down),
+        proj=matrix(attn.proj),
+        gate=matrix(gate),
+        up=matrix(up),
+        down=matrix(down),
         norm_1=_norm(block.norm_1),
         norm_2=_norm(None if config.shared_attention_norm else block.norm_2),
         # of a divided block these follow the ranks' sum
@@ -163,27 +162,12 @@ def _is_block(block: nn.Module) -> bool:
     return isinstance(block, Block) and type(block).forward is Block.forward and "forward" not in block.__dict__
 
 
-def _plain(module: nn.Module) -> bool:
-    """Whether ``module`` runs its class's forward, or a short way to the same."""
-    return isinstance(module.__dict__.get("forward"), (LinearForward, type(None)))
-
-
-def _matrix(linear: Any) -> Matrix:
-    """Return a plain patched Linear, or none at all, as the kernel takes it."""
-    if linear is None:
-        return Matrix()
-    held = operands(linear) if type(linear) is nn.Linear and _plain(linear) else None
-    if held is None:
-        raise UnknownLayer
-    return Matrix(*held)
-
-
 def _norm(norm: Any) -> Norm:
     """Return a norm as the kernel takes it."""
-    if norm is None or (type(norm) is nn.Identity and _plain(norm)):
+    if norm is None or (type(norm) is nn.Identity and plain(norm)):
         return Norm()
-    if fuses(norm, FusedRMSNorm) and float32(norm.weight):
-        return Norm(norm.weight, None, NORMS["rms"], norm.eps, float(norm.add_unit_offset))
+    if fuses(norm, FusedRMSNorm):
+        return rms_norm(norm, FusedRMSNorm, "eps", float(norm.add_unit_offset))
     if fuses(norm, FusedLayerNorm) and all(each is None or float32(each) for each in (norm.weight, norm.bias)):
         return Norm(norm.weight, norm.bias, NORMS["layer"], norm.eps)
     raise UnknownLayer
@@ -195,6 +179,6 @@ def _mlp(mlp: Any) -> tuple[str, Any, Any, Any]:
 
     if fuses(mlp, FusedGatedMLP):
         return (mlp.__dict__["forward"].activation, mlp.fc_1, mlp.fc_2, mlp.proj)
-    if type(mlp) is GptNeoxMLP and _plain(mlp):
+    if type(mlp) is GptNeoxMLP and plain(mlp):
         return (_GELU[mlp.config.gelu_approximate], mlp.fc, None, mlp.proj)
     raise UnknownLayer

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.core.errors import KernelError
-from upcast.integrations.fused import UnknownLayer, float32, fuses
+from upcast.integrations.fused import UnknownLayer, fuses, matrix, rms_norm
 from upcast.integrations.module_snapshot import Members
 from upcast.integrations.transformers.kv_cache import growing
 from upcast.integrations.transformers.modules import (
@@ -25,8 +25,7 @@ from upcast.integrations.transformers.modules import (
     wide,
 )
 from upcast.kernels import native, transforms
-from upcast.kernels.block_spec import ACTIVATIONS, NORMS, BlockSpec, Matrix, Norm
-from upcast.patching.fast_linear import LinearForward, operands
+from upcast.kernels.block_spec import ACTIVATIONS, BlockSpec, Norm
 from upcast.tensor import autocast
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
 from upcast.tensor.genuine import Originals, Root, calls, originals
@@ -136,7 +135,7 @@ def _spec(layer: Any) -> BlockSpec | None:
     if not fuses(attn, FusedAttention) or not fuses(mlp, FusedGatedMLP) or activation(mlp) != gated.activation:
         return None
     try:
-        query, key = _matrix(attn.q_proj), _matrix(attn.k_proj)
+        query, key = matrix(attn.q_proj), matrix(attn.k_proj)
         return BlockSpec(
             heads=attn.q_proj.weight.shape[0] // attn.head_dim,
             groups=attn.k_proj.weight.shape[0] // attn.head_dim,
@@ -150,11 +149,11 @@ def _spec(layer: Any) -> BlockSpec | None:
             window=0,
             qkv=query,
             key=key,
-            value=_matrix(attn.v_proj),
-            proj=_matrix(attn.o_proj),
-            gate=_matrix(mlp.gate_proj),
-            up=_matrix(mlp.up_proj),
-            down=_matrix(mlp.down_proj),
+            value=matrix(attn.v_proj),
+            proj=matrix(attn.o_proj),
+            gate=matrix(mlp.gate_proj),
+            up=matrix(mlp.up_proj),
+            down=matrix(mlp.down_proj),
             norm_1=_norm(layer.input_layernorm),
             norm_2=_norm(layer.post_attention_layernorm),
             post_attention=Norm(),
@@ -168,19 +167,5 @@ def _spec(layer: Any) -> BlockSpec | None:
         return None
 
 
-def _matrix(linear: Any) -> Matrix:
-    """Return a plain patched Linear as the kernel takes it."""
-    plain = type(linear) is nn.Linear and isinstance(linear.__dict__.get("forward"), LinearForward)
-    held = operands(linear) if plain else None
-    if held is None:
-        raise UnknownLayer
-    return Matrix(*held)
-
-
 def _norm(norm: Any) -> Norm:
-    """Return a fused RMSNorm, or none at all, as the kernel takes it."""
-    if norm is None:
-        return Norm()
-    if not fuses(norm, FusedRMSNorm) or not float32(norm.weight):
-        raise UnknownLayer
-    return Norm(norm.weight, None, NORMS["rms"], norm.variance_epsilon)
+    return Norm() if norm is None else rms_norm(norm, FusedRMSNorm, "variance_epsilon")
