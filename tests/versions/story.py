@@ -1,4 +1,4 @@
-"""The story's checkpoint folder as each version of LitGPT writes it, its script as a program, and what float32 says."""
+"""The checkpoint folder of the story as each version writes it, its script as a program, what LitGPT alone says."""
 
 import os
 import subprocess
@@ -25,14 +25,14 @@ def checkpoint(folder: Path) -> Path:
     return write_checkpoint(folder / "checkpoints/EleutherAI/pythia-160m", config, spoil=spoil)
 
 
-def float32_logits(folder: Path) -> torch.Tensor:
-    """Return (8, vocabulary) of plain LitGPT, in float32 on the same weights."""
+def plain_logits(folder: Path, dtype: torch.dtype) -> torch.Tensor:
+    """Return (8, vocabulary) of plain LitGPT in ``dtype``."""
     from litgpt import GPT, Config
 
     model: Any = GPT(Config.from_file(folder / "model_config.yaml")).eval()
     model.load_state_dict({name: tensor.float() for name, tensor in torch.load(folder / "lit_model.pth").items()})
     with torch.inference_mode():
-        logits: torch.Tensor = model(torch.arange(8)[None])[0]
+        logits: torch.Tensor = model.to(dtype)(torch.arange(8)[None])[0]
     return logits
 
 
