@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.core import console
+from upcast.core import console, torch_private
 from upcast.core.forward_override import push
 from upcast.integrations.fused import Fused, GatedMLP, float32, hooked
 from upcast.integrations.litgpt.positions import CachePosition, first_of_run, is_causal, positions
@@ -227,7 +227,7 @@ class FusedAttention(LitGPTForward):
             or cache.k.shape[0] < batch
         ):
             return None
-        if nn.modules.module._has_any_global_hook():
+        if torch_private.any_global_hook():
             return None
         capped = attn.config.attention_logit_softcapping is not None
         where = positions(cache.k.shape[2], attn.apply_sliding_window_attention, capped, start, time, maxp1)

@@ -7,6 +7,7 @@ Whatever else is missing costs the fused forwards, and the plan says so.
 import dataclasses
 from typing import Any, NamedTuple
 
+from upcast.core import torch_private
 from upcast.integrations.versions import installed, newer, numbers
 
 OLDEST, NEWEST = "0.4.11", "0.5.13"
@@ -90,7 +91,7 @@ def lora_by_heads(lora: Any) -> bool:
 
 def why_unfused(litgpt: Any) -> str:
     """Return why nothing of this version is fused, or an empty string; ``litgpt`` is its module ``litgpt.model``."""
-    too_new = newer("litgpt", NEWEST)
+    too_new = newer("litgpt", NEWEST) or torch_private.why_unfused()
     if too_new:
         return too_new
     classes = [f"class {name}" for name in CLASSES if not hasattr(litgpt, name)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from upcast.core import torch_private
 from upcast.integrations.versions import newer
 
 OLDEST, NEWEST = "4.51", "5.24"
@@ -62,7 +63,7 @@ def extra(given: Mapping[str, Any]) -> bool:
 @functools.cache
 def why_unfused() -> str:
     """Return why nothing of this version is fused, or an empty string."""
-    too_new = newer("transformers", NEWEST)
+    too_new = newer("transformers", NEWEST) or torch_private.why_unfused()
     if too_new:
         return too_new
     missing = [f"{module}.{name}" for module, names in NAMES.items() for name in names if _get(module, name) is None]
