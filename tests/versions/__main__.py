@@ -24,7 +24,6 @@ RESULTS = BUILD / "results.json"
 
 def main(asked: list[str]) -> int:
     """Run the rows, write the page; return 1 if one failed."""
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = []
     for row in ROWS:
         if asked and row.name not in asked and row.library not in asked:
@@ -37,12 +36,22 @@ def main(asked: list[str]) -> int:
         if "error" in result:
             failed.append(row.name)
             print(result["error"])
-        results[row.name] = result
-        BUILD.mkdir(parents=True, exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1))
-        page.write(results)
-    print(page.table(results))
+        _keep(row, result)
+    print(page.table(_results()))
     return 1 if failed else 0
+
+
+def _results() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    return found
+
+
+def _keep(row: Row, result: dict[str, Any]) -> None:
+    """Add a result to those of all runs, and to the page."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    results = {**_results(), row.name: result}  # read again: another run may be at other rows
+    RESULTS.write_text(json.dumps(results, indent=1))
+    page.write(results)
 
 
 def run(row: Row) -> dict[str, Any]:
