@@ -1,6 +1,8 @@
 """What a library's version lacks costs the fused forwards, never the numbers, and the plan says why."""
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import upcast
 from tests.conftest import Run, assert_patched, relative_error, rounded
 from tests.litgpt_checkpoints import small_config
 from tests.transformers_models import TEXT, make
+from tests.versions.matrix import ROWS
 from upcast.core import torch_private
 from upcast.core.forward_override import kept
 from upcast.integrations.fused import Fused
@@ -119,3 +122,16 @@ def test_and_breaks_no_program(python: Run) -> None:
     done = python("-c", script, UPCAST="1")
     assert done.stdout == "fine\n"
     assert done.stderr.count("upcast is not active") == 1
+
+
+def test_declared_ranges_are_what_is_run() -> None:
+    text = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+    for library in ("torch", "litgpt", "transformers", "diffusers", "peft", "accelerate"):
+        run = sorted(numbers(row.version) for row in ROWS if row.library == library)
+        oldest, operator, newest = re.findall(rf'"{library}>=([\d.]+),(<=?)([\d.]+)"', text)[0]
+        assert numbers(oldest) == run[0][: len(numbers(oldest))], library
+        if operator == "<=":
+            assert numbers(newest) == run[-1], library
+        else:  # the next minor version
+            major, minor = numbers(newest)
+            assert (major, minor - 1) == run[-1][:2], library
