@@ -21,7 +21,7 @@ help:
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
 	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
-	@echo "make test-versions  every supported version of every library in an environment of its own (about 30 minutes)"
+	@echo "make test-versions  every supported version of every library in an environment of its own (about an hour)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
 	@echo "make fuzz         random shapes, strides and values for a minute, damaged files for another"

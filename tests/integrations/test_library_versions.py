@@ -118,10 +118,11 @@ def test_a_torch_without_what_weights_need_is_told_in_one_line(python: Run) -> N
 
 
 def test_and_breaks_no_program(python: Run) -> None:
-    script = "import torch; del torch._C._len_torch_dispatch_stack; import litgpt; print('fine')"
-    done = python("-c", script, UPCAST="1")
+    script = "import torch; del torch._C._len_torch_dispatch_stack; import types, _upcast_startup as hook; "
+    script += "[hook._activate(types.ModuleType(name)) for name in ('litgpt.api', 'litgpt.chat.base')]; print('fine')"
+    done = python("-W", "always", "-c", script)
     assert done.stdout == "fine\n"
-    assert done.stderr.count("upcast is not active") == 1
+    assert done.stderr.count("upcast is not active for litgpt.api: torch") == 1
 
 
 def test_declared_ranges_are_what_is_run() -> None:
