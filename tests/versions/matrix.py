@@ -36,7 +36,8 @@ TORCH = ("2.13.0", "2.8.0", "2.9.1", "2.10.0", "2.11.0", "2.12.1", "2.14.1")
 ROWS = (
     *(Row("litgpt", version, alone=True) for version in LITGPT),
     *(Row("transformers", version) for version in TRANSFORMERS),
-    *(Row("diffusers", version) for version in ("0.36.0", "0.38.0", "0.42.1")),
+    *(Row("diffusers", version) for version in ("0.36.0", "0.38.0")),
+    Row("diffusers", "0.42.1", ("transformers==5.24.0",)),  # both with today's huggingface-hub
     Row("peft", "0.17.1", ("transformers==4.57.6",)),  # it does not import under Transformers 5
     Row("peft", "0.21.2"),
     *(Row("accelerate", version) for version in ("1.8.1", "1.15.0")),
