@@ -49,7 +49,7 @@ LACKING: dict[str, tuple[Callable[[], Any], Change, str]] = {
     "a later LitGPT": (litgpt, lambda patch: patch.setattr(litgpt_versions, "NEWEST", "0.5.1"), "is newer than 0.5.1"),
     "a name of torch": (
         litgpt,
-        lambda patch: patch.setattr(torch_private, "FAST_PATHS", {"nn.modules.no_such_name": "2.8"}),
+        lambda patch: patch.setattr(torch_private, "FAST_PATHS", {"nn.modules.no_such_name|nn.no_such_name": "2.8"}),
         "has no torch.nn.modules.no_such_name",
     ),
     "a class of Transformers": (

@@ -10,6 +10,9 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad
+import torch.autograd.profiler
+import torch.fx._symbolic_trace
 from torch import nn
 
 from upcast.core.errors import UpcastError
@@ -30,7 +33,13 @@ NEEDED = {
     "Tensor._make_wrapper_subclass": "2.0",
     "_C._autograd._unsafe_set_version_counter": "2.7",
 }
-FAST_PATHS = {"nn.modules.module._has_any_global_hook": "2.8"}
+FX_FLAG, FX_FUNCTION = "fx._symbolic_trace._is_fx_tracing_flag", "fx._symbolic_trace._get_is_fx_tracing"
+FAST_PATHS = {
+    "nn.modules.module._has_any_global_hook": "2.8",
+    f"{FX_FLAG}|{FX_FUNCTION}": "2.0, and from 2.14 on",  # one flag for all threads, and one for each
+    "autograd.forward_ad._current_level": "2.0",
+    "autograd.profiler._is_profiler_enabled": "2.0",
+}
 
 
 def missing(names: Any) -> list[str]:
@@ -51,19 +60,25 @@ def check() -> None:
 def why_unfused() -> str:
     """Return why no fused forward runs under this torch, or an empty string."""
     lacking = missing(FAST_PATHS)
-    return f"torch {torch.__version__} has no torch.{lacking[0]}" if lacking else ""
+    return f"torch {torch.__version__} has no torch.{lacking[0].partition('|')[0]}" if lacking else ""
 
 
 def _find(name: str) -> Any:
-    try:
-        return attrgetter(name)(torch)
-    except AttributeError:
-        return None
+    """Return what torch has under the first of these names that it has, or None."""
+    for each in name.split("|"):
+        try:
+            return attrgetter(each)(torch)
+        except AttributeError:
+            continue
+    return None
 
 
 def _always() -> bool:
     return True
 
+
+# Whether torch.fx traces: None where a flag says it, which costs less to look at (`kernels.transforms`).
+fx_traces: Callable[[], bool] | None = _find(FX_FUNCTION)
 
 # Whether someone watches the calls of all modules; where it is not known, someone may.
 any_global_hook: Callable[[], bool] = getattr(nn.modules.module, "_has_any_global_hook", _always)
