@@ -21,7 +21,7 @@ help:
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
 	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
-	@echo "make test-versions    Transformers 4.51.3 and 4.57.6 in environments of their own (about 5 minutes)"
+	@echo "make test-versions  every supported version of every library in an environment of its own (about an hour)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make sanitize-library  the same for the library itself, under the tests of what holds files (about 20 minutes)"
 	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
@@ -60,20 +60,9 @@ test-slow: setup
 coverage-table: setup
 	$(BIN)/python -m tests.coverage_table
 
-# Each with the tokenizers it wants; everything else is that of .venv. Compiled, 4.57 meets a warning of torch's own.
-VERSIONS := 4.51.3-0.21.4 4.57.6-0.22.2
-
+# ROWS=litgpt-0.4.11 for one, ROWS="litgpt peft" for two libraries; those of torch take 6 GB each while they run.
 test-versions: setup
-	for pair in $(VERSIONS); do \
-		old=build/transformers-$$pair && $(PYTHON) -m venv $$old && \
-		$$old/bin/python -m pip --disable-pip-version-check --quiet install --no-deps \
-			transformers==$${pair%-*} tokenizers==$${pair#*-} huggingface-hub==0.36.0 && \
-		for site in $$old/lib/python3*/site-packages; do \
-			echo "import site; site.addsitedir('$$(echo $(CURDIR)/$(VENV)/lib/python3*/site-packages)')" > $$site/zz_venv.pth; \
-		done && \
-		$$old/bin/python -m pytest tests/integrations/transformers/test_versions.py tests/patching/test_training.py -k "not compiled" \
-			|| exit 1; \
-	done
+	$(BIN)/python -m tests.versions $(ROWS)
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+import upcast.core.torch_private as _torch_private  # noqa: F401 - first: it says what a torch lacks
 from upcast.analysis.ablate import Ablation, ablate
 from upcast.analysis.certify import Certificate, certify
 from upcast.analysis.diagnose import Diagnosis, diagnose

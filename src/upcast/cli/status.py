@@ -11,8 +11,12 @@ import torch
 
 import _upcast_startup
 from upcast import kernels
-from upcast.core import config, console
+from upcast.core import config, console, torch_private
+from upcast.integrations.litgpt import versions as litgpt_versions
+from upcast.integrations.transformers import versions as transformers_versions
+from upcast.integrations.versions import installed, newer
 
+FUSED = {"litgpt": litgpt_versions.NEWEST, "transformers": transformers_versions.NEWEST}
 LIBRARIES = ("torch", "wrapt", "litgpt", "transformers", "diffusers")
 
 
@@ -26,6 +30,7 @@ def describe() -> str:
         ("loaders", ", ".join(_loader(target) for target in _upcast_startup.TARGETS)),
         ("kernels", f"{kernels.describe()}, UPCAST_KERNELS={settings.kernels}"),
         ("threads", str(torch.get_num_threads())),
+        ("fused forwards", _fused()),
         ("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)),
     ]
     rows += [(variable.name, f"{config.shown(variable)}: {variable.meaning}") for variable in config.VARIABLES]
@@ -51,6 +56,13 @@ def _loader(target: str) -> str:
     if find_spec(library) is None:
         return f"{library} not installed"
     return f"{target} {'loaded' if target in sys.modules else 'when imported'}"
+
+
+def _fused() -> str:
+    """Return for which libraries fused forwards run, by their versions, and why not for others."""
+    why_not = torch_private.why_unfused()
+    lines = [why_not or newer(name, newest) or f"{name} yes" for name, newest in FUSED.items() if installed(name)]
+    return ", ".join(dict.fromkeys(lines)) or "no library of which upcast has any"
 
 
 def _version(name: str) -> str:

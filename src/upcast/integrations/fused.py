@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
+from upcast.core import torch_private
 from upcast.core.forward_override import Forward
 from upcast.kernels import transforms
 from upcast.kernels.block_spec import NORMS, Matrix, Norm
@@ -103,7 +104,7 @@ def fuses(module: nn.Module, kind: type[Fused]) -> bool:
 
 def unwatched_call(module: nn.Module) -> bool:
     """Whether nobody would see if ``module`` was not called, as its class has it, but stood for."""
-    return "forward" not in module.__dict__ and not hooked(module) and not nn.modules.module._has_any_global_hook()
+    return "forward" not in module.__dict__ and not hooked(module) and not torch_private.any_global_hook()
 
 
 class UnknownLayer(Exception):

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from upcast.core import torch_private
 from upcast.kernels import native
 from upcast.tensor.half_weight import HalfWeight
 
@@ -47,7 +48,7 @@ class Members:
 
     def watched(self) -> bool:
         """Whether someone watches one of the modules."""
-        return not native.all_empty(self._hooks) or nn.modules.module._has_any_global_hook()
+        return not native.all_empty(self._hooks) or torch_private.any_global_hook()
 
     def same(self) -> bool:
         """Whether nothing was replaced since."""

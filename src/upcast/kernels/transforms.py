@@ -13,6 +13,7 @@ import torch.autograd.profiler
 import torch.fx._symbolic_trace
 from torch import Tensor
 
+from upcast.core import torch_private
 from upcast.kernels import native
 
 DIRECT, OPERATORS, NESTED, TORCH = "direct", "operators", "nested", "torch"
@@ -25,13 +26,14 @@ _exports = torch.compiler.is_compiling
 jit_state = torch._C._get_tracing_state
 functorch = torch._C._are_functorch_transforms_active
 modes = torch._C._len_torch_dispatch_stack
+_fx_traces = [] if torch_private.fx_traces is None else [torch_private.fx_traces]
 _levels: Any = torch._C._functorch.get_interpreter_stack
 _RULES = (torch._C._functorch.TransformType.Vmap, torch._C._functorch.TransformType.Grad)  # those `gradients` has
 
 
 def questions() -> list[Any]:
     """Return what is asked of torch to know whether anything follows, but for torch.compile: see `native.quiet`."""
-    return [functorch, modes, jit_state]
+    return [functorch, modes, jit_state, *_fx_traces]
 
 
 def flags(profiled: bool = True) -> list[tuple[dict[str, Any], str, Any]]:
@@ -40,7 +42,9 @@ def flags(profiled: bool = True) -> list[tuple[dict[str, Any], str, Any]]:
     ``profiled``: the profiler counts.
     """
     # make_fx before dispatch is in no stack of modes
-    found = [(vars(fx), "_is_fx_tracing_flag", False), (vars(forward_ad), "_current_level", -1)]
+    found: list[tuple[dict[str, Any], str, Any]] = [(vars(forward_ad), "_current_level", -1)]
+    if not _fx_traces:
+        found.append((vars(fx), "_is_fx_tracing_flag", False))
     return [*found, (vars(profiler), "_is_profiler_enabled", False)] if profiled else found
 
 

@@ -15,6 +15,7 @@ from upcast.integrations.litgpt.modules import (
     plain_cache,
 )
 from upcast.integrations.litgpt.positions import positions
+from upcast.integrations.litgpt.versions import grouped, setting
 from upcast.kernels import native
 from upcast.kernels.block_spec import ACTIVATIONS, NORMS, PARTS, BlockSpec, Matrix, Norm
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
@@ -101,17 +102,18 @@ def step_of(block: Any, index: int) -> Step | None:
     """Return the native call for ``block``, or None if it needs what the kernel does not know."""
     attn, config = block.attn, block.attn.config  # of a divided block, with the heads that are here
     forward, divided = attn.__dict__.get("forward"), _divided(block)
-    if not (_is_block(block) or divided) or not fuses(attn, FusedAttention) or config.rope_interleave:
+    if not (_is_block(block) or divided) or not fuses(attn, FusedAttention):
         return None
-    if SCORES in attn.__dict__:
+    if SCORES in attn.__dict__ or setting(config, "rope_interleave") or grouped(attn):
         return None
-    if attn.kv_cache is not None and not plain_cache(attn.kv_cache, config):
+    if attn.kv_cache is not None and not plain_cache(attn.kv_cache, forward.cache_heads(), config.head_size):
         return None
     try:
         spec = _spec(block, divided is not None, forward.scale())
     except UnknownLayer:
         return None
-    rope = None if config.rope_indices is None else config.rope_indices[index]
+    indices = setting(config, "rope_indices")
+    rope = None if indices is None else indices[index]
     step = (attn, attn.kv_cache, rope, spec)
     return DividedStep(divided, *step) if divided else Step(*step)
 
@@ -124,7 +126,7 @@ def _spec(block: Any, divided: bool, scale: float) -> BlockSpec:
         heads=config.n_head,
         groups=config.n_query_groups,
         head_width=config.head_size,
-        norm_heads=config.norm_qk_type == "default",
+        norm_heads=setting(config, "norm_qk_type") == "default",
         parallel=config.parallel_residual,
         shared=config.shared_attention_norm,
         activation=ACTIVATIONS[activation],

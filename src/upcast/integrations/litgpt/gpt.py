@@ -23,6 +23,7 @@ from upcast.integrations.litgpt.causal_mask import CausalMask
 from upcast.integrations.litgpt.modules import SCORES, LitGPTForward
 from upcast.integrations.litgpt.positions import first_of_run, is_causal
 from upcast.integrations.litgpt.prefix_cache import Held, caches_of, content, in_one_call, rows_of, seal
+from upcast.integrations.litgpt.versions import given, setting
 from upcast.integrations.module_snapshot import Members
 from upcast.kernels import native, transforms
 from upcast.tensor import autocast
@@ -154,7 +155,7 @@ class FusedGPT(LitGPTForward):
             with contextlib.suppress(KernelError):
                 x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
         if x is None:
-            return self.unfused(idx, input_pos, input_pos_maxp1, lm_head_chunk_size)
+            return self.unfused(idx, *given(input_pos, input_pos_maxp1, lm_head_chunk_size or None))
         self.calls += 1
         return self._logits(x, lm_head_chunk_size)
 
@@ -262,9 +263,10 @@ class FusedGPT(LitGPTForward):
         """Return cos and sin (T, n), under None or, of dual rope caches, under each index."""
         gpt = self.module
         cos, sin = gpt.cos[start : start + time], gpt.sin[start : start + time]
-        if gpt.config.rope_indices is None:
+        indices = setting(gpt.config, "rope_indices")
+        if indices is None:
             return {None: (cos, sin)}
-        return {i: (cos[..., i].contiguous(), sin[..., i].contiguous()) for i in set(gpt.config.rope_indices)}
+        return {i: (cos[..., i].contiguous(), sin[..., i].contiguous()) for i in set(indices)}
 
     def _logits(self, x: Tensor, chunk: int) -> Any:
         gpt = self.module

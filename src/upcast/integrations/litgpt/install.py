@@ -1,6 +1,6 @@
 """Which of a LitGPT model's modules get a fused forward, and how they get it and lose it again."""
 
-import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +15,7 @@ from upcast.core.module_tree import modules, named_modules
 from upcast.integrations.litgpt import generation
 from upcast.integrations.litgpt.causal_mask import CacheSetter, restore
 from upcast.integrations.litgpt.gpt import FusedGPT
+from upcast.integrations.litgpt.grouped_attention import FusedGroupedAttention
 from upcast.integrations.litgpt.lora import FusedLoRAQKV
 from upcast.integrations.litgpt.modules import (
     CacheBuilder,
@@ -26,6 +27,7 @@ from upcast.integrations.litgpt.modules import (
 )
 from upcast.integrations.litgpt.moe import FusedMoE
 from upcast.integrations.litgpt.prefix_cache import CacheClearer
+from upcast.integrations.litgpt.versions import GROUPED, PADDED, WINDOWED, grouped, lora_by_heads, why_unfused
 
 KV_CACHES = {"float16": torch.float16, "float32": None}  # None: as LitGPT makes them
 
@@ -52,7 +54,7 @@ class LitGPTModels(Extension):
     def install(self, root: nn.Module, kv_cache: str) -> None:
         """Give the modules of every GPT in ``root`` their fused forwards."""
         litgpt = sys.modules.get("litgpt.model")
-        if litgpt is None or _missing(litgpt):  # then no module of ``root`` can be LitGPT's, or as we know it
+        if litgpt is None or why_unfused(litgpt):  # then no module of ``root`` can be LitGPT's, or as we know it
             return
         for gpt in [module for module in modules(root) if isinstance(module, litgpt.GPT)]:
             for module in modules(gpt):
@@ -84,10 +86,10 @@ class LitGPTModels(Extension):
         litgpt = sys.modules.get("litgpt.model")
         if litgpt is None:
             return []
-        missing = _missing(litgpt)
-        if missing:
-            found = any(isinstance(module, litgpt.GPT) for module in modules(root))
-            return [f"not fused: LitGPT's modules (this version of it has no {missing})"] if found else []
+        why = why_unfused(litgpt)
+        if why:
+            found = hasattr(litgpt, "GPT") and any(isinstance(module, litgpt.GPT) for module in modules(root))
+            return [f"not fused: LitGPT's modules ({why})"] if found else []
         reasons: dict[str, list[str]] = {}
         for prefix, gpt in named_modules(root):
             if isinstance(gpt, litgpt.GPT):
@@ -134,7 +136,7 @@ def _table(litgpt: Any) -> dict[type, Callable[[Any], LitGPTForward]]:
         litgpt.LLaMAMLP: lambda mlp: FusedGatedMLP(mlp, "silu"),
         litgpt.GemmaMLP: lambda mlp: FusedGatedMLP(mlp, _GELU[mlp.config.gelu_approximate]),
         litgpt.LLaMAMoE: FusedMoE,
-        litgpt.CausalSelfAttention: FusedAttention,
+        litgpt.CausalSelfAttention: lambda attn: (FusedGroupedAttention if grouped(attn) else FusedAttention)(attn),
         litgpt.GPT: FusedGPT,
     }
 
@@ -154,23 +156,6 @@ def _kind(module: nn.Module, litgpt: Any) -> type:
     return type(module)
 
 
-_CLASSES = ("RMSNorm", "LLaMAMLP", "GemmaMLP", "LLaMAMoE", "CausalSelfAttention", "MultiheadLatentAttention", "KVCache")
-# Of Config; LitGPT 0.5.13 has all of them, 0.4.11 has not.
-_SETTINGS = (
-    *("attention_logit_softcapping", "attention_scores_scalar", "final_logit_softcapping", "gelu_approximate"),
-    *("head_size", "n_embd", "n_expert_groups", "n_expert_per_token", "n_head", "n_query_groups", "n_shared_expert"),
-    *("norm_qk", "norm_qk_type", "parallel_residual", "rope_indices", "rope_interleave"),
-    *("routed_scaling_factor", "scale_embeddings", "shared_attention_norm", "sliding_window_size"),
-)
-
-
-def _missing(litgpt: Any) -> str:
-    """Return a name that the fused forwards ask LitGPT for, and that its version does not have; or an empty string."""
-    classes = [f"class {name}" for name in _CLASSES if not hasattr(litgpt, name)]
-    known = {field.name for field in dataclasses.fields(litgpt.Config)} | set(dir(litgpt.Config))
-    return next(iter([*classes, *(name for name in _SETTINGS if name not in known)]), "")
-
-
 def _latent_attention(litgpt: Any) -> Any:
     """Return the class of latent attentions; no class in versions of LitGPT that have none."""
     return getattr(litgpt, "MultiheadLatentAttention", ())
@@ -183,10 +168,21 @@ def _reason(module: Any, litgpt: Any) -> str:
     if isinstance(module, litgpt.CausalSelfAttention):
         if _kind(module, litgpt) is not litgpt.CausalSelfAttention:
             return f"a {type(module).__module__} layer"
+        if module.apply_sliding_window_attention and not _has_rings(litgpt):
+            return WINDOWED
         return "rope of an odd number of elements" if module.config.rope_n_elem % 2 else ""
+    if isinstance(module, litgpt.Block):
+        return GROUPED if isinstance(module.attn, litgpt.CausalSelfAttention) and grouped(module.attn) else ""
+    if type(module).__name__ == "LoRAQKVLinear" and not lora_by_heads(module):
+        return PADDED
     if isinstance(module, litgpt.RMSNorm):
         return "" if module.dim == -1 else f"a norm over dimension {module.dim}"
     return ""
+
+
+def _has_rings(litgpt: Any) -> bool:
+    """Whether the cache of a sliding window holds no more than the window."""
+    return "is_sliding_window" in inspect.signature(litgpt.KVCache).parameters
 
 
 register(LitGPTModels())

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.core import console
+from upcast.core import console, torch_private
 from upcast.core.forward_override import push
 from upcast.integrations.fused import Fused, GatedMLP, float32, hooked
 from upcast.integrations.litgpt.positions import CachePosition, first_of_run, is_causal, positions
 from upcast.integrations.litgpt.prefix_cache import CacheReset
+from upcast.integrations.litgpt.versions import given, of_module, setting
 from upcast.kernels import reference
 from upcast.policy import mode
 from upcast.tensor import autocast
@@ -105,7 +106,7 @@ class CacheBuilder(LitGPTForward):
         """Turn ``cache`` to float32, and have all later ones of this layer made so."""
         cache.k, cache.v = cache.k.float(), cache.v.float()
         self.dtype = torch.float32
-        console.say(f"the KV cache of layer {self.module.block_idx} goes to float32: {WHY_FLOAT32}")
+        console.say(f"the KV cache of layer {of_module(self.module, 'block_idx')} goes to float32: {WHY_FLOAT32}")
 
 
 class FusedCache(LitGPTForward):
@@ -160,6 +161,9 @@ def _refused(wide: Tensor, half: Tensor, limit: float) -> bool:
 class FusedAttention(LitGPTForward):
     """CausalSelfAttention for consecutive positions, with LitGPT's KVCache in float16 or float32, or without."""
 
+    layer = "qkv"  # what it calls the layer of q, k and v
+    angle_dims = 3  # of cos and sin: (1, T, n)
+
     def stands_for(self, module: Any) -> tuple[Any, ...]:
         """The cache is not called."""
         return _attention_roots, type(module)
@@ -179,10 +183,10 @@ class FusedAttention(LitGPTForward):
     ) -> Any:
         place = self._usual(x, (cos, sin), mask, input_pos, input_pos_maxp1) if self.fits(x) else None
         if place is None:
-            return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
-        qkv = self.module.qkv(x)
+            return self.unfused(x, cos, sin, *given(mask, input_pos, input_pos_maxp1))
+        qkv = getattr(self.module, self.layer)(x)
         if not self.fits(qkv):
-            return self.unfused(x, cos, sin, mask, input_pos, input_pos_maxp1)
+            return self.unfused(x, cos, sin, *given(mask, input_pos, input_pos_maxp1))
         self.calls += 1
         q, k, v = self._heads(qkv, cos, sin)
         y = self._attend(q, k, v, place)
@@ -193,7 +197,9 @@ class FusedAttention(LitGPTForward):
     ) -> CachePosition | None:
         """Return where the positions stand if the arguments are what the kernels cover."""
         cos = angles[0]
-        if x.dim() != 3 or cos.dim() != 3 or cos.shape[-1] != self.module.config.rope_n_elem or not x.numel():
+        if x.dim() != 3 or cos.dim() != self.angle_dims or not x.numel():
+            return None
+        if cos.shape[-1] != self.module.config.rope_n_elem:
             return None
         if any(each.dtype is not torch.float32 for each in angles):
             return None
@@ -215,18 +221,28 @@ class FusedAttention(LitGPTForward):
         """Return where ``time`` positions from ``start`` on go in the cache; None if that is for LitGPT to say."""
         attn = self.module
         cache = attn.kv_cache
-        if not plain_cache(cache, attn.config) or hooked(cache) or cache.k.shape[0] < batch:
+        if (
+            not plain_cache(cache, self.cache_heads(), attn.config.head_size)
+            or hooked(cache)
+            or cache.k.shape[0] < batch
+        ):
             return None
-        if nn.modules.module._has_any_global_hook():
+        if torch_private.any_global_hook():
             return None
         capped = attn.config.attention_logit_softcapping is not None
         where = positions(cache.k.shape[2], attn.apply_sliding_window_attention, capped, start, time, maxp1)
         return None if where is None else CachePosition(*where, cache)
 
+    def cache_heads(self) -> int:
+        """Return how many heads a cache has."""
+        return int(self.module.config.n_query_groups)
+
     def scale(self) -> float:
         """Return the factor of the scores."""
         attn = self.module
-        return float(attn.mscale**2 / math.sqrt(attn.config.attention_scores_scalar or attn.config.head_size))
+        return float(
+            of_module(attn, "mscale") ** 2 / math.sqrt(attn.config.attention_scores_scalar or attn.config.head_size)
+        )
 
     def _heads(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Split qkv (B, T, C) into heads (B, H, T, D), normalised and turned as the config says."""
@@ -234,17 +250,20 @@ class FusedAttention(LitGPTForward):
         shape = (*qkv.shape[:2], -1, config.head_size)
         groups = config.n_query_groups * config.head_size
         q, k, v = qkv.split((config.n_head * config.head_size, groups, groups), dim=-1)
-        if config.norm_qk and config.norm_qk_type == "olmo2":
+        norms = setting(config, "norm_qk") and setting(config, "norm_qk_type")
+        if norms == "olmo2":
             q, k = attn.norm_q(q), attn.norm_k(k)
         q, k, v = (each.view(shape).transpose(1, 2) for each in (q, k, v))
-        if config.norm_qk and config.norm_qk_type == "default":
+        if norms == "default":
             q, k = attn.norm_q(q), attn.norm_k(k)
         cos, sin = cos.contiguous(), sin.contiguous()  # of dual rope caches, a slice with gaps
         return self._turned(q, cos, sin), self._turned(k, cos, sin), v
 
     def _turned(self, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
         width = cos.shape[-1]
-        if self.module.config.rope_interleave:  # LitGPT sorts even elements before odd ones, and leaves them there
+        if setting(
+            self.module.config, "rope_interleave"
+        ):  # LitGPT sorts even elements before odd ones, and leaves them there
             pairs = x[..., :width].unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
             x = torch.cat((pairs, x[..., width:]), dim=-1)
         return kernels.rope(x, cos, sin)
@@ -277,13 +296,12 @@ class FusedAttention(LitGPTForward):
         return bool(append(cache.k[:batch], k, at, KEY_LIMIT) and append(cache.v[:batch], v, at, VALUE_LIMIT))
 
 
-def plain_cache(cache: Any, config: Any) -> bool:
-    """Whether ``cache`` is LitGPT's own, of a dtype and shape that the kernels take."""
+def plain_cache(cache: Any, heads: int, width: int) -> bool:
+    """Whether ``cache`` is LitGPT's own, of so many heads of that width, and of a dtype that the kernels take."""
     from litgpt.model import KVCache
 
     if type(cache) is not KVCache or not isinstance(cache.__dict__.get("forward"), (FusedCache, type(None))):
         return False
     k, v = cache.k, cache.v
-    heads = (config.n_query_groups, config.head_size)
-    fits = all((t.shape[1], t.shape[3]) == heads and t.is_cpu for t in (k, v)) and k.shape[:3] == v.shape[:3]
+    fits = all((t.shape[1], t.shape[3]) == (heads, width) and t.is_cpu for t in (k, v)) and k.shape[:3] == v.shape[:3]
     return fits and k.dtype == v.dtype and k.dtype in (torch.float16, torch.float32)

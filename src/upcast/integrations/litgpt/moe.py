@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast.integrations.litgpt.modules import LitGPTForward
+from upcast.integrations.litgpt.versions import setting
 from upcast.integrations.module_snapshot import Members
 
 
@@ -29,20 +30,21 @@ class FusedMoE(LitGPTForward):
         moe = self.module
         rows = x.reshape(-1, x.shape[-1])
         weights, indices = self._routed(rows)
-        if moe.config.routed_scaling_factor != 1.0:
-            weights = weights * moe.config.routed_scaling_factor
+        factor = setting(moe.config, "routed_scaling_factor")
+        if factor != 1.0:
+            weights = weights * factor
         self.calls += 1
         y = torch.zeros_like(rows)
         for expert in sorted(set(indices.flatten().tolist())):
             token, choice = torch.where(indices == expert)
             y[token] += weights[token, choice, None] * moe.experts[expert](rows[token])
         y = y.view(x.shape)
-        return y + moe.shared_experts(x) if moe.config.n_shared_expert else y
+        return y + moe.shared_experts(x) if setting(moe.config, "n_shared_expert") else y
 
     def _routed(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights (rows, chosen) and the experts (rows, chosen) of every row."""
         moe = self.module
-        if moe.config.n_expert_groups:
+        if setting(moe.config, "n_expert_groups"):
             found: tuple[Tensor, Tensor] = moe.gate(rows)
             return found
         scores, indices = torch.topk(moe.gate(rows), moe.config.n_expert_per_token)

@@ -27,6 +27,7 @@ from upcast.distributed.sharding import Cut, divide_heads, even, turned
 from upcast.integrations import loading
 from upcast.integrations.litgpt.divided_block import DividedBlock
 from upcast.integrations.litgpt.gpt import wants_last
+from upcast.integrations.litgpt.versions import setting
 
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
 
@@ -84,6 +85,8 @@ def divide(gpt: Any, group: Group) -> Cuts:
         UpcastError: there are more ranks than heads, MLP rows or tokens, or the structure cannot be divided.
     """
     _check(gpt.config)
+    if not all(hasattr(block.mlp, "intermediate_size") or hasattr(block.mlp, "experts") for block in gpt.transformer.h):
+        raise UpcastError("mesh= with LitGPT before 0.5.9; upcast divides the layers of later ones. Update litgpt.")
     cuts: Cuts = {}
     for index, block in enumerate(gpt.transformer.h):
         prefix = f"transformer.h.{index}"
@@ -95,8 +98,8 @@ def divide(gpt: Any, group: Group) -> Cuts:
 
 
 def _check(settings: Any) -> None:
-    reason = "latent attention" if settings.latent_attention else ""
-    if settings.norm_qk and settings.norm_qk_type == "olmo2":
+    reason = "latent attention" if setting(settings, "latent_attention") else ""
+    if setting(settings, "norm_qk") and setting(settings, "norm_qk_type") == "olmo2":
         reason = "a norm over all heads"
     if reason:
         raise UpcastError(

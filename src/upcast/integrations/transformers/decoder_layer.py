@@ -24,6 +24,7 @@ from upcast.integrations.transformers.modules import (
     turns,
     wide,
 )
+from upcast.integrations.transformers.versions import cache_name
 from upcast.kernels import native, transforms
 from upcast.kernels.block_spec import ACTIVATIONS, BlockSpec, Norm
 from upcast.tensor import autocast
@@ -46,29 +47,17 @@ class FusedDecoderLayer(TransformersForward):
     def fused(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        cache_position: Tensor | None = None,
-        position_embeddings: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
-        if attention_mask is None and wide(position_embeddings) and self._token(hidden_states):
-            y = self._in_one_call(hidden_states, position_embeddings, past_key_values)
+        angles: Any = kwargs.get("position_embeddings")
+        usual = not args and kwargs.get("attention_mask") is None and wide(angles)
+        if usual and self._token(hidden_states):
+            y = self._in_one_call(hidden_states, angles, kwargs.get(cache_name()))
             if y is not None:
                 self.calls += 1
                 return y
-        return self.unfused(
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        return self.unfused(hidden_states, *args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": None}  # a copy collects its own

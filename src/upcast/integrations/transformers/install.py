@@ -6,7 +6,6 @@ does anything else keeps its own. tests/integrations/transformers/test_cache.py 
 """
 
 import functools
-import inspect
 import sys
 from collections.abc import Iterator
 from types import CodeType, FunctionType
@@ -24,6 +23,7 @@ from upcast.integrations.transformers import saving
 from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
 from upcast.integrations.transformers.kv_cache import LayerKey, downcast
 from upcast.integrations.transformers.modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
+from upcast.integrations.transformers.versions import CACHE_NAMES, cache_name, why_in_part, why_unfused
 from upcast.kernels import transforms
 from upcast.tensor import autocast
 
@@ -41,16 +41,25 @@ class TransformersModels(Extension):
         if library is None:  # then no module of ``root`` can be of Transformers
             return
         saving.install(library)
+        fuses = not why_unfused()
         hook = _Downcast()
         for model in [module for module in modules(root) if isinstance(module, library.PreTrainedModel)]:
             for module in modules(model):
-                if "forward" not in module.__dict__:
+                if fuses and "forward" not in module.__dict__:
                     _fuse(module)
             for layer in modules(model):  # once what is inside is known
-                if "forward" not in layer.__dict__ and _is_layer(layer):
+                if fuses and "forward" not in layer.__dict__ and _is_layer(layer):
                     push(layer, FusedDecoderLayer(layer))
             if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
                 model.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def remarks(self, root: nn.Module) -> list[str]:
+        """Return why no module of a model of Transformers in ``root`` is fused, if none can be."""
+        library = sys.modules.get("transformers.modeling_utils")
+        if library is None or not any(isinstance(module, library.PreTrainedModel) for module in modules(root)):
+            return []
+        why = why_unfused() or why_in_part()
+        return [f"not fused: {why}"] if why else []
 
     def remove(self, root: nn.Module) -> None:
         """Take away the hooks that give caches."""
@@ -87,7 +96,7 @@ class _Downcast:
         self.wide: set[LayerKey] = set()
 
     def __call__(self, model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
+        cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if cache is None or transforms.active() or torch.is_grad_enabled() or autocast.enabled():
             return
         try:
@@ -140,8 +149,7 @@ def _patterns() -> dict[str, Any]:
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
     attentions = (llama.LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
-    # Before 4.56 a cache came under another name, and layers returned tuples: those run as they are.
-    ours = "past_key_values" in inspect.signature(llama.LlamaAttention.forward).parameters
+    ours = bool(cache_name())
     return {
         "norm": _code(llama.LlamaRMSNorm.forward),
         "mlp": _code(llama.LlamaMLP.forward),

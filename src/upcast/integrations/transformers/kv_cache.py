@@ -31,6 +31,7 @@ from upcast.tensor.store import Fallbacks
 _ROOM = 64  # positions added at once, at least
 _handed_out = Fallbacks("a KV cache")  # what is upcast of a cache are rows in use, not weights: counted apart
 _beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
+Settings = tuple[tuple[Any, ...], dict[str, Any]]  # what a version hands to a layer beside keys and values
 LayerKey = tuple[str, int]  # what the cache is of, "" or "cross-attention", and the layer's index
 # What the model of a half layer knows of its caches: the layers that are not for float16, and which one it is.
 _homes: weakref.WeakKeyDictionary[Any, tuple[set[LayerKey], LayerKey]] = weakref.WeakKeyDictionary()
@@ -132,15 +133,15 @@ class _HalfLayer:
     values: Any
     is_initialized: bool
 
-    def update(self, key_states: Tensor, value_states: Tensor, cache_kwargs: Any = None) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store (B, H, T, D) keys and values in float16 and return all rows."""
         own = torch.compiler.is_compiling() or originals(_roots, self.original).intact()
         if not own or not all(map(_storable, (key_states, value_states))) or not self._holds_halves():
-            return self._give_up(key_states, value_states, cache_kwargs)
-        stored = self._store(key_states, value_states, cache_kwargs)
+            return self._give_up(key_states, value_states, (args, kwargs))
+        stored = self._store(key_states, value_states, (args, kwargs))
         if stored is None:
             _keep_wide(self, "goes to")
-            return self._give_up(key_states, value_states, cache_kwargs)
+            return self._give_up(key_states, value_states, (args, kwargs))
         return stored
 
     def _holds_halves(self) -> bool:
@@ -155,7 +156,7 @@ class _HalfLayer:
             setattr(self, name, _out(half))
         return True
 
-    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+    def _store(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
         raise NotImplementedError
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -191,7 +192,7 @@ class _HalfLayer:
         plain = {name: value.upcast() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
         return copyreg._reconstructor, (self.original, object, None), plain  # type: ignore[attr-defined]
 
-    def _give_up(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor]:
+    def _give_up(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
         original = self.original
         if (
@@ -203,7 +204,7 @@ class _HalfLayer:
             held = getattr(self, name, None)
             if isinstance(held, HalfWeight):
                 setattr(self, name, held.stored if self.dtype == torch.float16 else held.upcast())
-        full: tuple[Tensor, Tensor] = original.update(self, keys, values, settings)
+        full: tuple[Tensor, Tensor] = original.update(self, keys, values, *settings[0], **settings[1])
         return full
 
 
@@ -282,7 +283,7 @@ def _begins(buffer: Tensor, held: Any) -> bool:
 class _Growing(_HalfLayer):
     """DynamicLayer: buffers with room, so that a token costs its own rows and not a copy of all."""
 
-    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+    def _store(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
         before: int = self.get_seq_length()  # type: ignore[attr-defined]
         after = before + keys.shape[2]
         buffers = self._room(keys, values, before, after)
@@ -330,10 +331,10 @@ class _Growing(_HalfLayer):
 class _Sliding(_HalfLayer):
     """DynamicSlidingWindowLayer: the window is kept in float16; its rows are returned in float32, with the new ones."""
 
-    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+    def _store(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
         if _half(keys, KEY_LIMIT) is None or _half(values, VALUE_LIMIT) is None:
             return None
-        full: tuple[Tensor, Tensor] = self.original.update(self, keys, values, settings)
+        full: tuple[Tensor, Tensor] = self.original.update(self, keys, values, *settings[0], **settings[1])
         self.keys, self.values = _out(self.keys.half()), _out(self.values.half())
         return full
 
@@ -341,7 +342,7 @@ class _Sliding(_HalfLayer):
 class _Static(_HalfLayer):
     """StaticLayer: allocated once in float16."""
 
-    def _store(self, keys: Tensor, values: Tensor, settings: Any) -> tuple[Tensor, Tensor] | None:
+    def _store(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
         halves = _half(keys, KEY_LIMIT), _half(values, VALUE_LIMIT)
         if halves[0] is None or halves[1] is None:
             return None
@@ -350,9 +351,10 @@ class _Static(_HalfLayer):
             with torch.inference_mode(False):  # what is born there could not be written to outside of it
                 self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 the keys alone
             self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
-        positions = (settings or {}).get("cache_position")
-        if positions is None:
-            positions = torch.arange(keys.shape[2])
-        for buffer, half in zip((self.keys, self.values), halves, strict=True):
-            buffer.stored.index_copy_(2, positions, half)
-        return self.keys, self.values
+        held = self.keys, self.values
+        try:  # its own code knows where the rows go, which versions know in different ways
+            self.keys, self.values = (each.stored for each in held)
+            self.original.update(self, *halves, *settings[0], **settings[1])
+        finally:
+            self.keys, self.values = held
+        return held

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from upcast import kernels
 from upcast.integrations.fused import Fused, GatedMLP, float32, unwatched_call
+from upcast.integrations.transformers.versions import cache_name, cache_settings, extra
 from upcast.tensor.attention_ops import over_cache, rows_in_use
 from upcast.tensor.genuine import Root, Table, calls, forwards
 from upcast.tensor.half_weight import HalfWeight
@@ -61,51 +62,33 @@ class FusedAttention(TransformersForward):
     def fused(
         self,
         hidden_states: Tensor,
-        position_embeddings: Any = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        cache_position: Tensor | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         attn = self.module
-        given = (position_embeddings, attention_mask, past_key_values, cache_position)
+        angles: Any = kwargs.get("position_embeddings")
         drops = attn.training and attn.attention_dropout > 0
-        if (
-            attn.config._attn_implementation != "sdpa"
-            or drops
-            or not self.fits(hidden_states)
-            or not wide(position_embeddings)
-        ):
-            return self._own(hidden_states, given, kwargs)
-        if not turns(position_embeddings, hidden_states, attn.head_dim):
-            return self._own(hidden_states, given, kwargs)
+        usual = not args and attn.config._attn_implementation == "sdpa" and not drops
+        if not usual or not self.fits(hidden_states) or not wide(angles):
+            return self.unfused(hidden_states, *args, **kwargs)
+        if not turns(angles, hidden_states, attn.head_dim) or extra(kwargs):
+            return self.unfused(hidden_states, *args, **kwargs)
         shape = (*hidden_states.shape[:-1], -1, attn.head_dim)
         q, k, v = (layer(hidden_states) for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
         if not all(map(self.fits, (q, k, v))):
-            return self._own(hidden_states, given, kwargs)
+            return self.unfused(hidden_states, **kwargs)
         self.calls += 1
         q, k, v = (each.view(shape) for each in (q, k, v))
         if "q_norm" in attn._modules:
             q, k = attn.q_norm(q), attn.k_norm(k)
         q, k, v = (each.transpose(1, 2) for each in (q, k, v))
-        cos, sin = (each.contiguous() for each in position_embeddings)
+        cos, sin = (each.contiguous() for each in angles)
         q, k = kernels.rope(q, cos, sin), kernels.rope(k, cos, sin)
-        if past_key_values is not None:
-            settings = {"sin": sin, "cos": cos, "cache_position": cache_position}
-            k, v = past_key_values.update(k, v, attn.layer_idx, settings)
-        y = self._attend(q, k, v, attention_mask, kwargs.get("is_causal"))
+        cache = kwargs.get(cache_name())
+        if cache is not None:
+            k, v = cache.update(k, v, attn.layer_idx, *cache_settings(cos, sin, kwargs))
+        y = self._attend(q, k, v, kwargs.get("attention_mask"), kwargs.get("is_causal"))
         return attn.o_proj(y.transpose(1, 2).reshape(*shape[:-2], -1)), None
-
-    def _own(self, hidden_states: Tensor, given: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        embeddings, mask, cache, position = given
-        return self.unfused(
-            hidden_states,
-            position_embeddings=embeddings,
-            attention_mask=mask,
-            past_key_values=cache,
-            cache_position=position,
-            **kwargs,
-        )
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool | None) -> Any:
         """Return (B, H, T, D); what Transformers' own SDPA forward says, for the module's groups of heads."""
