@@ -9,6 +9,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 include kernels.mk
+include platforms.mk
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table check format clean
@@ -23,7 +24,10 @@ help:
 	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
 	@echo "make test-versions    Transformers 4.51.3 and 4.57.6 in environments of their own (about 5 minutes)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
-	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
+	@echo "make wheels       the sdist and wheels for every platform that can be built here, checked and tried"
+	@echo "make test-aarch64 the whole package on aarch64, under qemu (half an hour)"
+	@echo "make check-macos  compile and link for Apple silicon, and look at the result"
+	@echo "make test-free-threaded  the native module under a Python without a GIL"
 	@echo "make fuzz         random shapes, strides and values for a minute, damaged files for another"
 	@echo "make format       format and sort imports"
 
@@ -32,6 +36,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start csrc/* csrc/*/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
+	$(PIP) uninstall --yes upcast # its name until it was published; or the other project of that name
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

@@ -11,7 +11,7 @@ FUZZ_SECONDS ?= 60
 CROSS_CXX ?= aarch64-linux-gnu-g++
 CROSS_RUN ?= qemu-aarch64-static
 
-.PHONY: sanitize fuzz test-aarch64 check-libdispatch
+.PHONY: sanitize fuzz driver-aarch64 check-libdispatch
 
 # Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan.
 sanitize: | $(KERNEL_BUILD)
@@ -29,7 +29,8 @@ fuzz: | $(KERNEL_BUILD)
 	$(PYTHON) tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
 	$(PYTHON) -m tests.fuzz_files $(FUZZ_SECONDS)
 
-test-aarch64: | $(KERNEL_BUILD)
+# The kernels alone, compiled by gcc; `make test-aarch64` runs the whole package.
+driver-aarch64: | $(KERNEL_BUILD)
 	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is missing; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }
 	@command -v $(CROSS_RUN) >/dev/null || { echo "$(CROSS_RUN) is missing; Debian: qemu-user-static" >&2; exit 1; }
 	$(CROSS_CXX) $(KERNEL_FLAGS) -O2 -static -DUPCAST_LEVEL=64 $(DRIVER) -o $(KERNEL_BUILD)/driver-aarch64

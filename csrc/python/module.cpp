@@ -142,6 +142,10 @@ PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, METHODS, nu
 
 PyMODINIT_FUNC PyInit__native() {
     PyObject *module = PyModule_Create(&upcast::MODULE);
+#ifdef Py_GIL_DISABLED
+    // What threads share here is written at import, or is one word that is read and written whole (docs/platforms.md).
+    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
     // Until setup() is called, refusals are plain ValueErrors.
     if (module) upcast::set_error_class(PyExc_ValueError);
     return module;

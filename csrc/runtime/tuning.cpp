@@ -33,11 +33,11 @@ Family ask() {
 }
 
 Family family() {
-    // Asked once: a virtual machine answers cpuid in microseconds.
-    static Family known = Family::any;
-    Family found = __atomic_load_n(&known, __ATOMIC_RELAXED);
-    if (found == Family::any) __atomic_store_n(&known, found = ask(), __ATOMIC_RELAXED);
-    return found;
+    // Asked once: a virtual machine answers cpuid in microseconds. An int: clang has no atomics of enumerations.
+    static int known = static_cast<int>(Family::any);
+    int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (found == static_cast<int>(Family::any)) __atomic_store_n(&known, found = static_cast<int>(ask()), __ATOMIC_RELAXED);
+    return static_cast<Family>(found);
 }
 
 } // namespace

@@ -12,6 +12,7 @@ import torch
 import _upcast_startup
 from upcast import kernels
 from upcast.core import config, console
+from upcast.core.about import VERSION
 
 LIBRARIES = ("torch", "wrapt", "litgpt", "transformers", "diffusers")
 
@@ -20,7 +21,7 @@ def describe() -> str:
     """Return the whole status as a table of topic and finding."""
     settings = config.read()
     rows = [
-        ("upcast", f"{_version('upcast')} on Python {platform.python_version()}, {platform.machine()}"),
+        ("upcast", f"{VERSION} on Python {platform.python_version()}, {platform.machine()}"),
         ("active", _active(settings.enabled)),
         ("start-up file", _startup_file()),
         ("loaders", ", ".join(_loader(target) for target in _upcast_startup.TARGETS)),
