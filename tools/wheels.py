@@ -159,10 +159,9 @@ def tried(name: str, wheel: Path) -> str:
     if TARGETS[name].platform.split("_", 3)[-1] != os.uname().machine or TARGETS[name].system != os.uname().sysname:
         return "no: `make test-aarch64` does" if name == "linux-aarch64" else "no"
     python = empty(name, sys.executable, wheel)
-    found = subprocess.check_output([BORROWED, "-c", "import torch; print(torch.__file__)"], text=True)
-    (next(python.parents[1].glob("lib/python3*/site-packages")) / "00_torch.pth").write_text(
-        f"{Path(found).parents[1]}\n"
-    )
+    torch = subprocess.check_output([BORROWED, "-c", "import torch; print(torch.__file__)"], text=True).strip()
+    (site,) = python.parents[1].glob("lib/python3*/site-packages")
+    (site / "00_torch.pth").write_text(f"{Path(torch).parents[1]}\n")  # before upcast.pth, which looks for wrapt
     run(python, SMOKE, LD_BIND_NOW="1")
     return "installed into an empty environment; smoke test"
 

@@ -39,9 +39,8 @@ def test_the_check_above_can_fail(python: Run) -> None:
 
 
 def test_with_upcast_off_torch_has_none_of_our_hooks(python: Run) -> None:
-    script = (
-        "import torch, sys; print([m for m in sys.modules if 'upcast' in m and '_editable' not in m or m == 'wrapt'], "
-    )
+    script = "import torch, sys; ours = [m for m in sys.modules if 'upcast' in m or m == 'wrapt']; "
+    script += "print([m for m in ours if not m.startswith('_editable')], "
     script += "[f for f in sys.meta_path if 'wrapt' in type(f).__module__])"
     found = python("-c", script).stdout.strip()
     assert found == "[] []"

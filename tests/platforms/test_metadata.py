@@ -18,7 +18,6 @@ LINKS = {  # as written -> with an address, without one
     "[a page](docs/a.md)": (f"[a page]({ADDRESS}/blob/main/docs/a.md)", "a page"),
     "[elsewhere](https://pytorch.org)": ("[elsewhere](https://pytorch.org)",) * 2,
     "[below](#install)": ("[below](#install)",) * 2,
-    "rows[0](x)": ("rows[0](x)",) * 2,
 }
 
 
@@ -28,7 +27,8 @@ def provider(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("UPCAST_REPOSITORY", raising=False)
     spec = importlib.util.spec_from_file_location("metadata_provider", ROOT / "tools" / "metadata_provider.py")
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
