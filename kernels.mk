@@ -6,6 +6,7 @@ KERNEL_FLAGS := -std=c++17 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -ffp-
 V3 := -mavx2 -mfma -mf16c
 V4 := $(V3) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 AMX := $(V4) -mamx-tile -mamx-bf16
+AARCH64_FLAGS := -O3 -fPIC -fno-math-errno -fno-tree-loop-distribute-patterns -fno-schedule-insns
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
 CROSS_CXX ?= aarch64-linux-gnu-g++
@@ -35,6 +36,8 @@ driver-aarch64: | $(KERNEL_BUILD)
 	@command -v $(CROSS_RUN) >/dev/null || { echo "$(CROSS_RUN) is missing; Debian: qemu-user-static" >&2; exit 1; }
 	$(CROSS_CXX) $(KERNEL_FLAGS) -O2 -static -DUPCAST_LEVEL=64 $(DRIVER) -o $(KERNEL_BUILD)/driver-aarch64
 	$(CROSS_RUN) $(KERNEL_BUILD)/driver-aarch64
+	$(CROSS_CXX) $(KERNEL_FLAGS) $(AARCH64_FLAGS) -S -DUPCAST_LEVEL=64 $(NATIVE)/simd/level.cpp -o $(KERNEL_BUILD)/level-aarch64.s
+	$(PYTHON) tools/spills.py $(KERNEL_BUILD)/level-aarch64.s
 
 # The macOS thread path cannot run here; it must keep compiling.
 check-libdispatch:
