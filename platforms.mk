@@ -5,7 +5,7 @@ ABI3 := torch_upcast-*-cp310-abi3
 RELEASE ?=
 
 # What runs under emulation: the story, kernels, fused forwards, Transformers, training and the KV cache.
-EMULATED := tests/integrations/litgpt/test_models.py tests/kernels/test_linear.py tests/kernels/test_fused.py \
+EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py tests/kernels/test_linear.py tests/kernels/test_fused.py \
   tests/kernels/test_block.py tests/kernels/test_blocks.py tests/kernels/test_survey.py tests/kernels/test_digest.py \
   tests/tensor/test_half_weight.py tests/tensor/test_gradients.py tests/patching/test_patching.py \
   tests/patching/test_training.py tests/integrations/test_fused.py tests/integrations/test_fused_cache.py \
