@@ -41,6 +41,7 @@ __all__ = [
     "look",
     "matmul",
     "meet",
+    "prefers_torch",
     "quiet",
     "rms_norm",
     "rope",
