@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make bench` and `make test`. Both set everything up in .venv first.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 # A worker per core, each with its files' fixtures; threads that wait give their core to the other worker.
@@ -25,6 +25,7 @@ help:
 	@echo "make test-versions    Transformers 4.51.3 and 4.57.6 in environments of their own (about 5 minutes)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make wheels       the sdist and wheels for every platform that can be built here, checked and tried"
+	@echo "make workflows    read the GitHub workflows with actionlint"
 	@echo "make test-aarch64 the whole package on aarch64, under qemu (half an hour)"
 	@echo "make check-macos  compile and link for Apple silicon, and look at the result"
 	@echo "make test-free-threaded  the native module under a Python without a GIL"

@@ -12,10 +12,14 @@ EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py 
   tests/integrations/test_kv_cache_rule.py tests/integrations/transformers/test_layer.py \
   tests/integrations/transformers/test_models.py tests/integrations/transformers/test_cache.py
 
-.PHONY: wheels check-macos test-aarch64 test-free-threaded
+.PHONY: workflows wheels check-macos test-aarch64 test-free-threaded
+
+# GitHub's workflows cannot run here: actionlint reads them.
+workflows: $(TOOLS)/.installed
+	$(TOOLS)/bin/actionlint
 
 # The sdist, a wheel for each platform out of it, their checks; each that this machine runs is installed and tried.
-wheels: setup $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
+wheels: setup workflows $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
 	$(TOOLS)/bin/python tools/wheels.py --page docs/platforms.md $(RELEASE)
 
 # Compiles and links everything for Apple silicon, and looks at the result; nothing of it runs here.

@@ -1,4 +1,4 @@
-"""On a Mac LitGPT takes MPS where nobody has chosen: under UPCAST=1 the CPU, with one line. Simulated: no Mac is here."""
+"""On a Mac LitGPT takes MPS where nobody has chosen: under UPCAST=1 the CPU, with one line. Simulated."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Macs leave products of many rows to torch, which has a matrix unit to itself there: here by a threshold set by hand."""
+"""Macs leave products of many rows to torch, which has a matrix unit to itself: here by a threshold set by hand."""
 
 from pathlib import Path
 from typing import Any
