@@ -106,6 +106,7 @@ def one(name: str, source: Path, output: Path) -> dict[str, str]:
     print(f"\n== {name}", flush=True)
     for old in output.glob(f"*-{target.abi}-{target.platform}.whl"):
         old.unlink()
+    shutil.rmtree(WORK / "cmake" / name, ignore_errors=True)  # an sdist's files are all of one old date
     run(
         target.python if target.python == sys.executable else helped(target.python),
         *("-m", "build", "--wheel", "--no-isolation", "--outdir", output),
