@@ -1,7 +1,7 @@
 # Two commands on a fresh machine: `make bench` and `make test`. Both set everything up in .venv first.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
+BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
 JOBS ?= 2
 # A worker per core, each with its files' fixtures; threads that wait give their core to the other worker.
@@ -9,6 +9,7 @@ PARALLEL := --numprocesses $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 include kernels.mk
+include platforms.mk
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table check format clean
@@ -24,7 +25,11 @@ help:
 	@echo "make test-versions  every supported version of every library in an environment of its own (about an hour)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
 	@echo "make sanitize-library  the same for the library itself, under the tests of what holds files (about 20 minutes)"
-	@echo "make test-aarch64 the native kernels for aarch64, under qemu"
+	@echo "make wheels       the sdist and wheels for every platform that can be built here, checked and tried"
+	@echo "make workflows    read the GitHub workflows with actionlint"
+	@echo "make test-aarch64 the whole package on aarch64, under qemu (half an hour)"
+	@echo "make check-macos  compile and link for Apple silicon, and look at the result"
+	@echo "make test-free-threaded  the native module under a Python without a GIL"
 	@echo "make fuzz         random shapes, strides and values for a minute, damaged files for another"
 	@echo "make format       format and sort imports"
 
@@ -33,6 +38,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start csrc/* csrc/*/*)
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --constraint constraints.txt torch
+	$(PIP) uninstall --yes upcast # its name until it was published; or the other project of that name
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 

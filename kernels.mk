@@ -6,12 +6,13 @@ KERNEL_FLAGS := -std=c++17 -Wall -Wextra -Werror -fno-exceptions -fno-rtti -ffp-
 V3 := -mavx2 -mfma -mf16c
 V4 := $(V3) -mavx512f -mavx512bw -mavx512dq -mavx512vl
 AMX := $(V4) -mamx-tile -mamx-bf16
+AARCH64_FLAGS := -O3 -fPIC -fno-math-errno -fno-tree-loop-distribute-patterns -fno-schedule-insns
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
 CROSS_CXX ?= aarch64-linux-gnu-g++
 CROSS_RUN ?= qemu-aarch64-static
 
-.PHONY: sanitize sanitize-library fuzz test-aarch64 check-libdispatch
+.PHONY: sanitize sanitize-library fuzz driver-aarch64 check-libdispatch
 
 # Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan.
 sanitize: | $(KERNEL_BUILD)
@@ -27,7 +28,7 @@ sanitize-library: setup
 	rm -rf $(ASAN) && $(PYTHON) -m venv --without-pip $(ASAN)/venv
 	CXXFLAGS="-O1 -g -fsanitize=address,undefined" $(PIP) wheel --no-deps --wheel-dir $(ASAN) .
 	for site in $(ASAN)/venv/lib/python3*/site-packages; do \
-	  $(PYTHON) -m zipfile -e $(ASAN)/upcast-*.whl $$site && echo $(CURDIR)/$(VENV)/lib/python3*/site-packages > $$site/borrowed.pth; done
+	  $(PYTHON) -m zipfile -e $(ASAN)/*.whl $$site && echo $(CURDIR)/$(VENV)/lib/python3*/site-packages > $$site/borrowed.pth; done
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
 	  $(ASAN)/venv/bin/python -m pytest -m "not slow" $(ARGS) $(ASAN_TESTS)
 
@@ -40,11 +41,14 @@ fuzz: | $(KERNEL_BUILD)
 	$(PYTHON) tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
 	$(PYTHON) -m tests.fuzz_files $(FUZZ_SECONDS)
 
-test-aarch64: | $(KERNEL_BUILD)
+# The kernels alone, compiled by gcc; `make test-aarch64` runs the whole package.
+driver-aarch64: | $(KERNEL_BUILD)
 	@command -v $(CROSS_CXX) >/dev/null || { echo "$(CROSS_CXX) is missing; Debian: g++-aarch64-linux-gnu" >&2; exit 1; }
 	@command -v $(CROSS_RUN) >/dev/null || { echo "$(CROSS_RUN) is missing; Debian: qemu-user-static" >&2; exit 1; }
 	$(CROSS_CXX) $(KERNEL_FLAGS) -O2 -static -DUPCAST_LEVEL=64 $(DRIVER) -o $(KERNEL_BUILD)/driver-aarch64
 	$(CROSS_RUN) $(KERNEL_BUILD)/driver-aarch64
+	$(CROSS_CXX) $(KERNEL_FLAGS) $(AARCH64_FLAGS) -S -DUPCAST_LEVEL=64 $(NATIVE)/simd/level.cpp -o $(KERNEL_BUILD)/level-aarch64.s
+	$(PYTHON) tools/spills.py $(KERNEL_BUILD)/level-aarch64.s
 
 # The macOS thread path cannot run here; it must keep compiling.
 check-libdispatch:

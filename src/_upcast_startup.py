@@ -27,6 +27,8 @@ TARGETS = (
     "transformers.modeling_utils",
     "diffusers.models.modeling_utils",
 )
+_FIRST = b'"""float16 weights, float32 math'  # of our package's __init__.py
+_REMEDY = "pip uninstall upcast && pip install --force-reinstall --no-deps torch-upcast"
 _OFF = ("", "0", "false", "off", "no")
 _started: list[bool] = []
 _failures: set[str] = set()
@@ -55,6 +57,8 @@ def started() -> bool:
 def _activate(module: ModuleType) -> None:
     """Never let a failure of ours break the import of somebody's library: warn, once."""
     try:
+        if stranger := taken():
+            raise ImportError(stranger)
         from upcast.integrations import activation
 
         activation.activate(module)
@@ -62,6 +66,35 @@ def _activate(module: ModuleType) -> None:
         if str(error) not in _failures:  # one library has several modules that we wait for
             _failures.add(str(error))
             _warn(f"upcast is not active for {module.__name__}: {error}")
+
+
+def taken() -> str | None:
+    """Say who took our place, where something else is imported as ``upcast``: PyPI has a project of that name."""
+    import importlib.util
+
+    spec = importlib.util.find_spec("upcast")
+    if spec is None or (spec.origin and _is_ours(spec.origin)):
+        return None
+    where = spec.origin or ", ".join(spec.submodule_search_locations or ())
+    return f"'import upcast' finds another project of that name ({where}). Run: {_REMEDY}"
+
+
+def _is_ours(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(_FIRST)) == _FIRST
+    except OSError:  # in an archive, for one: not to be told apart
+        return True
+
+
+def command() -> int:
+    """Run the command line."""
+    if stranger := taken():
+        sys.stderr.write(f"upcast: {stranger}\n")
+        return 2
+    from upcast.cli.main import main
+
+    return main()
 
 
 def _warn(message: str) -> None:

@@ -23,6 +23,23 @@ class Released {
     PyThreadState *state_;
 };
 
+// Nobody else changes `object` during the life of this one. Where there is a GIL, that is what it is for.
+class Locked {
+  public:
+    Locked(const Locked &) = delete;
+    Locked &operator=(const Locked &) = delete;
+#ifdef Py_GIL_DISABLED
+    explicit Locked(PyObject *object) { PyCriticalSection_Begin(&section_, object); }
+    ~Locked() { PyCriticalSection_End(&section_); }
+
+  private:
+    PyCriticalSection section_;
+#else
+    explicit Locked(PyObject *) {}
+    ~Locked() {}
+#endif
+};
+
 // These set the error and return false.
 bool take_count(const char *function, Py_ssize_t given, Py_ssize_t wanted);
 bool read_threads(PyObject *object, int &threads);

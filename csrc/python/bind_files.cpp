@@ -6,6 +6,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#if defined(__linux__)
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -17,6 +18,7 @@
 #include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
+#endif
 
 namespace upcast {
 

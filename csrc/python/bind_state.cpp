@@ -39,6 +39,7 @@ class Dicts {
 };
 
 bool same_values(PyObject *dict, Kept &kept) {
+    const Locked mine(dict);
     PyObject *value;
     for (Py_ssize_t position = 0; PyDict_Next(dict, &position, nullptr, &value);) {
         if (!kept.next_is(value)) return false;

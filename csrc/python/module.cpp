@@ -1,6 +1,7 @@
 // The Python module upcast.kernels._native: its functions, and what they share.
 #include "python/bind.hpp"
 #include "runtime/dispatch.hpp"
+#include "runtime/tuning.hpp"
 #include "runtime/threads.hpp"
 
 namespace upcast {
@@ -77,6 +78,8 @@ PyObject *py_levels(PyObject *, PyObject *) {
 
 PyObject *py_level(PyObject *, PyObject *) { return PyUnicode_FromString(current_level().name); }
 
+PyObject *py_torch_rows(PyObject *, PyObject *) { return PyLong_FromLongLong(tuning(current_level().isa).torch_rows); }
+
 PyObject *py_force_level(PyObject *, PyObject *name) {
     PyObject *bytes = PyUnicode_AsUTF8String(name);
     if (!bytes) return nullptr;
@@ -130,6 +133,7 @@ PyMethodDef METHODS[] = {
     {"pool", py_pool, METH_NOARGS, nullptr},
     {"levels", py_levels, METH_NOARGS, nullptr},
     {"level", py_level, METH_NOARGS, nullptr},
+    {"torch_rows", py_torch_rows, METH_NOARGS, nullptr},
     {"force_level", py_force_level, METH_O, nullptr},
     {"compiler", py_compiler, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
@@ -142,6 +146,10 @@ PyModuleDef MODULE = {PyModuleDef_HEAD_INIT, "_native", nullptr, -1, METHODS, nu
 
 PyMODINIT_FUNC PyInit__native() {
     PyObject *module = PyModule_Create(&upcast::MODULE);
+#ifdef Py_GIL_DISABLED
+    // What threads share here is written at import, or is one word that is read and written whole (docs/platforms.md).
+    if (module) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
     // Until setup() is called, refusals are plain ValueErrors.
     if (module) upcast::set_error_class(PyExc_ValueError);
     return module;

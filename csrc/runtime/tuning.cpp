@@ -8,7 +8,7 @@ namespace upcast {
 
 namespace {
 
-enum class Family { any, intel, other };
+enum class Family { any, intel, apple, other };
 
 struct Row {
     Family family;
@@ -18,9 +18,10 @@ struct Row {
 
 // The first row that fits counts. What each reading is: simd/linear_dot.hpp, simd/linear_far.hpp.
 constexpr Row TABLE[] = {
-    {Family::intel, Isa::any, {Reading::near_streams}},    // measured on Intel's with AMX
-    {Family::any, Isa::x86_64_v3, {Reading::far_streams}}, // on Zen 3
-    {Family::any, Isa::any, {Reading::one_stream}},        // on Zen 4 and 5
+    {Family::intel, Isa::any, {Reading::near_streams, 0}},    // measured on Intel's with AMX
+    {Family::apple, Isa::any, {Reading::one_stream, 16}},     // not measured: Accelerate has a matrix unit to itself
+    {Family::any, Isa::x86_64_v3, {Reading::far_streams, 0}}, // on Zen 3
+    {Family::any, Isa::any, {Reading::one_stream, 0}},        // on Zen 4 and 5
 };
 
 Family ask() {
@@ -28,16 +29,18 @@ Family ask() {
     uint32_t a, b, c, d;
     if (!__get_cpuid(0, &a, &b, &c, &d)) return Family::other;
     if (b == 0x756e6547) return Family::intel; // "Genu" of GenuineIntel
+#elif defined(__APPLE__)
+    return Family::apple;
 #endif
     return Family::other;
 }
 
 Family family() {
-    // Asked once: a virtual machine answers cpuid in microseconds.
-    static Family known = Family::any;
-    Family found = __atomic_load_n(&known, __ATOMIC_RELAXED);
-    if (found == Family::any) __atomic_store_n(&known, found = ask(), __ATOMIC_RELAXED);
-    return found;
+    // Asked once: a virtual machine answers cpuid in microseconds. An int: clang has no atomics of enumerations.
+    static int known = static_cast<int>(Family::any);
+    int found = __atomic_load_n(&known, __ATOMIC_RELAXED);
+    if (found == static_cast<int>(Family::any)) __atomic_store_n(&known, found = static_cast<int>(ask()), __ATOMIC_RELAXED);
+    return static_cast<Family>(found);
 }
 
 } // namespace

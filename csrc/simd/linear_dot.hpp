@@ -18,12 +18,13 @@ namespace UPCAST_NS {
 // Where no instruction widens halves, a stretch of weights is widened once for many rows of x.
 constexpr bool WIDEN_ONCE = UPCAST_LEVEL == 1;
 constexpr int DOT_COLS = REGISTERS == 32 ? 8 : 4;
-// With more rows than one tile holds, seven by four uses the registers best.
-constexpr int DOT_COLS_MANY = REGISTERS == 32 ? 7 : 4;
+// With more rows than one tile holds, seven by four uses the registers best; on aarch64 six by four.
+constexpr int DOT_COLS_MANY = UPCAST_LEVEL == 64 ? 6 : REGISTERS == 32 ? 7 : 4;
 
 // Rows of weights per tile for each number of rows of x: as many as the registers hold.
 constexpr int dot_rows(int cols) {
     if (cols == 1) return 1;
+    if (UPCAST_LEVEL == 64) return cols <= 6 ? 4 : 3; // no product reads memory: seven by four need 33 registers
     return REGISTERS == 32 ? (cols <= 7 ? 4 : 3) : (cols <= 3 ? 4 : 3);
 }
 

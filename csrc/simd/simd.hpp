@@ -129,9 +129,19 @@ UPCAST_INLINE void store_half(uint16_t *p, vf v) {
 }
 UPCAST_INLINE vf vsqrt(vf v) { return (vf)_mm256_sqrt_ps((__m256)v); }
 #elif UPCAST_LEVEL == 64
+#if defined(__clang__)
 UPCAST_INLINE vf load_half(const uint16_t *p) {
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
 }
+#else
+// Without intrinsics: gcc takes each for a call that may read memory, and stores all sums of a tile in every step.
+typedef uint16_t halves __attribute__((vector_size(8), aligned(2), may_alias));
+UPCAST_INLINE vf load_half(const uint16_t *p) {
+    vf wide;
+    __asm__("fcvtl %0.4s, %1.4h" : "=w"(wide) : "w"(*reinterpret_cast<const halves *>(p)));
+    return wide;
+}
+#endif
 UPCAST_INLINE void store_half(uint16_t *p, vf v) {
     vst1_u16(p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
 }

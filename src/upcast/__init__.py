@@ -1,7 +1,6 @@
 """float16 weights, float32 math, no NaNs: one line, on any PyTorch model, on CPU."""
 
 from importlib import import_module as _import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -11,6 +10,7 @@ from upcast.analysis.certify import Certificate, certify
 from upcast.analysis.diagnose import Diagnosis, diagnose
 from upcast.analysis.search import SearchResult, search
 from upcast.api import patch, patched, plan, report, unpatch
+from upcast.core.about import VERSION as _VERSION
 from upcast.core.errors import UpcastError
 from upcast.guard.headroom import Headroom
 from upcast.integrations.litgpt.load import load_litgpt
@@ -58,7 +58,7 @@ __all__ = [
     "search",
     "unpatch",
 ]
-__version__ = version("upcast")
+__version__ = _VERSION
 
 del (
     _attention,
@@ -70,7 +70,6 @@ del (
     _products,
     _recurrent,
     _shallow_copy,
-    version,
 )  # imported so that HalfWeight and torch.compile know the operations
 
 

@@ -39,9 +39,10 @@ def test_the_check_above_can_fail(python: Run) -> None:
 
 
 def test_with_upcast_off_torch_has_none_of_our_hooks(python: Run) -> None:
-    script = "import torch, sys; print([m for m in sys.modules if 'upcast' in m or m == 'wrapt'], "
+    script = "import torch, sys; ours = [m for m in sys.modules if 'upcast' in m or m == 'wrapt']; "
+    script += "print([m for m in ours if not m.startswith('_editable')], "
     script += "[f for f in sys.meta_path if 'wrapt' in type(f).__module__])"
-    found = python("-c", script).stdout.replace("'_editable_skbc_upcast'", "").strip()
+    found = python("-c", script).stdout.strip()
     assert found == "[] []"
 
 
@@ -89,6 +90,28 @@ def test_nothing_breaks_a_start_or_an_import(python: Run, tmp_path: Path, case: 
     assert result.stdout.strip() == "fine", result.stderr
     assert result.stderr.count(said) == 1
     assert "Traceback" not in result.stderr
+
+
+STRANGERS = {  # what else may be imported as upcast: PyPI's project of that name for one
+    "a package": ("upcast/__init__.py", "1 / 0"),
+    "a package that says nothing": ("upcast/__init__.py", ""),
+    "a module": ("upcast.py", "import sys"),
+}
+
+
+@pytest.mark.parametrize("case", STRANGERS)
+def test_another_project_in_our_place_is_named(python: Run, tmp_path: Path, case: str) -> None:
+    name, content = STRANGERS[case]
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    said = f"'import upcast' finds another project of that name ({tmp_path / name}). Run: pip uninstall upcast"
+    result = python("-c", "import litgpt, transformers; print('fine')", UPCAST="1", PYTHONPATH=str(tmp_path))
+    assert result.stdout.strip() == "fine", result.stderr
+    assert result.stderr.count(said) == 1
+    command = "import _upcast_startup; raise SystemExit(_upcast_startup.command())"
+    result = python("-c", command, PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert said in result.stderr
 
 
 def test_child_processes_inherit_it(python: Run) -> None:

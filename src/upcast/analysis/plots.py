@@ -25,7 +25,7 @@ def figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise UpcastError(
-            "pictures need matplotlib, which is not installed. Run: pip install 'upcast[plot]'."
+            "pictures need matplotlib, which is not installed. Run: pip install 'torch-upcast[plot]'."
         ) from None
     return Figure(figsize=(width, height), dpi=150, layout="constrained")
 

@@ -49,7 +49,7 @@ class Result(ABC):
         """Write a picture, a PNG, to ``path``, and return it.
 
         Raises:
-            UpcastError: matplotlib is not installed (pip install 'upcast[plot]').
+            UpcastError: matplotlib is not installed (pip install 'torch-upcast[plot]').
         """
         self._draw(Path(path))
         return Path(path)

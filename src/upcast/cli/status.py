@@ -12,6 +12,7 @@ import torch
 import _upcast_startup
 from upcast import kernels
 from upcast.core import config, console, torch_private
+from upcast.core.about import VERSION
 from upcast.integrations.litgpt import versions as litgpt_versions
 from upcast.integrations.transformers import versions as transformers_versions
 from upcast.integrations.versions import installed, newer
@@ -24,7 +25,7 @@ def describe() -> str:
     """Return the whole status as a table of topic and finding."""
     settings = config.read()
     rows = [
-        ("upcast", f"{_version('upcast')} on Python {platform.python_version()}, {platform.machine()}"),
+        ("upcast", f"{VERSION} on Python {platform.python_version()}, {platform.machine()}"),
         ("active", _active(settings.enabled)),
         ("start-up file", _startup_file()),
         ("loaders", ", ".join(_loader(target) for target in _upcast_startup.TARGETS)),

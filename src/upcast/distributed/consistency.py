@@ -2,11 +2,11 @@
 
 import zlib
 from collections.abc import Mapping
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
+from upcast.core.about import VERSION
 from upcast.core.pages import give_back_pages
 
 _SAMPLE = 16  # numbers from each place of a tensor
@@ -15,7 +15,7 @@ _SAMPLE = 16  # numbers from each place of a tensor
 def record(config: bytes, weights: Mapping[str, Tensor], **options: str) -> dict[str, str]:
     """Return the record of a model with this configuration and these weights, loaded with ``options``."""
     return {
-        "upcast version": version("upcast"),
+        "upcast version": VERSION,
         "torch version": torch.__version__,
         "model config": f"{zlib.crc32(config):08x}",
         "checkpoint": fingerprint(weights),

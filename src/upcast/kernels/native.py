@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd import profiler
 
 from upcast.core.errors import KernelError, UpcastError
-from upcast.kernels import native_library
+from upcast.kernels import native_library, portable
 from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec
-from upcast.kernels.native_library import available, info, level, load_error, set_isa
+from upcast.kernels.native_library import available, info, level, load_error, prefers_torch, set_isa
 from upcast.kernels.reference import Survey
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "look",
     "matmul",
     "meet",
+    "prefers_torch",
     "quiet",
     "rms_norm",
     "rope",
@@ -101,6 +102,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     float32, contiguous. residual: (..., N) float32, any strides, added after the sum over K.
     Returns (..., N) float32.
     """
+    if native_library.torch_rows and prefers_torch(x.numel() // max(1, x.size(-1))):
+        return portable.linear(x, weight, bias, residual)
     shape = [*x.shape] or [0]
     shape[-1] = weight.size(0)
     out = x.new_empty(*shape)  # sizes one by one are read in half the time, and this is called for every product
@@ -114,6 +117,8 @@ def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
 
     This is also the gradient of `linear` with respect to x, and GPT-2's Conv1D. Returns (..., N) float32.
     """
+    if prefers_torch(x.numel() // max(1, x.size(-1))):
+        return portable.matmul(x, weight, bias, residual)
     return _product(x.new_empty((*x.shape[:-1], weight.shape[-1])), (x, weight, bias, residual), True)
 
 
@@ -135,6 +140,8 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor, transposed: bool =
     x: (T, K) float32. weight: (E, N, K) float16, or (E, K, N) when transposed. counts: (E,) int64, the
     rows of each expert, adding up to T. Returns (T, N) float32.
     """
+    if prefers_torch(x.shape[0] // max(1, len(counts))):
+        return portable.grouped_linear(x, weight, counts, transposed)
     width = weight.shape[-1] if transposed else weight.shape[-2]
     out = _empty((x.shape[0], width), dtype=_float32, device=_CPU)
     views = [_describe(tensor) for tensor in (out, x, weight, counts)]

@@ -32,9 +32,17 @@ def _attach_pool(module: ModuleType) -> None:
 _module, _load_error = _load()
 native: Any = _module
 exchange = False
+torch_rows = 0
+"""Rows of x from which torch's own product on upcast tiles is faster than ours; 0: never (csrc/runtime/tuning.cpp)."""
 if _module is not None:
     exchange = _module.setup(KernelError, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
     _attach_pool(_module)
+    torch_rows = _module.torch_rows()
+
+
+def prefers_torch(rows: int) -> bool:
+    """Whether a product of so many rows of x is left to torch."""
+    return 0 < torch_rows <= rows
 
 
 def available() -> bool:

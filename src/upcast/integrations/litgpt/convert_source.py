@@ -1,7 +1,6 @@
 """The checkpoint folder that a conversion reads: what must be in it, and what comes along to the float16 copy."""
 
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from upcast.checkpoint import reading
 from upcast.checkpoint.output_folder import OWN, WEIGHTS
+from upcast.core.about import VERSION
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import is_plain
 
@@ -51,11 +51,11 @@ class Source:
     @property
     def mark(self) -> dict[str, Any]:
         """What a plan and a manifest begin with."""
-        return {"upcast": version("upcast"), "source": self.identity, "beside": [p.name for p in beside(self.folder)]}
+        return {"upcast": VERSION, "source": self.identity, "beside": [p.name for p in beside(self.folder)]}
 
     def is_of(self, content: dict[str, Any]) -> bool:
         """Whether a plan or a manifest was made of this checkpoint, by this version."""
-        return content.get("source") == self.identity and content.get("upcast") == version("upcast")
+        return content.get("source") == self.identity and content.get("upcast") == VERSION
 
     @property
     def is_usable(self) -> bool:

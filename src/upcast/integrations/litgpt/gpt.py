@@ -234,7 +234,7 @@ class FusedGPT(LitGPTForward):
     def _start(self, idx: Tensor, input_pos: Tensor | None, maxp1: int | None) -> int | None:
         """Return the first position, or None if LitGPT's own forward has to do it (or to refuse it)."""
         gpt = self.module
-        if kernels.active() is not native or transforms.active():
+        if kernels.active() is not native or transforms.active() or native.prefers_torch(idx.numel()):
             return None
         if autocast.enabled() or (torch.is_grad_enabled() and any(p.requires_grad for p in gpt.parameters())):
             return None

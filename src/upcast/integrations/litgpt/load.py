@@ -192,12 +192,13 @@ def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> An
         call = arguments(wrapped, args, kwargs)
         if call["distribute"] != "auto":  # distribute() comes later
             raise NotOurs
-        if accelerator("auto") != "cpu":
+        if accelerator("auto") == "cuda" or (call["init"] != "pretrained" and accelerator("auto") != "cpu"):
             raise NotOurs(f"the model goes to {accelerator('auto')}, not to the CPU")
         if call["init"] != "pretrained":
             return _patched(theirs())
         llm = wrapped(**{**call, "distribute": None})
         _place(llm, None)
+        _say_where("LLM.load")
         return llm
 
     return stepping_aside.attempt("LLM.load", ours, theirs)
@@ -221,8 +222,16 @@ def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -
         if reason:
             raise NotOurs(reason)
         _place(llm, call["fixed_kv_cache_size"])
+        if call["accelerator"] == "auto":
+            _say_where("LLM.distribute")
 
     return stepping_aside.attempt("LLM.distribute", ours, lambda: wrapped(*args, **kwargs))
+
+
+def _say_where(what: str) -> None:
+    """Say on a Mac that the model is not where LitGPT takes it by itself: nobody had asked for that device."""
+    if accelerator("auto") == "mps":
+        stepping_aside.say_once(f"{what} chose the CPU, where upcast works, not MPS; accelerator='mps' asks for that")
 
 
 # Of these, patching gives the numbers or better ones, in less memory; mixed ones and float64 are something else.
@@ -232,7 +241,7 @@ _IN_FLOAT32 = (None, 32, "32", "32-true", "16-true", "bf16-true")
 def _not_ours(llm: Any, call: dict[str, Any]) -> str:
     """Return why this call of LLM.distribute is not for upcast, or an empty string."""
     target = accelerator(call["accelerator"])
-    if target != "cpu":
+    if target != "cpu" and (call["accelerator"] != "auto" or target != "mps"):
         return f"accelerator={target!r} is not the CPU"
     if llm.checkpoint_dir is None:
         return "there is no checkpoint"

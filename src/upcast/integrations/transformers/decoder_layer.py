@@ -68,6 +68,8 @@ class FusedDecoderLayer(TransformersForward):
             return False
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or x.shape[1] != 1:
             return False
+        if native.prefers_torch(x.shape[0]):
+            return False
         return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
 
     def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:

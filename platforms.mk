@@ -1,0 +1,45 @@
+# Targets that build and try upcast for other platforms than this one, included by the Makefile. See docs/platforms.md.
+PLATFORMS := build/platforms
+TOOLS := $(PLATFORMS)/tools
+ABI3 := torch_upcast-*-cp310-abi3
+RELEASE ?=
+
+# What runs under emulation: the story, kernels, fused forwards, Transformers, training and the KV cache.
+EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py tests/kernels/test_linear.py tests/kernels/test_fused.py \
+  tests/kernels/test_block.py tests/kernels/test_blocks.py tests/kernels/test_survey.py tests/kernels/test_digest.py \
+  tests/tensor/test_half_weight.py tests/tensor/test_gradients.py tests/patching/test_patching.py \
+  tests/patching/test_training.py tests/integrations/test_fused.py tests/integrations/test_fused_cache.py \
+  tests/integrations/test_kv_cache_rule.py tests/integrations/transformers/test_layer.py \
+  tests/integrations/transformers/test_models.py tests/integrations/transformers/test_cache.py
+
+.PHONY: workflows wheels check-macos test-aarch64 test-free-threaded
+
+# GitHub's workflows cannot run here: actionlint reads them.
+workflows: $(TOOLS)/.installed
+	$(TOOLS)/bin/actionlint
+
+# The sdist, a wheel for each platform out of it, their checks; each that this machine runs is installed and tried.
+wheels: setup workflows $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
+	$(TOOLS)/bin/python tools/wheels.py --page docs/platforms.md $(RELEASE)
+
+# Compiles and links everything for Apple silicon, and looks at the result; nothing of it runs here.
+check-macos: $(TOOLS)/.installed
+	$(TOOLS)/bin/python tools/wheels.py macos-arm64
+
+# The whole package on an emulated aarch64.
+test-aarch64: $(TOOLS)/.installed
+	$(TOOLS)/bin/python tools/wheels.py linux-aarch64
+	$(PYTHON) tools/aarch64.py $(PLATFORMS)/dist/$(ABI3)-manylinux_2_28_aarch64.whl $(or $(ARGS),$(EMULATED))
+
+# The native module without a GIL, from many threads.
+test-free-threaded: $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
+	$(TOOLS)/bin/python tools/wheels.py free-threaded
+
+$(PLATFORMS)/python3.13t/bin/python3.13t:
+	mkdir -p $(PLATFORMS)
+	test -n "$(FREE_THREADED)" || $(PYTHON) tools/free_threaded.py $(PLATFORMS)/python3.13t
+
+$(TOOLS)/.installed: tools/requirements.txt
+	test -d $(TOOLS) || $(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install -r tools/requirements.txt
+	touch $@
