@@ -3,10 +3,12 @@
 apt-get resolves and downloads with an empty state, for any architecture; dpkg unpacks. Nothing is installed.
 """
 
+import os
+import re
 import subprocess
 from pathlib import Path
 
-MIRROR = "http://deb.debian.org/debian"
+SOURCES = Path("/etc/apt")
 KEYS = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
 CONFIG = """\
@@ -25,6 +27,16 @@ APT::Install-Recommends "false";
 """
 
 
+def mirror() -> str:
+    """Return the mirror of this system's own lists, or DEBIAN_MIRROR."""
+    named = os.environ.get("DEBIAN_MIRROR", "")
+    lists = [*SOURCES.glob("sources.list.d/*"), *SOURCES.glob("sources.list")]
+    found = [url for each in lists for url in re.findall(r"https?://\S+/debian/?(?=\s)", each.read_text() + "\n")]
+    if not (named or found):
+        raise SystemExit("no Debian mirror in /etc/apt; set DEBIAN_MIRROR to the address of one")
+    return named or str(found[0])
+
+
 class Debian:
     """One suite for one architecture, with its lists in ``folder``."""
 
@@ -34,7 +46,7 @@ class Debian:
         for each in ("state/lists/partial", "cache/archives/partial"):
             (folder / each).mkdir(parents=True, exist_ok=True)
         (folder / "state" / "status").touch()
-        lines = [f"{kind} [signed-by={KEYS}] {MIRROR} {suite} main" for kind in ("deb", "deb-src")]
+        lines = [f"{kind} [signed-by={KEYS}] {mirror()} {suite} main" for kind in ("deb", "deb-src")]
         (folder / "sources.list").write_text("\n".join(lines) + "\n")
         self.config.write_text(CONFIG.format(architecture=architecture, folder=folder))
         self._apt("update")

@@ -92,6 +92,8 @@ def test_nothing_breaks_a_start_or_an_import(python: Run, tmp_path: Path, case: 
     assert "Traceback" not in result.stderr
 
 
+# In an editable install ours is found before the path is searched.
+ON_THE_PATH = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'Redirecting' not in type(f).__name__]; "
 STRANGERS = {  # what else may be imported as upcast: PyPI's project of that name for one
     "a package": ("upcast/__init__.py", "1 / 0"),
     "a package that says nothing": ("upcast/__init__.py", ""),
@@ -105,10 +107,12 @@ def test_another_project_in_our_place_is_named(python: Run, tmp_path: Path, case
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     said = f"'import upcast' finds another project of that name ({tmp_path / name}). Run: pip uninstall upcast"
-    result = python("-c", "import litgpt, transformers; print('fine')", UPCAST="1", PYTHONPATH=str(tmp_path))
+    result = python(
+        "-c", f"{ON_THE_PATH}import litgpt, transformers; print('fine')", UPCAST="1", PYTHONPATH=str(tmp_path)
+    )
     assert result.stdout.strip() == "fine", result.stderr
     assert result.stderr.count(said) == 1
-    command = "import _upcast_startup; raise SystemExit(_upcast_startup.command())"
+    command = f"{ON_THE_PATH}import _upcast_startup; raise SystemExit(_upcast_startup.command())"
     result = python("-c", command, PYTHONPATH=str(tmp_path))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert said in result.stderr

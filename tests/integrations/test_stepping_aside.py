@@ -351,7 +351,6 @@ def test_a_cache_that_cannot_be_downcast_stays_as_it_is(
 # --- versions of LitGPT that lack something ---------------------------------------------------------------------------
 
 MISSING = [
-    ("litgpt.model", "MultiheadLatentAttention"),
     ("litgpt.model", "LLaMAMoE"),
     ("litgpt.generate.base", "batched_next_token"),
 ]
@@ -361,7 +360,7 @@ MISSING = [
 def test_another_version_of_litgpt(
     folder: Path, module: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """0.4.11 has none of these: models are patched, and run LitGPT's own forwards."""
+    """Of a version without one of these: models are patched, and run LitGPT's own forwards."""
     monkeypatch.setenv("UPCAST", "1")
     want = llm_load(folder)
     monkeypatch.delattr(f"{module}.{name}")
@@ -380,9 +379,9 @@ def test_another_version_of_litgpt(
 def test_nothing_is_missing_in_this_version_of_litgpt() -> None:
     import litgpt.model
 
-    from upcast.integrations.litgpt.install import _missing
+    from upcast.integrations.litgpt.versions import why_unfused
 
-    assert _missing(litgpt.model) == ""
+    assert why_unfused(litgpt.model) == ""
 
 
 def test_activation_wraps_all_or_nothing() -> None:

@@ -9,7 +9,6 @@ A `Session` is a `TorchFunctionMode` that the forward of a patched module enters
 exists in one thread, for one call, and ends with it.
 """
 
-import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from upcast.core.torch_modes import function_modes
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.policy import op_classes
 from upcast.policy.policy import ALL
@@ -31,11 +31,6 @@ STORED = "stored"  # a parameter, a buffer or an input: as wide as the operation
 
 Observer = Callable[["Session", str | None, str, list[Tensor], Any], None]
 
-_MODULE_CLASSES = (
-    (re.compile(r"norm", re.IGNORECASE), "norm"),
-    (re.compile(r"(gelu|silu|swish|relu|mish|activation|sigmoid|tanh)", re.IGNORECASE), "activation"),
-    (re.compile(r"softmax", re.IGNORECASE), "softmax"),
-)
 _VIEWS = frozenset(f for f, handler in HANDLERS.items() if getattr(handler, "func", None) is view_ops._view) | {
     Tensor.__getitem__,
     *view_ops.named("detach as_strided unfold split_with_sizes"),
@@ -75,14 +70,6 @@ def mark_buffers(module: nn.Module) -> None:
             mark(buffer, STORED)
 
 
-def module_class(module: nn.Module) -> str | None:
-    """Return the op class of all that a module computes, if its kind says so: hand-written norms, activations."""
-    if next(module.children(), None) is not None:
-        return None
-    name = type(module).__name__
-    return next((op_class for pattern, op_class in _MODULE_CLASSES if pattern.search(name)), None)
-
-
 class Frame:
     """One module at work: its name, the classes upcast in it, and the class that all its operations belong to."""
 
@@ -106,24 +93,28 @@ class Session(TorchFunctionMode):
         self.owner = owner
         self.frames: list[Frame] = []
         self.before: Session | None = None
+        self.depth = 0  # how many modes there were before
+        self.ended = False  # by an interruption, after which torch may yet put it back
 
     def __enter__(self) -> "Session":
-        self.before = current()
+        self.before, self.depth = current(), torch._C._len_torch_function_stack()
         super().__enter__()  # type: ignore[no-untyped-call]
         _local.session = self
         return self
 
     def __exit__(self, *exception: Any) -> None:
         _local.session = self.before
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        if function_modes() > self.depth:  # torch takes it off and on, and may have been interrupted
+            super().__exit__(*exception)  # type: ignore[no-untyped-call]
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Return what ``function`` gives within the session, which an interruption of its end ends as well."""
-        before, depth = current(), torch._C._len_torch_function_stack()
+        before, depth = current(), function_modes()
         try:
             with self:
                 return function()
         except BaseException:
+            self.ended = True
             while torch._C._len_torch_function_stack() > depth:
                 torch._C._pop_torch_function_stack()
             _local.session = before

@@ -17,7 +17,8 @@ from upcast.core.errors import UpcastError
 from upcast.core.forward_override import Forward
 from upcast.core.module_tree import modules, named_modules
 from upcast.core.pattern import matches
-from upcast.policy.mode import STORED, Frame, Observer, Session, current, mark, mark_of, module_class
+from upcast.policy.mode import STORED, Frame, Observer, Session, current, mark, mark_of
+from upcast.policy.op_classes import module_class
 from upcast.policy.policy import Policy
 from upcast.tensor import autocast
 from upcast.tensor.half_weight import HalfWeight

@@ -5,7 +5,10 @@ What is left out follows its inputs: float32 when one of them is the result of a
 """
 
 import functools
+import re
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from upcast.policy.policy import CLASSES
 
@@ -152,6 +155,12 @@ _SUMS_AND_GATES = "add sub subtract rsub lerp mul multiply div divide true_divid
 _OF_ACTIVATIONS = frozenset(_SUMS_AND_GATES.split())
 _ASKS = frozenset(LEFT_OUT["asks about a tensor, or hands it to Python"].split())
 
+_MODULE_CLASSES = (
+    (re.compile(r"norm", re.IGNORECASE), "norm"),
+    (re.compile(r"(gelu|silu|swish|relu|mish|activation|sigmoid|tanh)", re.IGNORECASE), "activation"),
+    (re.compile(r"softmax", re.IGNORECASE), "softmax"),
+)
+
 
 class Known(NamedTuple):
     """What is known of a function without its arguments.
@@ -205,6 +214,14 @@ def _writes(function: Any) -> bool:
     if name.startswith("__"):
         return name == "__setitem__" or (name.startswith("__i") and name not in ("__int__", "__index__", "__invert__"))
     return name.endswith("_")
+
+
+def module_class(module: nn.Module) -> str | None:
+    """Return the op class of all that a module computes, if its kind says so: hand-written norms, activations."""
+    if next(module.children(), None) is not None:
+        return None
+    name = type(module).__name__
+    return next((op_class for pattern, op_class in _MODULE_CLASSES if pattern.search(name)), None)
 
 
 def of_activations(name: str) -> bool:

@@ -55,9 +55,12 @@ class Held:
         return same
 
     def clear(self, caches: Sequence[Any], start: int) -> None:
-        """Make the rows from ``start`` on zero that LitGPT would have."""
+        """Make the rows from ``start`` on zero that LitGPT would have.
+
+        Not under torch.inference_mode: it is Python code, and an interruption as it is left would leave it on.
+        """
         if self.stale > start:
-            with torch.inference_mode():  # which may write to tensors that were made in it
+            with torch._C._InferenceMode(True):  # what was made in it can be written to there alone
                 for buffer in rows_of(caches):
                     buffer[:, :, start : self.stale].zero_()
         self.stale = 0
@@ -71,7 +74,7 @@ class Held:
             self.forget()
             return
         self.stale = count
-        with torch.inference_mode():
+        with torch._C._InferenceMode(True):
             for new, old in pairs:
                 new[:, :, :count].copy_(old[:, :, :count])
 
