@@ -56,7 +56,7 @@ def ordinary(tensor: torch.Tensor) -> torch.Tensor:
 def function_modes() -> int:
     """Return how many function modes there are; those that torch put back after an interruption had ended them go."""
     depth = torch._C._len_torch_function_stack()
-    while depth and getattr(torch._C._get_function_stack_at(depth - 1), "ended", False):
+    while depth and getattr(torch._C._get_function_stack_at(depth - 1), "ended_by_upcast", False):
         torch._C._pop_torch_function_stack()
         depth -= 1
     return depth

@@ -94,7 +94,7 @@ class Session(TorchFunctionMode):
         self.frames: list[Frame] = []
         self.before: Session | None = None
         self.depth = 0  # how many modes there were before
-        self.ended = False  # by an interruption, after which torch may yet put it back
+        self.ended_by_upcast = False  # by an interruption, after which torch may yet put it back
 
     def __enter__(self) -> "Session":
         self.before, self.depth = current(), torch._C._len_torch_function_stack()
@@ -114,7 +114,7 @@ class Session(TorchFunctionMode):
             with self:
                 return function()
         except BaseException:
-            self.ended = True
+            self.ended_by_upcast = True
             while torch._C._len_torch_function_stack() > depth:
                 torch._C._pop_torch_function_stack()
             _local.session = before
