@@ -5,16 +5,9 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 import upcast.core.torch_private as _torch_private  # noqa: F401 - first: it says what a torch lacks
-from upcast.analysis.ablate import Ablation, ablate
-from upcast.analysis.certify import Certificate, certify
-from upcast.analysis.diagnose import Diagnosis, diagnose
-from upcast.analysis.search import SearchResult, search
 from upcast.api import patch, patched, plan, report, unpatch
 from upcast.core.about import VERSION as _VERSION
 from upcast.core.errors import UpcastError
-from upcast.guard.headroom import Headroom
-from upcast.integrations.litgpt.load import load_litgpt
-from upcast.integrations.pretrained import from_pretrained
 from upcast.kernels import custom_ops as _compiled
 from upcast.patching.plan import Plan
 from upcast.policy.policy import Policy
@@ -29,8 +22,15 @@ from upcast.tensor import view_ops as _ops
 from upcast.tensor.half_weight import HalfWeight
 
 if _TYPE_CHECKING:
+    from upcast.analysis.ablate import Ablation, ablate
+    from upcast.analysis.certify import Certificate, certify
+    from upcast.analysis.diagnose import Diagnosis, diagnose
+    from upcast.analysis.search import SearchResult, search
+    from upcast.guard.headroom import Headroom
     from upcast.integrations.lightning.callback import LightningHeadroomCallback
     from upcast.integrations.lightning.fabric import FabricPrecision
+    from upcast.integrations.litgpt.load import load_litgpt
+    from upcast.integrations.pretrained import from_pretrained
     from upcast.integrations.transformers.trainer import HeadroomCallback
 
 __all__ = [
@@ -73,20 +73,44 @@ del (
 )  # imported so that HalfWeight and torch.compile know the operations
 
 
-_LAZY = {  # name -> its module, and what that needs, which upcast does not
-    "FabricPrecision": ("lightning.fabric", "Lightning", "a plugin of lightning.Fabric", "lightning"),
-    "HeadroomCallback": ("transformers.trainer", "Transformers", "a callback of its Trainer", "transformers"),
-    "LightningHeadroomCallback": ("lightning.callback", "Lightning", "a callback of its Trainer", "lightning"),
+_ON_DEMAND = {  # name -> its module, which is imported when somebody asks: `import upcast` stays short
+    "Ablation": "analysis.ablate",
+    "ablate": "analysis.ablate",
+    "Certificate": "analysis.certify",
+    "certify": "analysis.certify",
+    "Diagnosis": "analysis.diagnose",
+    "diagnose": "analysis.diagnose",
+    "SearchResult": "analysis.search",
+    "search": "analysis.search",
+    "Headroom": "guard.headroom",
+    "load_litgpt": "integrations.litgpt.load",
+    "from_pretrained": "integrations.pretrained",
+    "FabricPrecision": "integrations.lightning.fabric",
+    "HeadroomCallback": "integrations.transformers.trainer",
+    "LightningHeadroomCallback": "integrations.lightning.callback",
+}
+_NEEDS = {  # name -> the library that upcast does without, what the name is there, and the package to install
+    "FabricPrecision": ("Lightning", "a plugin of lightning.Fabric", "lightning"),
+    "HeadroomCallback": ("Transformers", "a callback of its Trainer", "transformers"),
+    "LightningHeadroomCallback": ("Lightning", "a callback of its Trainer", "lightning"),
 }
 
 
 def __getattr__(name: str) -> _Any:
-    if name not in _LAZY:
+    if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module, library, what, package = _LAZY[name]
     try:
-        return getattr(_import_module(f"upcast.integrations.{module}"), name)
+        found = getattr(_import_module(f"upcast.{_ON_DEMAND[name]}"), name)
     except ModuleNotFoundError as error:
+        if name not in _NEEDS:
+            raise
+        library, what, package = _NEEDS[name]
         raise UpcastError(
             f"upcast.{name} without {library} ({error}); it is {what}. Run `pip install {package}`."
         ) from None
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})
