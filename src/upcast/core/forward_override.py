@@ -144,7 +144,7 @@ def remove(module: nn.Module, owner: str) -> None:
     One that a library keeps by a name of its own, to run it from a forward of its own, leaves there what it stands for.
     """
     state = module.__dict__
-    for name, value in list(state.items()):
+    for name, value in [item for item in state.items() if isinstance(item[1], Attached)]:
         if isinstance(value, Forward):
             left = _without(value, owner)
             if left is not None:
@@ -153,7 +153,7 @@ def remove(module: nn.Module, owner: str) -> None:
                 del state[name]
             else:
                 state[name] = MethodType(getattr(type(module), value.method), module)
-        elif isinstance(value, Attached) and value.owner == owner:
+        elif value.owner == owner:
             del state[name]
 
 
