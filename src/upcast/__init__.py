@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
 import upcast.core.torch_private as _torch_private  # noqa: F401 - first: it says what a torch lacks
+import upcast.integrations as _integrations  # noqa: F401 - registers what upcast knows of libraries
 from upcast.api import patch, patched, plan, report, unpatch
 from upcast.core.about import VERSION as _VERSION
 from upcast.core.errors import UpcastError

@@ -74,6 +74,18 @@ def test_generate(kind: str, way: str, attention: str) -> None:
     assert relative_error(got, want) < 1e-3
 
 
+def test_a_token_runs_in_one_call_or_the_plan_says_why() -> None:
+    from upcast.core import forward_override
+
+    model = make(*KINDS["Llama"])
+    plan = str(upcast.plan(model))
+    upcast.patch(model)
+    with torch.inference_mode():
+        model.generate(IDS, max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    calls = getattr(forward_override.in_effect(model.model.layers[0]), "calls", 0)
+    assert (calls > 0) != ("not fused" in plan), plan
+
+
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["Llama", "Mixtral"])

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from upcast import kernels
 from upcast.core import console
+from upcast.integrations.transformers.versions import narrows_caches
 from upcast.kernels import reference, transforms
 from upcast.tensor import autocast
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
@@ -39,10 +40,10 @@ _homes: weakref.WeakKeyDictionary[Any, tuple[set[LayerKey], LayerKey]] = weakref
 
 @functools.cache
 def half_layers() -> dict[type, type]:
-    """Return cache layer of Transformers -> its half layer; none where caches have no layers (before 4.54)."""
+    """Return cache layer of Transformers -> its half layer; none where caches do not say enough (before 4.57)."""
     from transformers import cache_utils
 
-    if not hasattr(cache_utils, "DynamicSlidingWindowLayer"):
+    if not narrows_caches():
         return {}
 
     def half_layer(name: str, ours: type, original: type) -> Any:
@@ -122,7 +123,7 @@ def growing(cache: Any, index: int) -> Any:
 
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
-    return layer if type(layer) is half_layers()[cache_utils.DynamicLayer] else None
+    return layer if type(layer) is half_layers().get(cache_utils.DynamicLayer) else None
 
 
 class _HalfLayer:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from upcast.core import torch_private
 from upcast.integrations.versions import newer
+from upcast.tensor.genuine import is_own
 
 OLDEST, NEWEST = "4.51", "5.24"
 
@@ -37,16 +38,28 @@ UNKNOWN = ("position_bias", "softcap")
 @functools.cache
 def cache_name() -> str:
     """Return what the installed version's attention calls its cache; "" for one that upcast does not know."""
-    forward = _get("transformers.models.llama.modeling_llama", "LlamaAttention").forward
-    takes = inspect.signature(forward).parameters
-    return next((name for name in CACHE_NAMES if name in takes), "")
+    return next((name for name in CACHE_NAMES if name in _attention_takes()), "")
 
 
 @functools.cache
 def takes_positions() -> bool:
     """Whether an attention hands its cache angles and positions, as before 5.8: caches count for themselves since."""
-    forward = _get("transformers.models.llama.modeling_llama", "LlamaAttention").forward
-    return "cache_position" in inspect.signature(forward).parameters
+    return "cache_position" in _attention_takes()
+
+
+@functools.cache
+def _attention_takes() -> frozenset[str]:
+    """Return the names of what an attention is called with: Llama's, or another's where the program replaced that."""
+    kinds = [_get(module, name) for module, names in NAMES.items() for name in names if name.endswith("Attention")]
+    own = [kind.forward for kind in kinds if kind and is_own(kind.forward, "forward", "transformers")]
+    return frozenset(inspect.signature(own[0]).parameters) if own else frozenset()
+
+
+@functools.cache
+def narrows_caches() -> bool:
+    """Whether the version's caches have layers, and these say whether they hold anything."""
+    begin = getattr(_get("transformers.cache_utils", "DynamicLayer"), "lazy_initialization", None)
+    return "is_initialized" in getattr(getattr(begin, "__code__", None), "co_names", ())
 
 
 def cache_settings(cos: Tensor, sin: Tensor, given: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
@@ -71,8 +84,10 @@ def why_unfused() -> str:
 
 
 def why_in_part() -> str:
-    """Return why attention and whole layers are not fused, or an empty string."""
-    return "" if cache_name() else "attention and layers of Transformers before 4.56; its norms and MLPs are"
+    """Return why attention, caches or whole layers are as they are, or an empty string."""
+    if not cache_name():
+        return "attention, caches and layers of Transformers before 4.56; its norms and MLPs are"
+    return "" if narrows_caches() else "caches of Transformers before 4.57 stay float32, and layers run part by part"
 
 
 def _get(module: str, name: str) -> Any:
