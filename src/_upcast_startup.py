@@ -25,6 +25,7 @@ TARGETS = (
     "litgpt.generate.sequentially",
     "litgpt.generate.tp",
     "transformers.modeling_utils",
+    "transformers.pipelines.base",
     "diffusers.models.modeling_utils",
 )
 _FIRST = b'"""float16 weights, float32 math'  # of our package's __init__.py

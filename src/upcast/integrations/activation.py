@@ -7,6 +7,7 @@ from upcast.integrations import diffusers
 from upcast.integrations.litgpt import finetune, scripts
 from upcast.integrations.litgpt import load as litgpt
 from upcast.integrations.transformers import load as transformers
+from upcast.integrations.transformers import pipeline
 
 ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
@@ -23,6 +24,7 @@ ACTIVATIONS = {
     "litgpt.generate.sequentially": scripts.activate_unpatched,
     "litgpt.generate.tp": scripts.activate_unpatched,
     "transformers.modeling_utils": transformers.activate,
+    "transformers.pipelines.base": pipeline.activate,
     "diffusers.models.modeling_utils": diffusers.activate,
 }
 
