@@ -66,7 +66,7 @@ test-slow: setup
 
 docs: setup
 	$(BIN)/python tools/errors_page.py
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 coverage-table: setup
 	$(BIN)/python -m tests.coverage_table

@@ -49,7 +49,7 @@ except upcast.UpcastError as error:
 `tools/errors_page.py` writes this page from the sources; do not edit it. What stands in braces is filled in.
 """
 SENTENCE = re.compile(r"(?<=[\w)'\"`}])\. (?=[A-Z`{])")  # between a sentence and the next
-RAISED = ("UpcastError", "RankError", "KernelError")
+RAISED = ("UpcastError", "RankError", "KernelError", "LostRank", "_NoSourceError")
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ def entries() -> list[Entry]:
             if says_something(text):
                 found.setdefault(text, _entry(SECTIONS[folder], text))
     return list(found.values())
+
+
+def counted() -> tuple[int, int]:
+    """Return how many errors the sources make with a text of their own, and how many pass on another's."""
+    trees = [ast.parse(path.read_text("utf-8")) for path in sorted(SOURCES.rglob("*.py"))]
+    constants = {name: text for tree in trees for name, text in _constants(tree).items()}
+    texts = [_text(call.args[0], constants) for tree in trees for call in calls(tree)]
+    return sum(map(says_something, texts)), sum(not says_something(text) for text in texts)
 
 
 def calls(tree: ast.Module) -> Iterator[ast.Call]:
@@ -141,7 +149,9 @@ def _entry(section: str, text: str) -> Entry:
     end = SENTENCE.search(text)
     whole, remedy = (text[: end.start()], text[end.end() :]) if end else (text, "")
     found, _, rule = whole.rstrip(".").partition("; " if "; " in whole else ": ")
-    return Entry(section, found, rule, remedy or (rule if text.endswith(".") else ""))
+    if not remedy:  # the rule says it ("it must be at least 1."), or another error whose text is passed on
+        remedy = "What it passes on says it." if text.endswith("}") else rule
+    return Entry(section, found, rule, remedy)
 
 
 def _row(entry: Entry) -> str:

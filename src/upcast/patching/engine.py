@@ -63,6 +63,11 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         UpcastError: the model is not patched, or another thread is at work on it.
+
+    Examples:
+        >>> model = upcast.patch(torch.nn.Linear(8, 4).eval())
+        >>> type(upcast.unpatch(model).weight).__name__
+        'Parameter'
     """
     alone(roots_of(model).values(), lambda: _unpatch(model))
     return model
@@ -154,6 +159,11 @@ def report(model: object) -> str:
 
     Raises:
         UpcastError: the model is not patched, or another thread is at work on it.
+
+    Examples:
+        >>> model = upcast.patch(torch.nn.Linear(8, 4).eval())
+        >>> print(upcast.report(model))
+        tensor  shape  dtype  action ...
     """
     took_back(model)
     return alone(roots_of(model).values(), lambda: _report(model), reads=True)
