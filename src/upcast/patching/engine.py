@@ -180,11 +180,13 @@ def adopt(
     watcher: Watcher | None = None,
     keep: Sequence[str] = (),
     trainable: Sequence[str] = (),
+    asked: bool = True,
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     record = alone(
         [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
     )
+    record.asked = asked
     say(record)
     return record
 
@@ -282,7 +284,7 @@ def _patch(
             new.store.before = change.dtype
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + extensions.remarks(root))
     selection = None if policy.everywhere else Selection(policy)
-    record = Record(plan, weights.fallbacks, policy, selection, lent=lent)
+    record = Record(plan, weights.fallbacks, policy, selection, tuple(keep), lent=lent)
     transaction.patch(root, record, tensors, originals, lambda: _install(root, record, watcher))
     return record
 
