@@ -1,8 +1,9 @@
 """Start-up hook of upcast, called by Python's site through upcast.pth (from Python 3.15 on: upcast.start).
 
-Top-level and standard library only, so that it costs nothing: while UPCAST is unset nothing is imported, and with
-it set torch is not, until the program itself imports one of the libraries below. Unless UPCAST is switched off,
-Transformers learns that a checkpoint whose config names upcast is ours; upcast is imported when one is loaded.
+Top-level, and nothing is imported that Python has not loaded by then: it costs nothing. A finder waits for the modules
+below. With UPCAST on when one of them is imported, its loaders are patched; a program that sets the variable later
+hears that it is too late. Unless UPCAST is switched off, Transformers learns that a checkpoint whose config names
+upcast is ours; upcast is imported when one is loaded.
 """
 
 import os
@@ -38,16 +39,27 @@ _REMEDY = "pip uninstall upcast && pip install --force-reinstall --no-deps torch
 _OFF = ("", "0", "false", "off", "no")
 _started: list[bool] = []
 _failures: set[str] = set()
+_AWAITED = {_QUANTIZERS, *TARGETS}
+_missed: list[str] = []  # what was imported while UPCAST was off
 
 
 def start() -> None:
-    """Arrange for the loaders of the libraries in TARGETS to be patched when these are imported, if UPCAST is on."""
-    value = os.environ.get("UPCAST", "").strip().lower()
-    if not value or value not in _OFF:
-        _offer_to_transformers()
-    if value in _OFF or _started:
+    """Wait for the modules of TARGETS, to patch their loaders if UPCAST is on by then."""
+    if not any(isinstance(each, _Waiting) for each in sys.meta_path):  # site may read a .pth file twice
+        sys.meta_path.insert(0, _Waiting())
+    if is_on():
+        _hook()
+
+
+def is_on() -> bool:
+    """Return whether UPCAST is set, and not to something that means off."""
+    return os.environ.get("UPCAST", "").strip().lower() not in _OFF
+
+
+def _hook() -> None:
+    if _started:
         return
-    _started.append(True)  # site may read a .pth file twice
+    _started.append(True)
     try:
         import wrapt
 
@@ -63,23 +75,52 @@ def started() -> bool:
     return bool(_started)
 
 
-def _offer_to_transformers() -> None:
-    if _QUANTIZERS not in sys.modules and not any(isinstance(each, _Offering) for each in sys.meta_path):
-        sys.meta_path.insert(0, _Offering())
-
-
-class _Offering:
-    """Finds one module as the others do, once, and has it run `_offer` at its end."""
+class _Waiting:
+    """A finder that finds nothing by itself; it sees when one of our modules is about to be imported."""
 
     def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
-        """Return nothing for any other module."""
-        if name != _QUANTIZERS:
+        """Return what the other finders say of one of our modules, and nothing of all others."""
+        if name not in _AWAITED:
             return None
+        _AWAITED.discard(name)
         try:
-            sys.meta_path.remove(self)
-            return _followed_by_our_offer(name)
-        except Exception:  # then Transformers is imported as if we were not there
+            return self._prepared(name)
+        except Exception:  # then it is imported as if we were not there
             return None
+
+    def _prepared(self, name: str) -> "ModuleSpec | None":
+        import importlib.util
+
+        if name == _QUANTIZERS:
+            declined = os.environ.get("UPCAST", "").strip() and not is_on()
+            return None if declined else _followed_by_our_offer(name)
+        if _started:
+            return None
+        if is_on():  # the program has set it, in time
+            _hook()
+            return importlib.util.find_spec(name)
+        if not _missed:
+            import atexit
+
+            atexit.register(_say_too_late)
+        _missed.append(name)
+        return None
+
+
+def _say_too_late() -> None:
+    if is_on():
+        _warn(too_late())
+
+
+def too_late() -> str:
+    """Return what to say where UPCAST is on and was not when the libraries were imported; else nothing."""
+    if not _missed or _started:
+        return ""
+    library = _missed[0].partition(".")[0]
+    return (
+        f"UPCAST was set after {library} had been imported: what it loads is not patched. Set it before, as in "
+        "UPCAST=1 python program.py, or call upcast.patch(model)."
+    )
 
 
 def _followed_by_our_offer(name: str) -> "ModuleSpec | None":

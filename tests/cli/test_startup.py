@@ -37,11 +37,36 @@ def test_that_file_imports_nothing_else(python: Run) -> None:
     ]
 
 
-@pytest.mark.parametrize(("value", "waits"), [(None, True), ("", True), ("0", False), ("off", False), ("1", True)])
-def test_transformers_hears_of_us_unless_upcast_is_switched_off(python: Run, value: str | None, waits: bool) -> None:
-    script = "import sys; print(any('_upcast_startup' in type(each).__module__ for each in sys.meta_path))"
-    found = python("-c", script, **({} if value is None else {"UPCAST": value})).stdout.strip()
-    assert found == str(waits)
+KNOWN = "from transformers.quantizers import auto; print('upcast' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING)"
+
+
+@pytest.mark.parametrize(("value", "known"), [(None, True), ("off", False), ("1", True)])
+def test_transformers_hears_of_us_unless_upcast_is_switched_off(python: Run, value: str | None, known: bool) -> None:
+    found = python("-c", KNOWN, **({} if value is None else {"UPCAST": value}))
+    assert found.stdout.strip() == str(known), found.stderr
+
+
+LATE = """
+import os, sys
+{before}
+import transformers.modeling_utils
+{after}
+print("upcast" in sys.modules)
+"""
+SET = "os.environ['UPCAST'] = '1'"
+TIMES = {  # before, after the import of the library -> upcast hooks in; it says that it is too late
+    "in time": (SET, "", "True", False),
+    "too late": ("", SET, "False", True),
+    "never": ("", "", "False", False),
+}
+
+
+@pytest.mark.parametrize("when", TIMES)
+def test_a_program_may_set_the_variable_until_the_library_is_imported(python: Run, when: str) -> None:
+    before, after, hooked, says = TIMES[when]
+    done = python("-c", LATE.format(before=before, after=after))
+    assert done.stdout.strip() == hooked, done.stderr
+    assert done.stderr.count("UPCAST was set after transformers had been imported") == says
 
 
 def test_the_check_above_can_fail(python: Run) -> None:

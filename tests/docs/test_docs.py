@@ -22,7 +22,7 @@ def test_every_public_name_has_its_row() -> None:
 
 
 def _is_result(name: str) -> bool:
-    value = upcast.__dict__.get(name)
+    value = getattr(upcast, name)
     return isinstance(value, type) and issubclass(value, Result)
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast.checkpoint import overwriting, reading
-from upcast.core import config, scopes
+from upcast.core import config, messages, scopes
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import plain, to_float32
 from upcast.core.pages import Memory, give_back_pages
@@ -131,7 +131,7 @@ def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Se
     for variable, given in (("UPCAST_KEEP", settings.keep), ("UPCAST_TRAINABLE", settings.trainable)):
         for pattern in given:
             if not quietly and not _names_one(pattern, names):
-                stepping_aside.say(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
+                messages.warn(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
     keep, trainable = (
         [pattern for pattern in given if _names_one(pattern, names)] for given in (settings.keep, settings.trainable)
     )
