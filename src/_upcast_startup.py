@@ -1,14 +1,19 @@
 """Start-up hook of upcast, called by Python's site through upcast.pth (from Python 3.15 on: upcast.start).
 
-Top-level and standard library only, so that it costs nothing: while UPCAST is unset nothing is imported, and with
-it set torch is not, until the program itself imports one of the libraries below.
+Top-level, and nothing is imported that Python has not loaded by then: it costs nothing. A finder waits for the modules
+below. With UPCAST on when one of them is imported, its loaders are patched; a program that sets the variable later
+hears that it is too late. Unless UPCAST is switched off, Transformers learns that a checkpoint whose config names
+upcast is ours; upcast is imported when one is loaded.
 """
 
-import contextlib
 import os
 import sys
-import warnings
-from types import ModuleType
+
+TYPE_CHECKING = False  # typing itself, and what functions below import, would cost each start some milliseconds
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
 
 TARGETS = (
     "litgpt.api",
@@ -28,18 +33,33 @@ TARGETS = (
     "transformers.pipelines.base",
     "diffusers.models.modeling_utils",
 )
+_QUANTIZERS = "transformers.quantizers.auto"
 _FIRST = b'"""float16 weights, float32 math'  # of our package's __init__.py
 _REMEDY = "pip uninstall upcast && pip install --force-reinstall --no-deps torch-upcast"
 _OFF = ("", "0", "false", "off", "no")
 _started: list[bool] = []
 _failures: set[str] = set()
+_AWAITED = {_QUANTIZERS, *TARGETS}
+_missed: list[str] = []  # what was imported while UPCAST was off
 
 
 def start() -> None:
-    """Arrange for the loaders of the libraries in TARGETS to be patched when these are imported, if UPCAST is on."""
-    if os.environ.get("UPCAST", "").strip().lower() in _OFF or _started:
+    """Wait for the modules of TARGETS, to patch their loaders if UPCAST is on by then."""
+    if not any(isinstance(each, _Waiting) for each in sys.meta_path):  # site may read a .pth file twice
+        sys.meta_path.insert(0, _Waiting())
+    if is_on():
+        _hook()
+
+
+def is_on() -> bool:
+    """Return whether UPCAST is set, and not to something that means off."""
+    return os.environ.get("UPCAST", "").strip().lower() not in _OFF
+
+
+def _hook() -> None:
+    if _started:
         return
-    _started.append(True)  # site may read a .pth file twice
+    _started.append(True)
     try:
         import wrapt
 
@@ -55,7 +75,87 @@ def started() -> bool:
     return bool(_started)
 
 
-def _activate(module: ModuleType) -> None:
+class _Waiting:
+    """A finder that finds nothing by itself; it sees when one of our modules is about to be imported."""
+
+    def find_spec(self, name: str, path: object = None, target: object = None) -> "ModuleSpec | None":
+        """Return what the other finders say of one of our modules, and nothing of all others."""
+        if name not in _AWAITED:
+            return None
+        _AWAITED.discard(name)
+        try:
+            return self._prepared(name)
+        except Exception:  # then it is imported as if we were not there
+            return None
+
+    def _prepared(self, name: str) -> "ModuleSpec | None":
+        import importlib.util
+
+        if name == _QUANTIZERS:
+            declined = os.environ.get("UPCAST", "").strip() and not is_on()
+            return None if declined else _followed_by_our_offer(name)
+        if _started:
+            return None
+        if is_on():  # the program has set it, in time
+            _hook()
+            return importlib.util.find_spec(name)
+        if not _missed:
+            import atexit
+
+            atexit.register(_say_too_late)
+        _missed.append(name)
+        return None
+
+
+def _say_too_late() -> None:
+    if is_on():
+        _warn(too_late())
+
+
+def too_late() -> str:
+    """Return what to say where UPCAST is on and was not when the libraries were imported; else nothing."""
+    if not _missed or _started:
+        return ""
+    library = _missed[0].partition(".")[0]
+    return (
+        f"UPCAST was set after {library} had been imported: what it loads is not patched. Set it before, as in "
+        "UPCAST=1 python program.py, or call upcast.patch(model)."
+    )
+
+
+def _followed_by_our_offer(name: str) -> "ModuleSpec | None":
+    import importlib.util
+
+    spec = importlib.util.find_spec(name)
+    loader: Any = spec and spec.loader
+
+    def run(module: "ModuleType") -> None:
+        del loader.exec_module
+        loader.exec_module(module)
+        try:
+            _offer(module)
+        except Exception as error:  # of a version that has another registry
+            _failures.add(f"{name}: {error}")
+
+    loader.exec_module = run
+    return spec
+
+
+def _offer(quantizers: "Any") -> None:
+    class UpcastConfig(quantizers.QuantizationConfigMixin):  # type: ignore[misc]
+        """Stands for upcast.UpcastConfig until a checkpoint asks for it."""
+
+        @classmethod
+        def from_dict(cls, fields: "dict[str, Any]", **kwargs: "Any") -> "Any":
+            """Return the config itself, and have Transformers know it."""
+            from upcast.integrations.transformers import quantizer
+
+            return quantizer.UpcastConfig.from_dict(fields, **kwargs)
+
+    quantizers.register_quantization_config("upcast")(UpcastConfig)
+
+
+def _activate(module: "ModuleType") -> None:
     """Never let a failure of ours break the import of somebody's library: warn, once."""
     try:
         if stranger := taken():
@@ -100,6 +200,9 @@ def command() -> int:
 
 def _warn(message: str) -> None:
     """Warn; where warnings are errors, say it: a hook of ours raises nothing in somebody's program."""
+    import contextlib
+    import warnings
+
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=1)
     except RuntimeWarning:

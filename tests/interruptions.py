@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import upcast
-from upcast.core import console
+from upcast.core import messages
 from upcast.guard import forward
 from upcast.integrations import loading
 from upcast.integrations.litgpt import generation as litgpt_generation
@@ -146,7 +146,7 @@ def identities(model: nn.Module) -> dict[str, int]:
 
 def surroundings() -> dict[str, Any]:
     """Return what a load, a patch or a call may leave behind outside the model."""
-    locals_ = (console._silent, mode._local, forward._local, prefix_cache._kept, gpt._wanted)
+    locals_ = (messages._silent, mode._local, forward._local, prefix_cache._kept, gpt._wanted)
     generation = [(name, getattr(owner, name)) for owner, name, _ in litgpt_generation._wrapped()]
     return {
         "environment": dict(os.environ),

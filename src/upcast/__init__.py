@@ -32,6 +32,7 @@ if _TYPE_CHECKING:
     from upcast.integrations.lightning.fabric import FabricPrecision
     from upcast.integrations.litgpt.load import load_litgpt
     from upcast.integrations.pretrained import from_pretrained
+    from upcast.integrations.transformers.quantizer import UpcastConfig
     from upcast.integrations.transformers.trainer import HeadroomCallback
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "Plan",
     "Policy",
     "SearchResult",
+    "UpcastConfig",
     "UpcastError",
     "ablate",
     "certify",
@@ -89,11 +91,13 @@ _ON_DEMAND = {  # name -> its module, which is imported when somebody asks: `imp
     "FabricPrecision": "integrations.lightning.fabric",
     "HeadroomCallback": "integrations.transformers.trainer",
     "LightningHeadroomCallback": "integrations.lightning.callback",
+    "UpcastConfig": "integrations.transformers.quantizer",
 }
 _NEEDS = {  # name -> the library that upcast does without, what the name is there, and the package to install
     "FabricPrecision": ("Lightning", "a plugin of lightning.Fabric", "lightning"),
     "HeadroomCallback": ("Transformers", "a callback of its Trainer", "transformers"),
     "LightningHeadroomCallback": ("Lightning", "a callback of its Trainer", "lightning"),
+    "UpcastConfig": ("Transformers", "the quantization_config of its from_pretrained", "transformers"),
 }
 
 

@@ -126,8 +126,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_public_names() -> None:
     public = {name for name in vars(upcast) if not name.startswith("_")}
     modules = {name for name in public if type(getattr(upcast, name)).__name__ == "module"}
-    lazy = {"FabricPrecision", "HeadroomCallback", "LightningHeadroomCallback"}  # imported on first use
-    assert (public - modules) | lazy == set(upcast.__all__)
+    assert (public - modules) | upcast._ON_DEMAND.keys() == set(upcast.__all__)
     assert all(getattr(upcast, name).__doc__ for name in upcast.__all__)
 
 

@@ -22,14 +22,51 @@ def imported(stderr: str) -> set[str]:
 
 
 @pytest.mark.parametrize("variables", [{}, {"UPCAST": "0"}, {"UPCAST": "off"}, {"UPCAST": ""}], ids=str)
-def test_with_upcast_off_start_up_imports_nothing(python: Run, variables: dict[str, str]) -> None:
+def test_with_upcast_off_start_up_imports_one_file_of_ours(python: Run, variables: dict[str, str]) -> None:
     modules = imported(python("-X", "importtime", "-c", "pass", **variables).stderr)
     assert "site" in modules
     ours = {name for name in modules if "upcast" in name or name.split(".")[0] in ("wrapt", "torch")}
-    # UPCAST=0 runs the hook's own off test, without the libraries; unset runs nothing at all
-    assert {name for name in ours if not name.startswith("_editable")} <= (
-        {"_upcast_startup"} if variables.get("UPCAST") else set()
-    )
+    assert {name for name in ours if not name.startswith("_editable")} == {"_upcast_startup"}
+
+
+def test_that_file_imports_nothing_else(python: Run) -> None:
+    script = "import os, sys; before = set(sys.modules); import _upcast_startup as ours; ours.start(); "
+    script += "print(*sorted(set(sys.modules) - before))"
+    assert python("-S", "-c", f"import sys; sys.path.append({str(SOURCE)!r}); {script}").stdout.split() == [
+        "_upcast_startup"
+    ]
+
+
+KNOWN = "from transformers.quantizers import auto; print('upcast' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING)"
+
+
+@pytest.mark.parametrize(("value", "known"), [(None, True), ("off", False), ("1", True)])
+def test_transformers_hears_of_us_unless_upcast_is_switched_off(python: Run, value: str | None, known: bool) -> None:
+    found = python("-c", KNOWN, **({} if value is None else {"UPCAST": value}))
+    assert found.stdout.strip() == str(known), found.stderr
+
+
+LATE = """
+import os, sys
+{before}
+import transformers.modeling_utils
+{after}
+print("upcast" in sys.modules)
+"""
+SET = "os.environ['UPCAST'] = '1'"
+TIMES = {  # before, after the import of the library -> upcast hooks in; it says that it is too late
+    "in time": (SET, "", "True", False),
+    "too late": ("", SET, "False", True),
+    "never": ("", "", "False", False),
+}
+
+
+@pytest.mark.parametrize("when", TIMES)
+def test_a_program_may_set_the_variable_until_the_library_is_imported(python: Run, when: str) -> None:
+    before, after, hooked, says = TIMES[when]
+    done = python("-c", LATE.format(before=before, after=after))
+    assert done.stdout.strip() == hooked, done.stderr
+    assert done.stderr.count("UPCAST was set after transformers had been imported") == says
 
 
 def test_the_check_above_can_fail(python: Run) -> None:
@@ -40,7 +77,7 @@ def test_the_check_above_can_fail(python: Run) -> None:
 
 def test_with_upcast_off_torch_has_none_of_our_hooks(python: Run) -> None:
     script = "import torch, sys; ours = [m for m in sys.modules if 'upcast' in m or m == 'wrapt']; "
-    script += "print([m for m in ours if not m.startswith('_editable')], "
+    script += "print([m for m in ours if not m.startswith(('_editable', '_upcast_startup'))], "
     script += "[f for f in sys.meta_path if 'wrapt' in type(f).__module__])"
     found = python("-c", script).stdout.strip()
     assert found == "[] []"
@@ -136,7 +173,7 @@ site.addsitedir({str(tmp_path)!r})
 site.addsitedir({str(tmp_path)!r})  # twice, as some set-ups do
 print("_upcast_startup" in sys.modules, len(__import__("wrapt.importer").importer._post_import_hooks))
 """
-    for value, want in (("1", ["True", str(len(_upcast_startup.TARGETS))]), ("", ["False", "0"])):
+    for value, want in (("1", ["True", str(len(_upcast_startup.TARGETS))]), ("", ["True", "0"])):
         result = subprocess.run(
             [sys.executable, "-S", "-c", script], env={"UPCAST": value}, capture_output=True, text=True, check=True
         )
@@ -145,7 +182,7 @@ print("_upcast_startup" in sys.modules, len(__import__("wrapt.importer").importe
 
 def test_the_start_up_files_are_one_readable_line_each() -> None:
     pth = (SOURCE / "upcast.pth").read_text().splitlines()
-    assert pth == ['import os; os.environ.get("UPCAST") and __import__("_upcast_startup").start()']
+    assert pth == ["import _upcast_startup; _upcast_startup.start()"]
     assert (SOURCE / "upcast.start").read_text().split() == ["_upcast_startup:start"]
     assert callable(_upcast_startup.start)
 

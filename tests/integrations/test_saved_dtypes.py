@@ -17,6 +17,14 @@ transformers = pytest.importorskip("transformers")
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
 
+@pytest.fixture(autouse=True)
+def without_upcast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain loads are those of a machine without upcast; tests/integrations/transformers/test_quantizer.py has it."""
+    from transformers.quantizers import auto
+
+    monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "upcast", raising=False)
+
+
 SAVED = {
     torch.float16: torch.float16,
     torch.bfloat16: torch.float16,  # its norms are ones here, which float16 holds

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from upcast.analysis.result import Result, Table
 from upcast.analysis.runner import answer
-from upcast.core import console
+from upcast.core import console, messages
 from upcast.core.errors import UpcastError
 from upcast.patching import engine
 from upcast.patching.discovery import unwrap
@@ -188,7 +188,7 @@ def _plain(root: nn.Module) -> nn.Module:
     """Return a copy of the model as it was before any patch."""
     model = copy.deepcopy(root)
     if any(isinstance(parameter, HalfWeight) for parameter in model.parameters()):
-        with console.silent():
+        with messages.silent():
             engine.unpatch(model)
     return model.eval()
 
@@ -196,7 +196,7 @@ def _plain(root: nn.Module) -> nn.Module:
 def _variant(root: nn.Module, name: str, policy: policies.Choice) -> nn.Module:
     model = _plain(root)
     if name == "upcast":
-        with console.silent():
+        with messages.silent():
             return engine.patch(model, policy=policy)
     return model.to(getattr(torch, name))
 

@@ -17,7 +17,7 @@ from upcast.analysis.range_observer import Culprit, RangeObserver, all_finite
 from upcast.analysis.result import Result, Table
 from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Sample, Samples, answer, trial
 from upcast.analysis.smallest import smallest
-from upcast.core import console
+from upcast.core import messages
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import named_modules
 from upcast.policy import fingerprint
@@ -158,7 +158,7 @@ class _Judge:
             self.steps.append(Step(str(policy), finite, error, decision + (": enough" if enough else ": not enough")))
             if self.verbose:
                 shown = f"error {error:.1e}" if finite else "not finite"
-                console.say(f"search: {policy}: {shown} ({self.steps[-1].decision})")
+                messages.say(f"search: {policy}: {shown} ({self.steps[-1].decision})")
         finite, error = self.results[policy]
         return finite and error <= self.tolerance
 

@@ -9,7 +9,6 @@ import ctypes
 import errno
 import functools
 import os
-import weakref
 from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,7 +191,7 @@ def _is_among_the_last(descriptor: int) -> bool:
 def _memory(address: int, size: int, part: int) -> Tensor:
     """Return a part of a file that is held, as bytes; it is given back with the last tensor in it."""
     memory = (ctypes.c_char * size).from_address(address)
-    weakref.finalize(memory, held_files.drop_part, part).atexit = False
+    held_files.drop_with(memory, part)
     return torch.frombuffer(memory, dtype=torch.uint8)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from upcast.core import console
+from upcast.core import console, messages
 from upcast.core.errors import UpcastError
 
 PLAIN_TEXT = "pydoc_data.topics"  # real English and code, on every machine that has Python
@@ -137,7 +137,7 @@ def _litgpt(folder: Path) -> tuple[Any, Any]:
     from upcast.integrations.litgpt.load import load_litgpt
     from upcast.patching import engine
 
-    with console.silent():
+    with messages.silent():
         model = engine.unpatch(load_litgpt(folder))
     return model, Tokenizer(folder)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from upcast.core import console
+from upcast.core import console, messages
 from upcast.core.errors import UpcastError
 from upcast.distributed.collectives import WIRES
 from upcast.distributed.rendezvous import joined
@@ -77,7 +77,7 @@ def _generate(arguments: argparse.Namespace, mesh: Any, rank: int) -> int:
     if rank:
         return 0
     code = console.answer(tokenizer.decode(tokens))
-    console.say(_figures(model, len(tokens) - len(ids), seconds))
+    messages.say(_figures(model, len(tokens) - len(ids), seconds))
     return code
 
 

@@ -1,32 +1,11 @@
-"""What upcast says: aligned tables, byte counts, and its one line per patched model."""
+"""What commands print: aligned tables, byte counts, answers, and how far long work has come."""
 
-import contextlib
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from typing import Any
 
-from upcast.core import config, scopes
-
-_silent: Any = threading.local()  # .depth: blocks of `silent` in this thread; .held: what `held` holds back in it
-
-
-@contextmanager
-def silent() -> Iterator[None]:
-    """Within the block, this thread says nothing: what it patches are copies that nobody will see."""
-    with scopes.attribute(_silent, "depth", getattr(_silent, "depth", 0) + 1):
-        yield
-
-
-@contextmanager
-def held() -> Iterator[None]:
-    """What this thread says within the block is heard when the block has ended well: of a failure nobody need know."""
-    lines: list[tuple[str, object]] = []
-    with scopes.attribute(_silent, "held", lines):
-        yield
-    for line, detail in lines:
-        say(line, detail)
+from upcast.core import config, messages
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -48,28 +27,6 @@ def megabytes(count: float) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def say(line: str, detail: object = None) -> None:
-    """Print ``line`` to standard error, and ``detail`` when UPCAST_VERBOSE=2; nothing when it is 0."""
-    if getattr(_silent, "depth", 0):
-        return
-    held_back: list[tuple[str, object]] | None = getattr(_silent, "held", None)
-    if held_back is not None:
-        held_back.append((line, detail))
-        return
-    verbose = config.read().verbose
-    if verbose >= 1:
-        _write(f"upcast: {line}")
-    if verbose >= 2 and detail is not None:
-        _write(str(detail))
-
-
-def _write(text: str) -> None:
-    """Write to standard error where there is one: what was done stands, whether somebody hears of it or not."""
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # a closed one, or a full disk behind it
-            print(text, file=sys.stderr)
-
-
 def answer(text: object) -> int:
     """Print what a command was asked for to standard output; return the exit code, 1 where nobody takes it.
 
@@ -80,29 +37,35 @@ def answer(text: object) -> int:
     except (OSError, ValueError) as error:
         sys.stdout = None  # or Python tries once more when it ends
         if not isinstance(error, BrokenPipeError):
-            _write(f"upcast: standard output: {error}; what should stand there is lost. Send it elsewhere.")
+            messages.write(f"upcast: standard output: {error}; what should stand there is lost. Send it elsewhere.")
         return 1
     return 0
 
 
 class Progress:
-    """How far ``total`` bytes of work have come: a bar on a terminal if tqdm is there, else a line per tenth."""
+    """How far long work has come and how long it will take, on a terminal, once it has taken two seconds.
 
-    def __init__(self, total: int) -> None:
+    A bar where tqdm is there, else a line per tenth; nothing where standard error is a file or a pipe.
+    """
+
+    def __init__(self, total: int, what: str = "", unit: str = "B") -> None:
         self.total, self.done = max(total, 1), 0
-        self._what, self._bar = "", self._make_bar()
+        self._what, self._start, self._shown = what, time.monotonic(), _on_a_terminal()
+        self._bar = self._make_bar(unit) if self._shown else None
 
-    def _make_bar(self) -> Any:
-        try:
-            if config.read().verbose == 0 or not sys.stderr.isatty():
-                return None
-        except (AttributeError, ValueError):  # there is none, or a closed one
-            return None
+    def _make_bar(self, unit: str) -> Any:
         try:
             from tqdm import tqdm
         except ImportError:
             return None
-        return tqdm(total=self.total, unit="B", unit_scale=True, leave=False)
+        scaled = unit == "B"
+        return tqdm(total=self.total, unit=unit, unit_scale=scaled, desc=self._what, leave=False, delay=_PATIENCE)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def phase(self, what: str) -> None:
         """Say what is being done from here on."""
@@ -110,16 +73,33 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description(what)
 
-    def advance(self, count: int) -> None:
-        """Note ``count`` more bytes as done."""
+    def expect(self, total: int) -> None:
+        """Correct how much work there is."""
+        self.total = max(total, 1)
+        if self._bar is not None:
+            self._bar.total = self.total
+
+    def advance(self, count: int = 1) -> None:
+        """Note that ``count`` more of the total is done."""
         before, self.done = 10 * self.done // self.total, self.done + count
         tenth = 10 * self.done // self.total
         if self._bar is not None:
             self._bar.update(count)
-        elif tenth > before:
-            say(f"{self._what}: {min(10 * tenth, 100)} % done")
+        elif self._shown and tenth > before and time.monotonic() - self._start > _PATIENCE:
+            left = (time.monotonic() - self._start) * (self.total - self.done) / self.done
+            messages.write(f"upcast: {self._what}: {min(10 * tenth, 100)} % done, {max(left, 0):.0f} s left")
 
     def close(self) -> None:
         """Take the bar off the terminal."""
         if self._bar is not None:
             self._bar.close()
+
+
+_PATIENCE = 2  # seconds
+
+
+def _on_a_terminal() -> bool:
+    try:
+        return config.read().verbose > 0 and sys.stderr.isatty()
+    except (AttributeError, ValueError):  # there is no standard error, or a closed one
+        return False

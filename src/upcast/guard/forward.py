@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from upcast.analysis.range_observer import RangeObserver
 from upcast.analysis.runner import SAFE, trial
 from upcast.analysis.smallest import smallest
-from upcast.core import console, extensions, scopes
+from upcast.core import extensions, messages, scopes
 from upcast.core import forward_override as forwards
 from upcast.core.errors import UpcastError
 from upcast.core.forward_override import Forward
@@ -131,7 +131,7 @@ class GuardedForward(Forward):
         if tried[0] != added:
             enough(added)
         record_of(self.root).policy = selection.policy
-        console.say(
+        messages.say(
             f"{type(self.root).__name__}: a value that is not finite under policy {base}; from this step on "
             f"{show(added)} runs in float32 too: policy {selection.policy}"
         )

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from upcast.analysis.range_observer import OpStats, RangeObserver
 from upcast.analysis.runner import Sample, trial
-from upcast.core import console
+from upcast.core import messages
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import modules
 from upcast.guard.snapshot import State
@@ -130,7 +130,7 @@ class Headroom:
         least = min(worst.values(), key=lambda site: site.headroom)
         where = f"{least.module or '(the model itself)'}: {least.what}, {least.largest:,.0f} of {FLOAT16_MAX:,.0f}"
         bad = f"a number that is not finite, first in {nonfinite}; else " if nonfinite else ""
-        console.say(f"step {self.steps}: {bad}least headroom {least.headroom:+.1f} bits, in {where}")
+        messages.say(f"step {self.steps}: {bad}least headroom {least.headroom:+.1f} bits, in {where}")
 
 
 class _Remember:

@@ -7,8 +7,8 @@ else one rounded tensor at a time.
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast.checkpoint import overwriting, reading
-from upcast.core import config, scopes
+from upcast.core import config, messages, scopes
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import plain, to_float32
 from upcast.core.pages import Memory, give_back_pages
@@ -58,6 +58,11 @@ class Loading:
     def again(self) -> "Loading":
         """Return the same request for the next model of several."""
         return Loading(self.kv_cache, self.policy, self.keep, self.trainable, self.strict)
+
+    def follow(self, other: "Loading") -> None:
+        """Take over what a checkpoint says of itself, in place of what the environment says of all models."""
+        self.kv_cache, self.policy, self.strict = other.kv_cache, other.policy, True
+        self.keep, self.trainable = other.keep, other.trainable
 
     def exact(self, name: str) -> bool:
         """Whether the model's tensor of this name is to keep all its digits."""
@@ -113,7 +118,8 @@ class Loading:
         }
         if not self.strict:
             self.keep, self.trainable = patterns(model)
-        adopt(model, known, self.kv_cache, policy=self.policy, keep=self.keep, trainable=self.trainable)
+        how = {"policy": self.policy, "keep": self.keep, "trainable": self.trainable}
+        adopt(model, known, self.kv_cache, **how, asked=self.strict)
 
 
 def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Sequence[str]]:
@@ -125,7 +131,7 @@ def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Se
     for variable, given in (("UPCAST_KEEP", settings.keep), ("UPCAST_TRAINABLE", settings.trainable)):
         for pattern in given:
             if not quietly and not _names_one(pattern, names):
-                stepping_aside.say(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
+                messages.warn(f"{variable}: {pattern!r} matches no parameter of {type(model).__name__}")
     keep, trainable = (
         [pattern for pattern in given if _names_one(pattern, names)] for given in (settings.keep, settings.trainable)
     )
@@ -184,17 +190,24 @@ def _strictly(name: str, loading: Loading, load: Callable[[], Any]) -> Any:
     try:
         return _loaded(loading, load)
     except NotOurs as reason:
-        why = str(reason)
+        why = str(reason) or "an UpcastConfig beside its own arguments"
     raise UpcastError(f"{name}.from_pretrained with {why}; upcast stores float16 on the CPU. Leave it out.")
 
 
-def _loaded(loading: Loading, load: Callable[[], Any]) -> Any:
-    """Return what ``load`` gives, its model patched, and made of ordinary tensors whatever modes are on.
+@contextmanager
+def begun(loading: Loading) -> Iterator[None]:
+    """Within the block, loaders give what ``loading`` says, made of ordinary tensors whatever modes are on.
 
     One load at a time: while it builds a model, Transformers exchanges functions of torch and its own for all threads,
     and what another load finds and puts back may be the exchanged ones.
     """
     with _turn, outside_inference_mode(), float32_by_default(), scopes.attribute(_local, "loading", loading):
+        yield
+
+
+def _loaded(loading: Loading, load: Callable[[], Any]) -> Any:
+    """Return what ``load`` gives, its model patched."""
+    with begun(loading):
         result = load()
         model = result[0] if isinstance(result, tuple) else result  # (model, info) with output_loading_info=True
         loading.adopt(model)
@@ -213,8 +226,9 @@ def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
     """Raise NotOurs for arguments that ask for something else than a model on the CPU."""
-    if kwargs.get("quantization_config") is not None:
-        raise NotOurs("a quantization_config")
+    quantization = kwargs.get("quantization_config")
+    if quantization is not None:  # our own comes by Transformers' way: see `transformers.quantizer`
+        raise NotOurs("" if getattr(quantization, "quant_method", None) == "upcast" else "a quantization_config")
     devices = kwargs.get("device_map")
     places = devices.values() if isinstance(devices, dict) else [devices]
     for place in places:

@@ -6,6 +6,7 @@ upcast were not there.
 
 import contextlib
 import inspect
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ import torch
 import wrapt
 from torch import nn
 
-from upcast.core import config, console
+from upcast.core import config, messages
 from upcast.core.errors import UpcastError, describe
 from upcast.core.module_tree import modules
 
@@ -41,7 +42,7 @@ def attempt(
     """
     drawn = _RandomState()
     try:
-        with console.held():
+        with messages.held():
             return ours()
     except NotOurs as reason:
         _say_unpatched(f"{what} {verb}", str(reason))
@@ -64,7 +65,7 @@ def _say_unpatched(what: str, why: str) -> None:
 def say(line: str) -> None:
     """Say one line, where it can be said: not into a closed stream, nor under variables that nobody understands."""
     with contextlib.suppress(Exception):
-        console.say(line)
+        messages.say(line, level=logging.WARNING)
 
 
 def say_once(line: str) -> None:

@@ -1,12 +1,14 @@
 """Files that stay mapped while others may write to them: the native part of checkpoint/mapped.py, bind_files.cpp."""
 
+import weakref
+
 from upcast.kernels import native
 
 
 def hold_file(descriptor: int, size: int, places: list[tuple[int, int]]) -> tuple[int, int, list[int]]:
     """Map a file of so many bytes so that no writer reaches what lies at ``places`` (offset, size).
 
-    Returns (0, the address, a part for each place, to be given to `drop_part`), and the descriptor is the mapping's; or
+    Returns (0, the address, a part for each place, to be given to `drop_with`), and the descriptor is the mapping's; or
     (an error number, 0, None).
     """
     flat = [edge for place in places for edge in place]
@@ -14,9 +16,12 @@ def hold_file(descriptor: int, size: int, places: list[tuple[int, int]]) -> tupl
     return held
 
 
-def drop_part(part: int) -> None:
-    """Say that nobody uses this part of a file any more; the mapping goes with its last part."""
-    native._native.drop_part(part)
+def drop_with(memory: object, part: int) -> None:
+    """Have this part of a file go with ``memory``, which nobody uses then; the mapping goes with its last part.
+
+    No line of Python runs then: an interruption there would be lost, and the part would stay.
+    """
+    weakref.finalize(memory, native._native.drop_part, part).atexit = False
 
 
 def own(start: int, end: int) -> bool:

@@ -1,6 +1,7 @@
 """What becomes of a model's tensors, and what is installed beside them; `transaction` carries it out."""
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.core import console, extensions
+from upcast.core import console, extensions, messages
 from upcast.core.errors import UpcastError, describe
 from upcast.core.extensions import Extension
 from upcast.core.memory_layout import to_float32
@@ -80,7 +81,7 @@ def _unpatch(model: object) -> None:
     with outside_inference_mode():
         transaction.unpatch([part.module for part in found], *_restored(roots_of(model).values(), found))
     for part in found:
-        console.say(_loss(part.record.plan))
+        messages.say(_loss(part.record.plan))
 
 
 def _restored(roots: Iterable[nn.Module], parts: Sequence[Part]) -> tuple[Assignments, Assignments]:
@@ -190,11 +191,13 @@ def adopt(
     watcher: Watcher | None = None,
     keep: Sequence[str] = (),
     trainable: Sequence[str] = (),
+    asked: bool = True,
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     record = alone(
         [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
     )
+    record.asked = asked
     say(record)
     return record
 
@@ -292,7 +295,7 @@ def _patch(
             new.store.before = change.dtype
     plan = Plan(type(root).__name__, tuple(changes.values()), learning.remarks(root, found) + extensions.remarks(root))
     selection = None if policy.everywhere else Selection(policy)
-    record = Record(plan, weights.fallbacks, policy, selection, lent=lent)
+    record = Record(plan, weights.fallbacks, policy, selection, tuple(keep), lent=lent)
     transaction.patch(root, record, tensors, originals, lambda: _install(root, record, watcher))
     return record
 
@@ -318,7 +321,8 @@ def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> 
         extension.install(root, kv_cache)
     except Exception as error:
         transaction.remove_extension(root, extension)
-        console.say(f"{type(root).__name__} runs without its fast ways for {extension.name}: {describe(error)}")
+        why = f"{type(root).__name__} runs without its fast ways for {extension.name}: {describe(error)}"
+        messages.say(why, level=logging.WARNING)
 
 
 def _upcast(ref: TensorRef) -> Tensor:
@@ -360,7 +364,7 @@ def say(record: Record) -> None:
     float32 = ", ".join(f"{count} ({reason})" for reason, count in plan.in_float32().items())
     policy = "" if record.policy == Policy() else f"; policy {record.policy}"
     line = f"{plan.model} {sizes}, {kernels.describe()} kernels; tensors in float32: {float32 or 'none'}{policy}"
-    console.say(line, plan)
+    messages.say(line, plan)
 
 
 def _loss(plan: Plan) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from upcast.core import console, forward_override
+from upcast.core import forward_override, messages
 from upcast.core.forward_override import Attached
 from upcast.core.module_tree import modules
 from upcast.patching import fast_linear, padded_encoder, training_switch
@@ -112,9 +112,9 @@ class GuardedApply(Attached):
             return _apply_to_others(module, function, recurse)
         wanted = str(probe.dtype if probe.dtype != torch.float32 else probe.device)
         if self.unpatch is not None:
-            with console.silent():
+            with messages.silent():
                 self.unpatch(module)
-            console.say(
+            messages.say(
                 f"{type(module).__name__} is converted to {wanted}, as the program says: it is not patched any more, "
                 "and computes in that dtype"
             )

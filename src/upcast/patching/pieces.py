@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.core import console
+from upcast.core import console, messages
 from upcast.core.errors import UpcastError
 from upcast.core.tensor_ref import TensorRef
 from upcast.patching import transaction
@@ -62,7 +62,7 @@ def unpatch(model: object) -> bool:
             transaction.remove(root)
             _restore(wanted)
             raise
-        console.say(f"{type(root).__name__}, a piece of a patched {whole}, unpatched; the rest stays as it is")
+        messages.say(f"{type(root).__name__}, a piece of a patched {whole}, unpatched; the rest stays as it is")
     return bool(found)
 
 

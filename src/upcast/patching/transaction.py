@@ -34,6 +34,8 @@ class Record:
     fallbacks: Fallbacks
     policy: Policy
     selection: Selection | None  # None: the policy intercepts nothing
+    keep: tuple[str, ...] = ()  # the patterns that were given
+    asked: bool = True  # by the program; False: by a variable of the environment
     originals: Assignments | None = None  # what was replaced, while the model is on its way; None: the patch is whole
     lent: Assignments | None = None  # the originals of a patch for the time of a block, which gives them back
 

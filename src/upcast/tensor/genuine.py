@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._device import DeviceContext
 
-from upcast.core import console
+from upcast.core import messages
 from upcast.kernels import native
 
 # What a function of a library may find beside its library's and torch's own: settings, loggers, standard classes.
@@ -127,7 +127,7 @@ class Originals:
     def _tell(self, entry: _Entry) -> None:
         if not self._told:
             self._told = True
-            console.say(f"{entry.place}.{entry.name} was replaced: what stands for it runs unfused as long as it is")
+            messages.say(f"{entry.place}.{entry.name} was replaced: what stands for it runs unfused as long as it is")
 
 
 @functools.lru_cache(maxsize=512)

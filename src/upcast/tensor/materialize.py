@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from upcast.core import console, extensions
+from upcast.core import extensions, messages
 from upcast.core.errors import UpcastError
 from upcast.core.torch_modes import without_overrides
 
@@ -42,7 +42,7 @@ def dissolve(weight: "HalfWeight", why: str) -> None:
 def _note(store: "Store", why: str) -> None:
     if store.wide is not None and store.fallbacks.dissolve(why, store.wide.numel()):
         model = store.fallbacks.model
-        console.say(f"{model}: weights become ordinary float32 parameters, because {why}; upcast.report counts them")
+        messages.say(f"{model}: weights become ordinary float32 parameters, because {why}; upcast.report counts them")
 
 
 def keep(weight: "HalfWeight", why: str) -> None:

@@ -146,3 +146,18 @@ def test_outputs_of_every_layer() -> None:
         results.append([*output.attentions, *output.hidden_states])
     assert len(results[0]) == len(results[1]) == 5
     assert all(relative_error(got, want) < 1e-5 for want, got in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_quantization_config_and_what_it_saved(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = make(*KINDS["Llama"]).to(dtype)
+    source.save_pretrained(tmp_path / "a")
+    auto = transformers.AutoModelForCausalLM
+    got = auto.from_pretrained(tmp_path / "a", quantization_config=upcast.UpcastConfig()).eval()
+    assert_patched(got)
+    got.save_pretrained(tmp_path / "b")
+    again = auto.from_pretrained(tmp_path / "b").eval()
+    assert_patched(again)
+    want = first_output(rounded(source), TOKENS)
+    assert relative_error(first_output(got, TOKENS), want) < 1e-5
+    assert relative_error(first_output(again, TOKENS), want) < 1e-5

@@ -32,7 +32,7 @@ from upcast.checkpoint.output_folder import (
     read_json,
     set_mode,
 )
-from upcast.core import console, pages
+from upcast.core import console, messages, pages
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import memory, plain
 from upcast.core.pages import give_back_pages
@@ -107,7 +107,7 @@ def _twin(source: Source, partial: Partial) -> str:
     with suppress(OSError):  # the copy stands; this makes it faster
         pages.advise(partial.output / WEIGHTS)
     plan = Plan(source.folder.name, tuple(changes))
-    console.say(f"converted {source.folder.name}", plan)
+    messages.say(f"converted {source.folder.name}", plan)
     return _report(plan, partial.output)
 
 
@@ -264,7 +264,7 @@ def _fill(partial: Partial, source: Source, items: Sequence[Item], progress: con
     """
     known = {name: entry for name, entry in partial.entries().items() if _is_sound(entry)}
     if known:
-        console.say(f"going on with {partial.folder.name}: {len(known)} of {len(items)} tensors are written")
+        messages.say(f"going on with {partial.folder.name}: {len(known)} of {len(items)} tensors are written")
     progress.phase("converting")
     places = iter(zip_writer.places(partial.weights))
     written: dict[str, dict[str, Any]] = {}

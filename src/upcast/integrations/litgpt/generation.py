@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from upcast.core import console
+from upcast.core import messages
 from upcast.core.forward_override import in_effect
 from upcast.integrations.fused import hooked
 from upcast.integrations.litgpt.gpt import FusedGPT, last_position
@@ -112,7 +112,7 @@ def _uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
 def _say_once(gpt: nn.Module) -> None:
     if gpt not in _told:
         _told.add(gpt)
-        console.say(
+        messages.say(
             f"{type(gpt).__name__} is not compiled: its fused forwards run, which are faster and need no warm-up"
         )
 

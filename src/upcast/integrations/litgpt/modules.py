@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from upcast import kernels
-from upcast.core import console, torch_private
+from upcast.core import messages, torch_private
 from upcast.core.forward_override import push
 from upcast.integrations.fused import Fused, GatedMLP, float32, hooked
 from upcast.integrations.litgpt.positions import CachePosition, first_of_run, is_causal, positions
@@ -106,7 +106,7 @@ class CacheBuilder(LitGPTForward):
         """Turn ``cache`` to float32, and have all later ones of this layer made so."""
         cache.k, cache.v = cache.k.float(), cache.v.float()
         self.dtype = torch.float32
-        console.say(f"the KV cache of layer {of_module(self.module, 'block_idx')} goes to float32: {WHY_FLOAT32}")
+        messages.say(f"the KV cache of layer {of_module(self.module, 'block_idx')} goes to float32: {WHY_FLOAT32}")
 
 
 class FusedCache(LitGPTForward):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from upcast import kernels
-from upcast.core import console
+from upcast.core import messages
 from upcast.integrations.transformers.versions import narrows_caches
 from upcast.kernels import reference, transforms
 from upcast.tensor import autocast
@@ -231,7 +231,7 @@ def _keep_wide(layer: Any, how: str) -> None:
     wide.add(key)
     part, index = key
     which = "a layer" if index < 0 else f"layer {index}{part and f' ({part})'}"
-    console.say(f"the KV cache of {which} {how} float32: {WHY_FLOAT32}")
+    messages.say(f"the KV cache of {which} {how} float32: {WHY_FLOAT32}")
 
 
 def _out(stored: Tensor) -> HalfWeight:

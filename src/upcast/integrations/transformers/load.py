@@ -104,9 +104,26 @@ _from_pretrained = loading.hook(_load)
 
 def _load_pretrained_model(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     ours = loading.current()
-    if ours is None:
-        return wrapped(*args, **kwargs)
     call = inspect.signature(wrapped).bind(*args, **kwargs)
+    saved = _said_by(call.arguments["load_config"].hf_quantizer)
+    if ours is None:
+        with nullcontext() if saved is None else loading.begun(saved):
+            return _arrive(wrapped, call, saved)
+    if saved is not None and not ours.strict:
+        ours.follow(saved)
+    return _arrive(wrapped, call, ours)
+
+
+def _said_by(quantizer: Any) -> Loading | None:
+    """Return what a checkpoint, or the program by an UpcastConfig, says to Transformers; None for other quantizers."""
+    found = getattr(quantizer, "loading", None)
+    return found if isinstance(found, Loading) else None
+
+
+def _arrive(wrapped: Callable[..., Any], call: inspect.BoundArguments, ours: Loading | None) -> Any:
+    """Have the tensors of a checkpoint arrive as ``ours`` says; None: as the library has it."""
+    if ours is None:
+        return wrapped(*call.args, **call.kwargs)
     model, state, files = (call.arguments[name] for name in ("model", "state_dict", "checkpoint_files"))
     _check(call.arguments["load_config"])
     checkpoint_files.check_inside(call.arguments["load_config"])
@@ -180,7 +197,7 @@ _NO_THREADS = "HF_DEACTIVATE_ASYNC_LOAD"
 
 def _check(settings: Any) -> None:
     """Refuse what Transformers has made of the arguments and of the checkpoint's config."""
-    if settings.hf_quantizer is not None:
+    if settings.hf_quantizer is not None and _said_by(settings.hf_quantizer) is None:
         raise NotOurs("a quantized checkpoint")
     places = {str(place).split(":")[0] for place in (settings.device_map or {}).values()}
     if places - {"cpu"}:

@@ -1,11 +1,12 @@
-"""Transformers: a patched model's config.json names the dtype of the tensors beside it.
+"""Transformers: a patched model's config.json names the dtype of the tensors beside it, and that it was patched.
 
 ``save_pretrained`` writes what ``model.dtype`` says, float32, though the weights that it writes are float16. Read with
-that, a folder would give a model of twice the bytes.
+that, a folder would give a model of twice the bytes. What the program asked for, the config remembers (see
+`transformers.quantizer`); under UPCAST=1 it is what it would be without.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -14,8 +15,12 @@ import torch
 import wrapt
 from torch import Tensor
 
+from upcast.core.about import VERSION
 from upcast.integrations import stepping_aside
+from upcast.patching import engine
 from upcast.tensor.half_weight import HalfWeight
+
+METHOD = "upcast"
 
 
 def install(module: ModuleType) -> None:
@@ -25,11 +30,23 @@ def install(module: ModuleType) -> None:
 
 
 def _save(wrapped: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> Any:
-    weights = any(isinstance(parameter, HalfWeight) for parameter in model.parameters())
-    if not weights or not _all_fit(kwargs.get("state_dict") or model.state_dict(keep_vars=True)):
+    if not any(isinstance(parameter, HalfWeight) for parameter in model.parameters()):
         return wrapped(*args, **kwargs)
-    with _written_as(model.config, "float16"):
+    fit = _all_fit(kwargs.get("state_dict") or model.state_dict(keep_vars=True))
+    with _written_as(model.config, "float16" if fit else None, _remembered(model)):
         return wrapped(*args, **kwargs)
+
+
+def _remembered(model: Any) -> dict[str, Any] | None:
+    """Return what config.json says of how ``model`` was patched, or None where the program had not asked for it."""
+    record = engine.record_of(model) if engine.is_patched(model) else None
+    return None if record is None or not record.asked else saved(str(record.policy), None, record.keep)
+
+
+def saved(policy: str, kv_cache: str | None, keep: Sequence[str]) -> dict[str, Any]:
+    """Return the fields of an `upcast.UpcastConfig`, as JSON has them."""
+    cache = {} if kv_cache is None else {"kv_cache": kv_cache}
+    return {"quant_method": METHOD, "policy": policy, **cache, "keep": list(keep), "upcast_version": VERSION}
 
 
 def _all_fit(state: Mapping[str, Tensor]) -> bool:
@@ -48,12 +65,15 @@ def _is_half(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _written_as(config: Any, dtype: str) -> Iterator[None]:
-    """Within the block, ``config`` names ``dtype``, for itself and its parts, whenever it is written."""
+def _written_as(config: Any, dtype: str | None, patched: dict[str, Any] | None) -> Iterator[None]:
+    """Within the block, ``config`` names ``dtype``, for itself and its parts, whenever it is written; and ``patched``.
+
+    None: what it says by itself.
+    """
 
     def save_pretrained(*args: Any, **kwargs: Any) -> Any:
         del config.__dict__["save_pretrained"]  # or it would be written as well
-        with _naming(config, dtype):
+        with _naming(config, dtype, patched):
             return config.save_pretrained(*args, **kwargs)
 
     try:
@@ -66,12 +86,17 @@ def _written_as(config: Any, dtype: str) -> Iterator[None]:
 
 
 @contextmanager
-def _naming(config: Any, dtype: str) -> Iterator[None]:
+def _naming(config: Any, dtype: str | None, patched: dict[str, Any] | None) -> Iterator[None]:
     parts = [config, *(getattr(config, name, None) for name in getattr(config, "sub_configs", ()))]
-    before = [(part, name, part.__dict__[name]) for part in parts if part is not None for name in _names(part)]
+    named: list[tuple[Any, str, Any]] = [
+        (part, name, dtype) for part in parts if part is not None and dtype for name in _names(part)
+    ]
+    if patched is not None:
+        named.append((config, "quantization_config", patched))
+    before = [(part.__dict__, name, part.__dict__.get(name, _NOTHING)) for part, name, _ in named]
     try:
-        for part, name, _ in before:
-            part.__dict__[name] = dtype
+        for part, name, value in named:
+            part.__dict__[name] = value
         yield
         _name_again(before)
     except BaseException:
@@ -79,9 +104,15 @@ def _naming(config: Any, dtype: str) -> Iterator[None]:
         raise
 
 
-def _name_again(before: list[tuple[Any, str, Any]]) -> None:
-    for part, name, value in before:
-        part.__dict__[name] = value
+_NOTHING = object()
+
+
+def _name_again(before: list[tuple[dict[str, Any], str, Any]]) -> None:
+    for fields, name, value in before:
+        if value is _NOTHING:
+            fields.pop(name, None)
+        else:
+            fields[name] = value
 
 
 def _names(config: Any) -> list[str]:
