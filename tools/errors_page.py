@@ -118,8 +118,9 @@ def says_something(text: str) -> bool:
 
 def _constants(tree: ast.Module) -> dict[str, str]:
     """Return the texts that a module keeps under names of its own."""
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)]
-    return {node.targets[0].id: _text(node.value, {}) for node in assigned if isinstance(node.value, ast.Constant)}
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)]
+    names = ((node.targets[0], node.value) for node in assigned)
+    return {name.id: _text(value, {}) for name, value in names if isinstance(name, ast.Name)}
 
 
 def _text(node: ast.expr, constants: dict[str, str]) -> str:

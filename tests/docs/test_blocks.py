@@ -1,5 +1,6 @@
 """What the pages show runs: every block of Python, and every command has the options that it is given."""
 
+import logging
 import re
 import shlex
 import shutil
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.docs import stand_ins
 from tests.docs.pages import PAGES, ROOT, TOP, Block, blocks, name_of
@@ -30,11 +32,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def settings_kept() -> Iterator[None]:
+    """What a page sets for the whole process is as it was afterwards."""
+    logger, threads = logging.getLogger("upcast"), torch.get_num_threads()
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*does not have many workers")  # Lightning's
 @pytest.mark.parametrize("page", PYTHON, ids=name_of)
-def test_the_python_of_a_page_runs(
-    page: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_other_gpt: None
-) -> None:
+@pytest.mark.usefixtures("no_other_gpt", "settings_kept")
+def test_the_python_of_a_page_runs(page: Path, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(models, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}

@@ -55,7 +55,16 @@ def test_every_example_has_its_test_and_says_how_it_is_run() -> None:
 def test_inference(models: Path) -> None:
     answers = {}
     for mode in ([], ["--float32"]):
-        example = [EXAMPLES / "inference.py", "--model", models / "llama", "--prompt", QUESTION, "--tokens", "8", *mode]
+        example: list[object] = [
+            EXAMPLES / "inference.py",
+            "--model",
+            models / "llama",
+            "--prompt",
+            QUESTION,
+            "--tokens",
+            "8",
+            *mode,
+        ]
         result = run(*example)
         assert ("upcast: LlamaForCausalLM " in result.stderr) is not bool(mode)
         answers[bool(mode)] = result.stdout.splitlines()[0]

@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,8 @@ from upcast.core import config
 
 API = (DOCS / "api.md").read_text("utf-8")
 CLI = (DOCS / "cli.md").read_text("utf-8")
-COMMANDS = _parser()._subparsers._group_actions[0].choices
+_GROUP: Any = _parser()._subparsers
+COMMANDS: dict[str, Any] = _GROUP._group_actions[0].choices
 CODE = "\n".join(block.code for page in PAGES for block in blocks(page) if block.language == "python")
 README_LINES = range(120, 161)
 PRIVATE = re.compile(r"\b(tiles?|twins?|slots?|watch(es|ed|ing)?)\b", re.IGNORECASE)  # words of the code base alone
