@@ -86,7 +86,7 @@ def entries() -> list[Entry]:
     """Return the errors of the sources, in the order of files and lines, each text once."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCES.rglob("*.py"))}
     constants = {name: text for tree in trees.values() for name, text in _constants(tree).items()}
-    found = {}
+    found: dict[str, Entry] = {}
     for path, tree in trees.items():
         folder = path.relative_to(SOURCES).parts[0] if path.parent != SOURCES else ""
         for call in calls(tree):
@@ -150,8 +150,9 @@ def _entry(section: str, text: str) -> Entry:
     end = SENTENCE.search(text)
     whole, remedy = (text[: end.start()], text[end.end() :]) if end else (text, "")
     found, _, rule = whole.rstrip(".").partition("; " if "; " in whole else ": ")
-    if not remedy:  # the rule says it ("it must be at least 1."), or another error whose text is passed on
-        remedy = "What it passes on says it." if text.endswith("}") else rule
+    if not remedy and not text.endswith("}"):  # the rule says it: "it must be at least 1."
+        rule, remedy = "", f"{rule[:1].upper()}{rule[1:]}."
+    remedy = remedy or "What it passes on says it."
     return Entry(section, found, rule, remedy)
 
 
