@@ -46,7 +46,7 @@ except upcast.UpcastError as error:
     print(error)
 ```
 
-`tools/errors_page.py` writes this page from the sources; do not edit it. What stands in braces is filled in.
+`tools/errors_page.py` writes this page from the sources; do not edit it. What stands in *italics* is filled in.
 """
 SENTENCE = re.compile(r"(?<=[\w)'\"`}])\. (?=[A-Z`{])")  # between a sentence and the next
 RAISED = ("UpcastError", "RankError", "KernelError", "LostRank", "_NoSourceError")
@@ -158,6 +158,7 @@ def _entry(section: str, text: str) -> Entry:
 
 def _row(entry: Entry) -> str:
     cells = (re.sub(r"([|<*_])", r"\\\1", cell) for cell in (entry.found, entry.rule, entry.remedy))
+    cells = (re.sub(r"{([^{}]*)}", r"*\1*", cell) for cell in cells)  # braces at a cell's end mean attributes to MkDocs
     return "| " + " | ".join(cells) + " |\n"
 
 

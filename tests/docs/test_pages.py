@@ -142,6 +142,12 @@ def test_the_page_of_errors_is_current(errors_page: ModuleType) -> None:
     assert (DOCS / "errors.md").read_text("utf-8") == errors_page.page(errors_page.entries()), "run make docs"
 
 
+def test_the_page_of_errors_shows_what_is_filled_in() -> None:
+    page = (DOCS / "errors.md").read_text("utf-8")
+    assert not set("{}") & set(page)  # MkDocs takes braces at the end of a cell for attributes
+    assert page.count("*name*") > 5
+
+
 def test_the_page_of_errors_is_complete(errors_page: ModuleType) -> None:
     """Counted in another way than the page is made: by the text of the sources."""
     sources = [path.read_text("utf-8") for path in (ROOT / "src" / "upcast").rglob("*.py")]
