@@ -4,29 +4,15 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-import upcast.core.torch_private as _torch_private  # noqa: F401 - first: it says what a torch lacks
-import upcast.integrations as _integrations  # noqa: F401 - registers what upcast knows of libraries
-from upcast.api import patch, patched, plan, report, unpatch
 from upcast.core.about import VERSION as _VERSION
-from upcast.core.errors import UpcastError
-from upcast.kernels import custom_ops as _compiled
-from upcast.patching.plan import Plan
-from upcast.policy.policy import Policy
-from upcast.tensor import attention_ops as _attention
-from upcast.tensor import composite_ops as _composites
-from upcast.tensor import export as _exported
-from upcast.tensor import matmul_ops as _products
-from upcast.tensor import memory_ops as _memory_ops
-from upcast.tensor import rnn_ops as _recurrent
-from upcast.tensor import shallow_copy as _shallow_copy
-from upcast.tensor import view_ops as _ops
-from upcast.tensor.half_weight import HalfWeight
 
 if _TYPE_CHECKING:
     from upcast.analysis.ablate import Ablation, ablate
     from upcast.analysis.certify import Certificate, certify
     from upcast.analysis.diagnose import Diagnosis, diagnose
     from upcast.analysis.search import SearchResult, search
+    from upcast.api import patch, patched, plan, report, unpatch
+    from upcast.core.errors import UpcastError
     from upcast.guard.headroom import Headroom
     from upcast.integrations.lightning.callback import LightningHeadroomCallback
     from upcast.integrations.lightning.fabric import FabricPrecision
@@ -34,6 +20,9 @@ if _TYPE_CHECKING:
     from upcast.integrations.pretrained import from_pretrained
     from upcast.integrations.transformers.quantizer import UpcastConfig
     from upcast.integrations.transformers.trainer import HeadroomCallback
+    from upcast.patching.plan import Plan
+    from upcast.policy.policy import Policy
+    from upcast.tensor.half_weight import HalfWeight
 
 __all__ = [
     "Ablation",
@@ -63,20 +52,16 @@ __all__ = [
 ]
 __version__ = _VERSION
 
-del (
-    _attention,
-    _compiled,
-    _composites,
-    _exported,
-    _memory_ops,
-    _ops,
-    _products,
-    _recurrent,
-    _shallow_copy,
-)  # imported so that HalfWeight and torch.compile know the operations
-
-
-_ON_DEMAND = {  # name -> its module, which is imported when somebody asks: `import upcast` stays short
+_ON_DEMAND = {  # name -> its module; the first that is asked for imports torch, and `import upcast` nothing
+    "patch": "api",
+    "patched": "api",
+    "plan": "api",
+    "report": "api",
+    "unpatch": "api",
+    "HalfWeight": "tensor.half_weight",
+    "Plan": "patching.plan",
+    "Policy": "policy.policy",
+    "UpcastError": "core.errors",
     "Ablation": "analysis.ablate",
     "ablate": "analysis.ablate",
     "Certificate": "analysis.certify",
@@ -93,6 +78,10 @@ _ON_DEMAND = {  # name -> its module, which is imported when somebody asks: `imp
     "LightningHeadroomCallback": "integrations.lightning.callback",
     "UpcastConfig": "integrations.transformers.quantizer",
 }
+_PACKAGES = (
+    *("analysis", "checkpoint", "cli", "core", "distributed", "guard", "integrations", "kernels", "patching"),
+    *("policy", "tensor"),
+)
 _NEEDS = {  # name -> the library that upcast does without, what the name is there, and the package to install
     "FabricPrecision": ("Lightning", "a plugin of lightning.Fabric", "lightning"),
     "HeadroomCallback": ("Transformers", "a callback of its Trainer", "transformers"),
@@ -102,13 +91,18 @@ _NEEDS = {  # name -> the library that upcast does without, what the name is the
 
 
 def __getattr__(name: str) -> _Any:
+    if name in _PACKAGES:
+        return _import_module(f"upcast.{name}")
     if name not in _ON_DEMAND:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _import_module("upcast.integrations")  # which registers itself: whatever is asked for, all of it is in place
     try:
         found = getattr(_import_module(f"upcast.{_ON_DEMAND[name]}"), name)
     except ModuleNotFoundError as error:
         if name not in _NEEDS:
             raise
+        from upcast.core.errors import UpcastError
+
         library, what, package = _NEEDS[name]
         raise UpcastError(
             f"upcast.{name} without {library} ({error}); it is {what}. Run `pip install {package}`."

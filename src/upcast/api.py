@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
+import upcast.core.torch_private  # noqa: F401 - first: it says what a torch lacks
 from upcast.guard.forward import watcher
 from upcast.patching import engine
 from upcast.patching.engine import report, unpatch

@@ -1,5 +1,6 @@
 """The command line, the environment, and the public names."""
 
+import json
 import os
 import subprocess
 import sys
@@ -97,7 +98,7 @@ def test_status_says_what_is_active_and_why(python: Run) -> None:
     off, on = python("-m", "upcast", "status"), python("-m", "upcast", "status", UPCAST="1")
     assert "no: UPCAST is not set to 1" in off.stdout
     assert "yes: UPCAST is on" in on.stdout
-    for text in (upcast.__version__, "upcast.pth", "litgpt.api when imported", "kernels", "UPCAST_VERBOSE"):
+    for text in (upcast.__version__, "upcast.pth", "litgpt when imported", "kernels", "UPCAST_VERBOSE"):
         assert text in on.stdout
     isolated = python("-S", "-c", "pass", UPCAST="1")
     assert isolated.returncode == 0
@@ -128,6 +129,67 @@ def test_public_names() -> None:
     modules = {name for name in public if type(getattr(upcast, name)).__name__ == "module"}
     assert (public - modules) | upcast._ON_DEMAND.keys() == set(upcast.__all__)
     assert all(getattr(upcast, name).__doc__ for name in upcast.__all__)
+
+
+def test_help_needs_neither_torch_nor_wrapt(python: Run) -> None:
+    script = "import sys; from upcast.cli.main import main\ntry: main(['{}'])\nexcept SystemExit: pass\n"
+    for option in ("--help", "--version"):
+        result = python("-c", f"{script.format(option)}print(*({{'torch', 'wrapt'}} & set(sys.modules)), '|', sep='')")
+        assert result.stdout.splitlines()[-1] == "|", result.stderr
+    assert upcast.__version__ in result.stdout
+
+
+def test_the_choices_of_generate_are_those_that_there_are() -> None:
+    from upcast.cli import generate
+    from upcast.distributed.collectives import WIRES
+
+    assert set(generate.WIRES) == set(WIRES)
+
+
+def test_status_as_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["status"])
+    listed = capsys.readouterr().out
+    main(["status", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert {"upcast", "active", "kernels", "loaders", "libraries", "variables"} <= found.keys()
+    for topic in ("upcast", "active", "kernels", "fused forwards"):
+        assert found[topic] in listed
+    assert found["variables"].keys() == {variable.name for variable in config.VARIABLES}
+
+
+MODULES = {  # what `run -m` says of it, as Python does
+    "no_such_module": "No module named no_such_module",
+    "json.no_such": "No module named json.no_such",
+    "email": "No module named email.__main__; 'email' is a package and cannot be directly executed",
+    "nothing.at.all": "Error while finding module specification for 'nothing.at.all' "
+    "(ModuleNotFoundError: No module named 'nothing')",
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_that_is_not_there_is_told_as_python_does(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UPCAST", "0")
+    monkeypatch.setattr("_upcast_startup.start", lambda: None)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["run", "-m", name]) == 1
+    said = capsys.readouterr().err
+    assert said == f"{sys.executable}: {MODULES[name]}\n"
+    plain = subprocess.run([sys.executable, "-m", name], capture_output=True, text=True, check=False)
+    assert (plain.returncode, plain.stderr) == (1, said)
+
+
+ROWS = [("start-up file", "/a/path/that/is/longer/than/the/terminal/is/wide.pth"), ("threads", "2"), ("x", "a b " * 20)]
+
+
+@pytest.mark.parametrize("width", [20, 40, 80, 200])
+def test_a_listing_fits_its_width_and_keeps_every_word(width: int) -> None:
+    text = console.listing(ROWS, width)
+    assert text.split() == " ".join(f"{topic} {finding}" for topic, finding in ROWS).split()
+    assert all(len(line) <= width or len(line.split()) <= 2 for line in text.splitlines())
+    assert console.listing(ROWS, 0).count("\n") == len(ROWS) - 1
 
 
 def test_tables_align() -> None:

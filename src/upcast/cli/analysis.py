@@ -5,8 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from upcast.core import console, messages
 from upcast.core.errors import UpcastError
 
@@ -58,6 +56,8 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
 
 
 def _diagnose(arguments: argparse.Namespace) -> int:
+    import torch
+
     from upcast.analysis.diagnose import diagnose
     from upcast.analysis.search import search
 
@@ -79,7 +79,7 @@ def _certify(arguments: argparse.Namespace) -> int:
     from upcast.policy import policy
 
     policy.resolve(arguments.policy)  # a typo is told before a model is loaded
-    text = _plain_text() if arguments.text is None else _read(arguments.text)
+    text = plain_text() if arguments.text is None else _read(arguments.text)
     model, tokenizer = load(arguments.checkpoint)
     sizes = {"window": arguments.window, "windows": arguments.windows, "greedy": arguments.greedy}
     text = text[: 8 * arguments.window * (arguments.windows + 1)]  # a token is hardly ever longer than 8 characters
@@ -98,7 +98,8 @@ def _write(arguments: argparse.Namespace, found: Any) -> None:
         found.plot(arguments.plot)
 
 
-def _plain_text() -> str:
+def plain_text() -> str:
+    """Return real English and code, which every Python has."""
     import pydoc_data.topics
 
     topics: dict[str, str] = pydoc_data.topics.topics

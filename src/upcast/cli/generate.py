@@ -5,14 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from upcast.core import console, messages
+from upcast.core import config, console, messages
 from upcast.core.errors import UpcastError
-from upcast.distributed.collectives import WIRES
-from upcast.distributed.rendezvous import joined
-from upcast.integrations.litgpt import load
-from upcast.policy.policy import DTYPES
+
+WIRES = ("float32", "bfloat16", "float16")  # of `upcast.distributed.collectives`, which imports torch
 
 
 def add_to(commands: Any) -> None:
@@ -30,10 +26,10 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     parser.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest (default: all)")
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: 1234)")
-    parser.add_argument("--kv-cache", choices=DTYPES, default="float16", help="default: float16")
+    parser.add_argument("--kv-cache", choices=config.KV_CACHES, default="float16", help="default: float16")
     parser.add_argument(
         "--wire",
-        choices=tuple(WIRES),
+        choices=WIRES,
         default="float32",
         help="dtype of partial sums between ranks (default: float32; smaller ones are less exact)",
     )
@@ -49,6 +45,8 @@ def add_to(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Join the other ranks, load, generate and print; raise UpcastError when a rank is lost or fails."""
+    from upcast.distributed.rendezvous import joined
+
     with joined(arguments.timeout) as mesh:
         return _generate(arguments, mesh if mesh.size() > 1 else None, mesh.get_rank())
 
@@ -56,9 +54,12 @@ def run(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace, mesh: Any, rank: int) -> int:
     if arguments.max_new_tokens < 1:
         raise UpcastError(f"--max-new-tokens {arguments.max_new_tokens}; it must be at least 1.")
-    model = load.load_litgpt(arguments.checkpoint_dir, kv_cache=arguments.kv_cache, mesh=mesh, wire=arguments.wire)
+    import torch
     from litgpt.generate.base import generate
 
+    from upcast.integrations.litgpt import load
+
+    model = load.load_litgpt(arguments.checkpoint_dir, kv_cache=arguments.kv_cache, mesh=mesh, wire=arguments.wire)
     tokenizer, ids = _encoded(arguments.checkpoint_dir, arguments.prompt, model.config)
     size = len(ids) + arguments.max_new_tokens
     if size > model.max_seq_length:

@@ -1,6 +1,11 @@
-"""The command line: ``python -m upcast run | convert | generate | diagnose | certify | status``."""
+"""The command line: ``python -m upcast check | run | convert | generate | diagnose | certify | status``.
+
+Exit codes: 0 when the command did its work, 1 when nobody takes its output or the module to run is not there, 2 for
+what the user should change, with one line on standard error, 130 when it is interrupted.
+"""
 
 import argparse
+import importlib.util
 import os
 import runpy
 import sys
@@ -9,6 +14,8 @@ from pathlib import Path
 
 import _upcast_startup
 from upcast.cli import analysis as commands_on_models
+from upcast.cli import check, generate
+from upcast.core.about import DISTRIBUTION, VERSION
 from upcast.core.errors import UpcastError
 
 
@@ -16,6 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code (2 for a usage error, with one line on standard error)."""
     arguments = _parser().parse_args(argv)
     try:
+        import upcast.integrations  # noqa: F401 - it registers itself; --help needs neither it nor torch
+
         return int(arguments.command(arguments))
     except UpcastError as error:
         print(f"upcast: {error}", file=sys.stderr)
@@ -26,9 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="upcast",
         description="float16 weights, float32 math, no NaNs, for PyTorch models on the CPU.",
-        epilog="In code: upcast.patch(model). For any program: UPCAST=1 python program.py.",
+        epilog="In code: upcast.patch(model). For any program: UPCAST=1 python program.py. Exit codes: 0 done, 1 the "
+        "output went nowhere, 2 something to correct, 130 interrupted.",
     )
+    parser.add_argument("--version", action="version", version=f"{DISTRIBUTION} {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    check.add(commands)
 
     run = commands.add_parser(
         "run",
@@ -52,11 +65,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-float16)")
     convert.set_defaults(command=_convert)
 
-    from upcast.cli import generate
-
     generate.add_to(commands)
 
     status = commands.add_parser("status", help="say what is active and why")
+    status.add_argument("--json", action="store_true", help="as JSON, for a bug report")
     status.set_defaults(command=_status)
 
     commands_on_models.add(commands)
@@ -72,6 +84,10 @@ def _run(arguments: argparse.Namespace) -> int:
     sys.argv = [arguments.target, *arguments.arguments]
     if arguments.module:
         sys.path.insert(0, os.getcwd())
+        missing = _no_module(arguments.target)
+        if missing:
+            print(f"{sys.executable}: {missing}", file=sys.stderr)  # as Python says it
+            return 1
         runpy.run_module(arguments.target, run_name="__main__", alter_sys=True)
         return 0
     script = Path(arguments.target)
@@ -80,6 +96,19 @@ def _run(arguments: argparse.Namespace) -> int:
     sys.path.insert(0, str(script.resolve().parent))
     runpy.run_path(str(script), run_name="__main__")
     return 0
+
+
+def _no_module(name: str) -> str:
+    """Return why a module cannot be run as ``python -m`` does, in its words, or an empty string."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.submodule_search_locations is not None:
+            main = importlib.util.find_spec(f"{name}.__main__")
+            package = f"No module named {name}.__main__; {name!r} is a package and cannot be directly executed"
+            return "" if main is not None else package
+    except (ImportError, ValueError) as error:
+        return f"Error while finding module specification for {name!r} ({type(error).__name__}: {error})"
+    return "" if spec is not None else f"No module named {name}"
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -94,7 +123,9 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
+    import json
+
     from upcast.cli import status
     from upcast.core import console
 
-    return console.answer(status.describe())
+    return console.answer(json.dumps(status.facts(), indent=1) if arguments.json else console.listing(status.rows()))

@@ -6,12 +6,13 @@ import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import _upcast_startup
 from upcast import kernels
-from upcast.core import config, console, torch_private
+from upcast.core import config, torch_private
 from upcast.core.about import VERSION
 from upcast.integrations.litgpt import versions as litgpt_versions
 from upcast.integrations.transformers import versions as transformers_versions
@@ -21,21 +22,40 @@ FUSED = {"litgpt": litgpt_versions.NEWEST, "transformers": transformers_versions
 LIBRARIES = ("torch", "wrapt", "litgpt", "transformers", "diffusers")
 
 
-def describe() -> str:
-    """Return the whole status as a table of topic and finding."""
+def facts() -> dict[str, Any]:
+    """Return what is active and why, topic by topic."""
     settings = config.read()
-    rows = [
-        ("upcast", f"{VERSION} on Python {platform.python_version()}, {platform.machine()}"),
-        ("active", _active(settings.enabled)),
-        ("start-up file", _startup_file()),
-        ("loaders", ", ".join(_loader(target) for target in _upcast_startup.TARGETS)),
-        ("kernels", f"{kernels.describe()}, UPCAST_KERNELS={settings.kernels}"),
-        ("threads", str(torch.get_num_threads())),
-        ("fused forwards", _fused()),
-        ("libraries", ", ".join(f"{name} {_version(name)}" for name in LIBRARIES)),
-    ]
-    rows += [(variable.name, f"{config.shown(variable)}: {variable.meaning}") for variable in config.VARIABLES]
-    return console.table(("what", "finding"), rows)
+    return {
+        "upcast": f"{VERSION} on Python {platform.python_version()}, {platform.machine()}",
+        "active": _active(settings.enabled),
+        "start-up file": _startup_file(),
+        "loaders": {target: _loader(target) for target in _upcast_startup.TARGETS},
+        "kernels": f"{kernels.describe()}, UPCAST_KERNELS={settings.kernels}",
+        "threads": torch.get_num_threads(),
+        "fused forwards": _fused(),
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        "variables": {variable.name: config.shown(variable) for variable in config.VARIABLES},
+    }
+
+
+def rows() -> list[tuple[str, str]]:
+    """Return `facts` for people: (topic, finding)."""
+    found = facts()
+    meanings = {variable.name: variable.meaning for variable in config.VARIABLES}
+    variables = [(name, f"{value}: {meanings[name]}") for name, value in found.pop("variables").items()]
+    found["loaders"] = ", ".join(_by_library(found["loaders"]))
+    found["libraries"] = ", ".join(f"{name} {version}" for name, version in found["libraries"].items())
+    return [*((topic, str(finding)) for topic, finding in found.items()), *variables]
+
+
+def _by_library(loaders: dict[str, str]) -> list[str]:
+    """Return the states of the loaders, a library at a time where all of its modules are in the same one."""
+    lines: list[str] = []
+    for library in dict.fromkeys(target.partition(".")[0] for target in loaders):
+        states = {target: state for target, state in loaders.items() if target.partition(".")[0] == library}
+        alike = len({*states.values()}) == 1
+        lines += [f"{library} {next(iter(states.values()))}"] if alike else [f"{t} {s}" for t, s in states.items()]
+    return lines
 
 
 def _active(enabled: bool) -> str:
@@ -53,10 +73,10 @@ def _startup_file() -> str:
 
 
 def _loader(target: str) -> str:
-    library = target.split(".", maxsplit=1)[0]
-    if find_spec(library) is None:
-        return f"{library} not installed"
-    return f"{target} {'loaded' if target in sys.modules else 'when imported'}"
+    """Return what state the loaders of a module are in."""
+    if find_spec(target.split(".", maxsplit=1)[0]) is None:
+        return "not installed"
+    return "loaded" if target in sys.modules else "when imported"
 
 
 def _fused() -> str:

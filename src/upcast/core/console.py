@@ -1,6 +1,8 @@
 """What commands print: aligned tables, byte counts, answers, and how far long work has come."""
 
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +22,36 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence
         return "  ".join(padded).rstrip()
 
     return "\n".join([line(headers), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def listing(rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
+    """Return topics with what is found: side by side, or on a narrow terminal one under the other.
+
+    Args:
+        rows: (topic, finding).
+        width: columns; None: the terminal's. Into a file or a pipe each row is one line.
+    """
+    if width is None:
+        width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else 0
+    first = max(len(topic) for topic, _ in rows) + 2
+    if not width:
+        return "\n".join(f"{topic.ljust(first)}{finding}" for topic, finding in rows)
+    stacked = width < 3 * first
+    indent = "  " if stacked else " " * first
+    lines: list[str] = []
+    for topic, finding in rows:
+        wrapped = textwrap.wrap(
+            finding, max(width - len(indent), 16), break_on_hyphens=False, break_long_words=False
+        ) or [""]
+        lines += (
+            [topic, *(indent + each for each in wrapped)]
+            if stacked
+            else [
+                topic.ljust(first) + wrapped[0],
+                *(indent + each for each in wrapped[1:]),
+            ]
+        )
+    return "\n".join(lines)
 
 
 def megabytes(count: float) -> str:
