@@ -2,9 +2,11 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,25 @@ def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
     return result
 
 
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """Run an example in this process, which has imported the libraries already; return what it printed."""
+
+    def run_here(example: str, *arguments: object) -> Any:
+        monkeypatch.setattr(sys, "argv", [example, *map(str, arguments)])
+        monkeypatch.setenv("PL_GLOBAL_SEED", "0")  # Lightning's, which sets it
+        capsys.readouterr()
+        code: object = 0
+        try:
+            runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+        except SystemExit as end:
+            code = end.code
+        assert not code
+        return capsys.readouterr()
+
+    return run_here
+
+
 def test_every_example_has_its_test_and_says_how_it_is_run() -> None:
     tests = Path(__file__).read_text("utf-8")
     for path in EXAMPLES.glob("*.py"):
@@ -52,43 +73,35 @@ def test_every_example_has_its_test_and_says_how_it_is_run() -> None:
         assert f'"{path.name}"' in tests
 
 
-def test_inference(models: Path) -> None:
+def test_inference(models: Path, here: Callable[..., Any]) -> None:
     answers = {}
     for mode in ([], ["--float32"]):
-        example: list[object] = [
-            EXAMPLES / "inference.py",
-            "--model",
-            models / "llama",
-            "--prompt",
-            QUESTION,
-            "--tokens",
-            "8",
-            *mode,
-        ]
-        result = run(*example)
-        assert ("upcast: LlamaForCausalLM " in result.stderr) is not bool(mode)
-        answers[bool(mode)] = result.stdout.splitlines()[0]
+        output = here("inference.py", "--model", models / "llama", "--prompt", QUESTION, "--tokens", "8", *mode)
+        assert ("upcast: LlamaForCausalLM " in output.err) is not bool(mode)
+        answers[bool(mode)] = output.out.splitlines()[0]
     assert answers[True] == answers[False]
 
 
-def test_distributed(models: Path) -> None:
-    example = [EXAMPLES / "distributed.py", models / "pythia", "--prompt", QUESTION, "--tokens", "8"]
-    alone = run(*example)
-    both = run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *example)
-    assert both.stdout == alone.stdout
+def test_distributed(models: Path, here: Callable[..., Any]) -> None:
+    arguments = [models / "pythia", "--prompt", QUESTION, "--tokens", "8"]
+    alone = here("distributed.py", *arguments)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    both = run(*start, EXAMPLES / "distributed.py", *arguments)
+    assert both.stdout == alone.out
     sizes = [float(size) for size in re.findall(r"rank \d of 2: ([\d.]+) MB", both.stderr)]
     assert len(sizes) == 2
-    assert max(sizes) < float(re.findall(r"rank 0 of 1: ([\d.]+) MB", alone.stderr)[0])
+    assert max(sizes) < float(re.findall(r"rank 0 of 1: ([\d.]+) MB", alone.err)[0])
 
 
-def test_lightning_loop() -> None:
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:.*many workers", "ignore:.*in eval mode")
+def test_lightning_loop(here: Callable[..., Any]) -> None:
     pytest.importorskip("lightning")
     losses = {}
     for mode in ([], ["--float32"]):
-        result = run(EXAMPLES / "lightning_loop.py", "--steps", "30", *mode)
-        assert ("upcast: LlamaModel " in result.stderr) is not bool(mode)
-        assert ("headroom/least" in result.stdout) is not bool(mode)
-        losses[bool(mode)] = [float(loss) for loss in re.findall(r"loss ([\d.]+)", result.stdout)]
+        output = here("lightning_loop.py", "--steps", "30", *mode)
+        assert ("upcast: LlamaModel " in output.err) is not bool(mode)
+        assert ("headroom/least" in output.out) is not bool(mode)
+        losses[bool(mode)] = [float(loss) for loss in re.findall(r"loss ([\d.]+)", output.out)]
     assert len(losses[False]) == 30
     assert sum(losses[False][-5:]) < sum(losses[False][:5])
     assert losses[False] == pytest.approx(losses[True], abs=2e-3)  # the base of --float32 is not rounded
