@@ -28,6 +28,7 @@ MADE_BY_OTHERS = {"coverage.md", "versions.md"}  # names of models, written by p
 RAISED = re.compile(r"(?<!class )\b(?:UpcastError|RankError|KernelError|LostRank|_NoSourceError)\(")
 TABLES_OF_FUNCTIONS = ("op_classes.py", "view_ops.py", "composite_ops.py")  # torch.tile is one
 PICTURE = re.compile(r"!\[([^]]*)\]\(([^)]+)\)|<img ")
+MADE_BY_A_RUN = {"benchmarks/results"}
 PASSED_ON = 12  # errors that only pass on the text of another
 ALT = 15  # characters: less than that says nothing
 
@@ -79,6 +80,14 @@ def test_links_exist(page: Path) -> None:
     for link in re.findall(r"\]\((?!http|#|mailto)([^)#\s]+)[^)]*\)", text) + re.findall(r'src="([^"]+)"', text):
         notebook = page.parent / link.replace(".md", ".ipynb")
         assert (page.parent / link).exists() or notebook.exists(), link
+
+
+@pytest.mark.parametrize("page", [*PAGES, *TOP], ids=name_of)
+def test_files_that_are_named_exist(page: Path) -> None:
+    if page.name == "CHANGELOG.md":  # it tells of files that are gone
+        return
+    named = re.findall(r"`((?:tests|tools|examples|benchmarks|docs|csrc|src)/[\w./-]+)", page.read_text("utf-8"))
+    assert [path for path in named if not (ROOT / path).exists() and path not in MADE_BY_A_RUN] == []
 
 
 @pytest.mark.parametrize("page", [*PAGES, *TOP], ids=name_of)
