@@ -5,9 +5,10 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 import upcast.core.torch_private  # noqa: F401 - first: it says what a torch lacks
+from upcast.analysis.report import report
 from upcast.guard.forward import watcher
 from upcast.patching import engine
-from upcast.patching.engine import report, unpatch
+from upcast.patching.engine import unpatch
 from upcast.patching.plan import plan
 from upcast.policy.policy import Choice
 

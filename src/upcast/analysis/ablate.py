@@ -8,7 +8,7 @@ from typing import Any
 from upcast.analysis.diagnose import relative_error
 from upcast.analysis.range_observer import all_finite
 from upcast.analysis.result import Result, Table
-from upcast.analysis.runner import PolicyRunner, Sample, Samples, answer, trial
+from upcast.analysis.runner import PolicyRunner, Sample, Samples, answer, progress, trial
 from upcast.policy import fingerprint
 from upcast.policy.policy import ALL, CLASSES, PRESETS, Policy
 
@@ -79,10 +79,13 @@ def ablate(model: object, inputs: Any = None, *, extra: tuple[str, ...] = (), **
     with trial(model) as run:
         policies = _policies(extra)
         errors = [0.0] * len(policies)  # the worst sample's, infinite where a result was not
-        for sample in Samples(inputs, kwargs):  # one at a time, under all policies
-            reference = run.finite_reference(sample)
-            errors = [max(e, _error(run, each[1], sample, reference)) for e, each in zip(errors, policies, strict=True)]
-            del sample, reference  # before the next one is made
+        samples = Samples(inputs, kwargs)
+        with progress(run, (1 + len(policies)) * samples.count(), "ablate"):
+            for sample in samples:  # one at a time, under all policies
+                reference = run.finite_reference(sample)
+                found = [_error(run, policy, sample, reference) for _, policy, *_ in policies]
+                errors = list(map(max, errors, found))
+                del sample, reference  # before the next one is made
         rows = [
             Row(*each, math.isfinite(error), error if math.isfinite(error) else math.nan)
             for each, error in zip(policies, errors, strict=True)

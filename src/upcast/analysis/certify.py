@@ -144,12 +144,14 @@ def certify(
             raise UpcastError(f"{name} is {value}; it must be at least {least}.")
     pieces = list(_windows(ids, window, windows))
     prompt = ids[:32]
-    with torch.no_grad():
-        reference = _Reference(root, pieces, prompt, greedy)
+    with torch.no_grad(), console.Progress((1 + len(VARIANTS)) * len(pieces), unit="window") as progress:
+        progress.phase("float32")
+        reference = _Reference(root, pieces, prompt, greedy, progress)
         rows = [reference.row]
         for name in VARIANTS:
+            progress.phase(name)
             variant = _variant(root, name, policy)
-            rows.append(_judged(name, variant, reference))
+            rows.append(_judged(name, variant, reference, progress))
             del variant
     return Certificate(
         model=type(root).__name__,
@@ -204,11 +206,13 @@ def _variant(root: nn.Module, name: str, policy: policies.Choice) -> nn.Module:
 class _Reference:
     """Float32's answers: its row, its greedy continuation, and its logits, one window at a time."""
 
-    def __init__(self, root: nn.Module, pieces: list[Tensor], prompt: Tensor, greedy: int) -> None:
+    def __init__(
+        self, root: nn.Module, pieces: list[Tensor], prompt: Tensor, greedy: int, progress: console.Progress
+    ) -> None:
         self.model, self.pieces, self.prompt, self.greedy = _plain(root).float(), pieces, prompt, greedy
         self.logits(pieces[0])  # also warms up, before anything is timed
         self.continuation = _decode(self.model, prompt, greedy)
-        self.row = _judged("float32", self.model, self)
+        self.row = _judged("float32", self.model, self, progress)
 
     def logits(self, piece: Tensor) -> Tensor:
         """Return float32's logits (T, vocabulary) for a window."""
@@ -277,13 +281,14 @@ class _Sums:
         return Row(variant, error, *spread, self.agreed / self.positions, perplexity, greedy, *rest)
 
 
-def _judged(name: str, model: nn.Module, reference: _Reference) -> Row:
+def _judged(name: str, model: nn.Module, reference: _Reference, progress: console.Progress) -> Row:
     sums = _Sums()
     for piece in reference.pieces:
         begin = time.perf_counter()
         logits = _logits(model, piece[:-1])
         sums.seconds.append((time.perf_counter() - begin) / (len(piece) - 1))
         sums.add(logits, reference.logits(piece), piece[1:])
+        progress.advance()
     decoded = _decode(model, reference.prompt, reference.greedy)
     same = sum(a == b for a, b in zip(decoded, reference.continuation, strict=True)) / max(len(decoded), 1)
     return sums.row(name, same, _bytes(model))

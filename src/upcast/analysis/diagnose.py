@@ -14,7 +14,7 @@ from torch import Tensor
 
 from upcast.analysis.range_observer import Culprit, OpStats, RangeObserver, all_finite
 from upcast.analysis.result import Result, Table
-from upcast.analysis.runner import NONE, Samples, answer, trial
+from upcast.analysis.runner import NONE, PolicyRunner, Sample, Samples, answer, progress, trial
 from upcast.core.errors import UpcastError
 from upcast.kernels.portable import CHUNK
 from upcast.kernels.reference import FLOAT16_MAX
@@ -98,18 +98,15 @@ def diagnose(model: object, inputs: Any = None, *, tolerance: float = 0.1, **kwa
     with trial(model) as run:
         found = RangeObserver(tolerance)
         errors, sound = [], True
-        for sample in Samples(inputs, kwargs):
-            reference = run.finite_reference(sample, found.in_float32)
-            try:
-                got = answer(run.run(NONE, sample, found.in_float16))
-            except (RuntimeError, ValueError, IndexError) as problem:  # NaN where an index or a probability is due
-                if found.culprit is None:
-                    raise UpcastError(f"plain float16 fails for another reason than its range: {problem}") from problem
-                sound = False
-                continue
-            sound = sound and all_finite(got)
-            errors.append(relative_error(got, reference))
-            found.next_sample()
+        samples = Samples(inputs, kwargs)
+        with progress(run, 2 * samples.count(), "diagnose"):
+            for sample in samples:
+                reference = run.finite_reference(sample, found.in_float32)
+                got = _in_float16(run, sample, found)
+                sound = sound and got is not None and all_finite(got)
+                if got is not None:
+                    errors.append(relative_error(got, reference))
+                    found.next_sample()
         root = run.root
         sites = list(found.sites.values())
         error = max(errors) if sound and errors else math.nan
@@ -124,6 +121,16 @@ def diagnose(model: object, inputs: Any = None, *, tolerance: float = 0.1, **kwa
             run.passes,
             suggested(sites, found.culprit),
         )
+
+
+def _in_float16(run: PolicyRunner, sample: Sample, found: RangeObserver) -> Tensor | None:
+    """Return what plain float16 gives, or None where it fails for what is not finite."""
+    try:
+        return answer(run.run(NONE, sample, found.in_float16))
+    except (RuntimeError, ValueError, IndexError) as problem:  # NaN where an index or a probability is due
+        if found.culprit is None:
+            raise UpcastError(f"plain float16 fails for another reason than its range: {problem}") from problem
+        return None
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Pictures: headroom over depth, errors of policies, certificate. Needs the ``plot`` extra."""
+"""Pictures: headroom over depth, errors of policies, certificate, memory by layer. Needs the ``plot`` extra."""
 
 import math
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from upcast.policy.policy import CLASSES
 if TYPE_CHECKING:
     from upcast.analysis.certify import Certificate
     from upcast.analysis.diagnose import Diagnosis
+    from upcast.analysis.report import Layer
 
 # Okabe and Ito's palette: told apart by colour-blind readers and in grey print.
 COLOURS = dict(zip(CLASSES, ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#D55E00", "#56B4E9"), strict=True))
@@ -137,6 +138,38 @@ def certificate(certified: "Certificate", path: Path) -> None:
     for axis, panel in zip(drawing.subplots(2, 3).flat, panels, strict=True):
         _bars(axis, [row.variant for row in certified.rows], *panel)
     drawing.suptitle(f"{certified.model}: precision certificate ({certified.positions:,} positions)", x=0.01, ha="left")
+    drawing.savefig(path, facecolor="white")
+
+
+def memory(layers: Sequence["Layer"], path: Path) -> None:
+    """Write the bytes of each layer before the patch, and after it in float16 and in float32."""
+    drawing = figure(max(6.4, min(0.28 * len(layers) + 2.0, 16.0)), 4.2)
+    axis = drawing.subplots()
+    places, after = range(len(layers)), [layer.float16 + layer.rest for layer in layers]
+    axis.bar([x - 0.2 for x in places], [layer.before / 1e6 for layer in layers], 0.4, color=OTHER, label="before")
+    axis.bar(
+        [x + 0.2 for x in places],
+        [layer.float16 / 1e6 for layer in layers],
+        0.4,
+        color=COLOURS["linear"],
+        label="after, in float16",
+    )
+    axis.bar(
+        [x + 0.2 for x in places],
+        [layer.rest / 1e6 for layer in layers],
+        0.4,
+        bottom=[layer.float16 / 1e6 for layer in layers],
+        color=COLOURS["scores"],
+        label="after, in other dtypes",
+    )
+    total = f"{sum(layer.before for layer in layers) / 1e6:,.1f} MB before, {sum(after) / 1e6:,.1f} MB after"
+    every = max(1, len(layers) // 40)
+    axis.set_xticks(places[::every], [layer.name for layer in layers][::every], rotation=90, fontsize=7.5)
+    axis.set_ylabel("MB")
+    axis.set_title(f"Parameters and buffers: {total}", loc="left", fontsize=11)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=9)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
     drawing.savefig(path, facecolor="white")
 
 

@@ -1,17 +1,18 @@
 """Running a model under one policy after another, on the user's inputs: for diagnosis, search and certificate."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, RandomSampler
 
 from upcast.analysis.range_observer import RangeObserver, all_finite
-from upcast.core import scopes
+from upcast.core import console, scopes
 from upcast.core.errors import UpcastError
 from upcast.core.forward_override import unobserved
 from upcast.core.module_tree import modules, named_modules
@@ -53,6 +54,11 @@ class Samples:
                 "order. Make it with shuffle=False."
             )
         self.inputs, self.kwargs = inputs, kwargs
+
+    def count(self) -> int:
+        """Return how many samples there are, as far as that is known; else one."""
+        one = self.inputs is None or isinstance(self.inputs, (Tensor, Mapping, tuple))
+        return 1 if one or not isinstance(self.inputs, Sized) else len(self.inputs)
 
     def __iter__(self) -> Iterator[Sample]:
         """Yield (args, kwargs) of each: a tensor, a mapping (keyword arguments) or a tuple (positional ones).
@@ -189,6 +195,24 @@ class PolicyRunner:
             f"{findings.first_nonfinite or 'its inputs'}{_broken_weights(self.root)}; no policy can cure that. Check "
             "weights and inputs."
         )
+
+
+@contextmanager
+def progress(run: PolicyRunner, passes: int, what: str) -> Iterator[None]:
+    """Within the block, show how far ``passes`` of the model have come, where somebody looks on.
+
+    A pass of a long text takes long: the modules that have run are counted, not the passes.
+    """
+    leaves = {id(module) for module in modules(run.module) if not module._modules}
+    with console.Progress(max(len(leaves), 1) * passes, what, unit="module") as bar:
+        if not bar.shown:
+            yield
+            return
+        hook = register_module_forward_hook(lambda module, *_: bar.advance() if id(module) in leaves else None)
+        try:
+            yield
+        finally:
+            hook.remove()
 
 
 @contextmanager

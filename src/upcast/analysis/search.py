@@ -15,7 +15,7 @@ import torch
 from upcast.analysis.diagnose import relative_error
 from upcast.analysis.range_observer import Culprit, RangeObserver, all_finite
 from upcast.analysis.result import Result, Table
-from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Sample, Samples, answer, trial
+from upcast.analysis.runner import NONE, SAFE, PolicyRunner, Sample, Samples, answer, progress, trial
 from upcast.analysis.smallest import smallest
 from upcast.core import messages
 from upcast.core.errors import UpcastError
@@ -128,11 +128,16 @@ def search(
         True
     """
     with trial(model) as run:
-        judge = _Judge(run, Samples(inputs, kwargs), tolerance, metric, verbose)
-        policy = judge.classes()
-        if modules and policy.classes and policy.classes != ALL:
-            policy = judge.modules(policy)
-        return judge.found(policy)
+        samples = Samples(inputs, kwargs)
+        judge = _Judge(run, samples, tolerance, metric, verbose)
+        with progress(run, _GUESS * samples.count(), "search"):
+            policy = judge.classes()
+            if modules and policy.classes and policy.classes != ALL:
+                policy = judge.modules(policy)
+            return judge.found(policy)
+
+
+_GUESS = 12  # passes of a search, about: the progress bar goes by it
 
 
 class _Judge:

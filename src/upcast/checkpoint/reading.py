@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from upcast.checkpoint import overwriting
+from upcast.core import console
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import is_plain, plain
 from upcast.core.memory_layout import memory as numbers
@@ -163,8 +164,17 @@ def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Seq
     ``memory``, if there is one.
     """
     known: Known = {}
+    with console.Progress(sum(tensor.nbytes for tensor in state.values()), "loading") as progress:
+        _round(state, memory, keep, known, progress)
+    return known
+
+
+def _round(
+    state: dict[str, Tensor], memory: Memory | None, keep: Sequence[str], known: Known, progress: console.Progress
+) -> None:
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
+        progress.advance(tensor.nbytes)
         action, _ = decide(TensorRef(name, tensor, True, []), keep, False)
         key = (action, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_neg())  # tied tensors stay tied
         if action != CONVERT:
@@ -177,4 +187,3 @@ def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Seq
         half, rounding = converted[key]
         if rounding.fits:
             state[name], known[name] = half, (tensor.dtype, rounding)
-    return known

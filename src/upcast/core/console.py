@@ -82,8 +82,8 @@ class Progress:
 
     def __init__(self, total: int, what: str = "", unit: str = "B") -> None:
         self.total, self.done = max(total, 1), 0
-        self._what, self._start, self._shown = what, time.monotonic(), _on_a_terminal()
-        self._bar = self._make_bar(unit) if self._shown else None
+        self._what, self._start, self.shown = what, time.monotonic(), _on_a_terminal()
+        self._bar = self._make_bar(unit) if self.shown else None
 
     def _make_bar(self, unit: str) -> Any:
         try:
@@ -105,19 +105,13 @@ class Progress:
         if self._bar is not None:
             self._bar.set_description(what)
 
-    def expect(self, total: int) -> None:
-        """Correct how much work there is."""
-        self.total = max(total, 1)
-        if self._bar is not None:
-            self._bar.total = self.total
-
     def advance(self, count: int = 1) -> None:
         """Note that ``count`` more of the total is done."""
         before, self.done = 10 * self.done // self.total, self.done + count
         tenth = 10 * self.done // self.total
         if self._bar is not None:
             self._bar.update(count)
-        elif self._shown and tenth > before and time.monotonic() - self._start > _PATIENCE:
+        elif self.shown and tenth > before and time.monotonic() - self._start > _PATIENCE:
             left = (time.monotonic() - self._start) * (self.total - self.done) / self.done
             messages.write(f"upcast: {self._what}: {min(10 * tenth, 100)} % done, {max(left, 0):.0f} s left")
 

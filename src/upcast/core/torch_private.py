@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad
 import torch.autograd.profiler
 import torch.fx._symbolic_trace
+import torch.utils._device
 from torch import nn
 
 from upcast.core.errors import UpcastError
@@ -32,6 +33,18 @@ NEEDED = {
     "_C._swap_tensor_impl": "2.3",
     "Tensor._make_wrapper_subclass": "2.0",
     "_C._autograd._unsafe_set_version_counter": "2.7",
+    **dict.fromkeys(
+        (
+            *("_C.DispatchKey", "_C.DispatchKeySet", "_C._AutoDispatchBelowAutograd", "_C._ExcludeDispatchKeyGuard"),
+            *("_C._InferenceMode", "_C._disabled_torch_function_impl", "_C._nn.linear"),
+            *("_C._get_function_stack_at", "_C._pop_torch_function_stack"),
+            *("_C._functorch.TransformType", "_C._functorch.is_functorch_wrapped_tensor"),
+            *("_C._functorch.is_legacy_batchedtensor", "_has_compatible_shallow_copy_type"),
+            *("overrides._get_current_function_mode_stack", "_guards.TracingContext", "utils._device.DeviceContext"),
+            "UntypedStorage._new_with_weak_ptr",
+        ),
+        "2.8, the oldest that was asked",
+    ),
 }
 FX_FLAG, FX_FUNCTION = "fx._symbolic_trace._is_fx_tracing_flag", "fx._symbolic_trace._get_is_fx_tracing"
 FAST_PATHS = {
