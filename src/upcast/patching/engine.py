@@ -160,11 +160,6 @@ def report(model: object) -> str:
 
     Raises:
         UpcastError: the model is not patched, or another thread is at work on it.
-
-    Examples:
-        >>> model = upcast.patch(torch.nn.Linear(8, 4).eval())
-        >>> print(upcast.report(model))
-        tensor  shape  dtype  action ...
     """
     took_back(model)
     return alone(roots_of(model).values(), lambda: _report(model), reads=True)
