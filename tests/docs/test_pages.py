@@ -43,7 +43,7 @@ def test_every_public_name_has_its_row_and_its_entry() -> None:
     results = {re.sub(r"\W", "", row[3]) for row in rows if len(row) > 4} - {""}
     assert first | results == {*upcast.__all__}
     assert results == {name for name in upcast.__all__ if _is_result(name)}
-    assert sorted(re.findall(r"^::: upcast\.(\w+)", API, re.MULTILINE)) == sorted(upcast.__all__)
+    assert sorted(re.findall(r"^::: upcast\.(\w+)$", API, re.MULTILINE)) == sorted(upcast.__all__)
 
 
 def _is_result(name: str) -> bool:
