@@ -96,7 +96,7 @@ def test_pictures_say_what_they_show(page: Path) -> None:
         assert len(picture[1] or "") >= ALT, picture[0]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in MADE_BY_OTHERS], ids=name_of)
+@pytest.mark.parametrize("page", [page for page in (*PAGES, *TOP) if page.name not in MADE_BY_OTHERS], ids=name_of)
 def test_pages_have_no_private_word(page: Path) -> None:
     assert [match[0] for match in PRIVATE.finditer(page.read_text("utf-8"))] == []
 
