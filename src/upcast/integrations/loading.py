@@ -226,9 +226,10 @@ def without_dtype(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def check_arguments(kwargs: dict[str, Any]) -> None:
     """Raise NotOurs for arguments that ask for something else than a model on the CPU."""
-    quantization = kwargs.get("quantization_config")
-    if quantization is not None:  # our own comes by Transformers' way: see `transformers.quantizer`
-        raise NotOurs("" if getattr(quantization, "quant_method", None) == "upcast" else "a quantization_config")
+    given = kwargs.get("quantization_config")
+    if given is not None:  # our own comes by Transformers' way: see `transformers.quantizer`
+        method = given.get("quant_method") if isinstance(given, dict) else getattr(given, "quant_method", None)
+        raise NotOurs("" if method == "upcast" else "a quantization_config")
     devices = kwargs.get("device_map")
     places = devices.values() if isinstance(devices, dict) else [devices]
     for place in places:

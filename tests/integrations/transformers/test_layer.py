@@ -13,6 +13,7 @@ from tests.conftest import relative_error, rounded
 from tests.integrations.transformers.test_cache import generated
 from tests.transformers_models import IDS, TEXT, make
 from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
+from upcast.kernels import native
 
 transformers = pytest.importorskip("transformers")
 
@@ -68,6 +69,94 @@ def test_the_call_equals_its_modules(kind: str, options: dict[str, Any]) -> None
     model = upcast.patch(lively(kind))
     got, _ = generated(model, **options)
     assert calls(model) == [TOKENS - 1] * 2
+    assert relative_error(got, want) < 1e-5
+
+
+def in_chunks(model: Any, sizes: list[int], ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """Return the logits of ``ids``, which the model is given so many at a time."""
+    cache, found, at = transformers.DynamicCache(config=model.config), [], 0
+    with torch.no_grad():
+        for size in sizes:
+            out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True, **options)
+            found, at = [*found, out.logits], at + size
+    assert at == ids.shape[1]
+    return torch.cat(found, 1)
+
+
+CHUNKS = [[4, 1, 3, 12], [1, 19], [7, 13], [10, 5, 5]]
+LONG = torch.arange(40).view(2, 20) % 100 + 3
+
+
+@pytest.mark.parametrize("sizes", CHUNKS, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_further_chunks_are_one_call_per_layer(kind: str, sizes: list[int]) -> None:
+    model = upcast.patch(lively(kind))
+    got = in_chunks(model, sizes, LONG)
+    assert calls(model) == [len(sizes) - 1] * 2
+    assert relative_error(got, in_chunks(rounded(lively(kind)), sizes, LONG)) < 1e-3
+    assert relative_error(got, in_chunks(one_by_one(upcast.patch(lively(kind))), sizes, LONG)) < 1e-5
+
+
+def test_a_chunk_that_does_not_see_all_before_it_runs_module_by_module() -> None:
+    """A window that slides, a mask of the user's, padding: what each position sees is in the mask."""
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, :3] = False
+    plain, model = rounded(lively()), upcast.patch(lively())
+    with torch.no_grad():
+        results = []
+        for each in (plain, model):
+            cache, found = transformers.DynamicCache(config=each.config), []
+            for start, end in ((0, 8), (8, 14), (14, 20)):
+                part = {"attention_mask": mask[:, :end], "past_key_values": cache, "use_cache": True}
+                found.append(each(LONG[:, start:end], **part).logits)
+            results.append(torch.cat(found, 1)[:, 3:])
+    assert calls(model) == [0, 0]
+    assert relative_error(results[1], results[0]) < 1e-3
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_mask_that_is_changed_in_place_is_looked_at_again(changed: bool) -> None:
+    model = upcast.patch(lively())
+    rows, count = 5, 3
+    mask = torch.ones(1, 1, count, rows + count, dtype=torch.bool).tril(rows)
+    with torch.no_grad():
+        for _ in range(2):
+            cache = transformers.DynamicCache(config=model.config)
+            model(LONG[:1, :rows], past_key_values=cache, use_cache=True)
+            if changed and calls(model) != [0, 0]:
+                mask[..., 0] = False
+            model(LONG[:1, rows : rows + count], attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert calls(model) == [1 if changed else 2] * 2
+
+
+ASSISTED: dict[str, dict[str, Any]] = {
+    "prompt lookup": {"prompt_lookup_num_tokens": 3},
+    "assistant": {},
+}
+
+
+@pytest.mark.parametrize("how", ASSISTED)
+def test_drafted_tokens_are_verified_in_one_call_and_change_nothing(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, lengths = native.block, []
+    monkeypatch.setattr(native, "block", lambda x, *rest: lengths.append(x.shape[1]) or block(x, *rest))
+    ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
+    model = upcast.patch(lively())
+    want = model.generate(ids, **options)
+    assert {*lengths} == {1}
+    draft = {"assistant_model": upcast.patch(lively(num_hidden_layers=1))} if how == "assistant" else ASSISTED[how]
+    got = model.generate(ids, **options, **draft)
+    assert torch.equal(got, want)
+    assert torch.equal(got, rounded(lively()).generate(ids, **options))
+    assert max(lengths) > 1
+
+
+def test_one_token_without_a_cache() -> None:
+    ids = torch.tensor([[5]])
+    model = upcast.patch(lively())
+    with torch.no_grad():
+        got, want = (each(ids, use_cache=False).logits for each in (model, rounded(lively())))
+    assert calls(model) == [0, 0]
     assert relative_error(got, want) < 1e-5
 
 

@@ -53,6 +53,17 @@ def test_it_loads_what_patch_gives(tmp_path: Path, row: Any, dtype: torch.dtype)
     assert not hasattr(got.config, "quantization_config")
 
 
+@pytest.mark.parametrize("value", ["0", "1"])
+def test_a_dictionary_is_as_good_as_the_class(
+    folder: Path, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("UPCAST", value)
+    got = AUTO.from_pretrained(folder, quantization_config={"quant_method": "upcast", "keep": ["lm_head"]})
+    assert "lm_head.weight" not in half_weights(got)
+    assert record(got).keep == ("lm_head",)
+    assert "unpatched" not in capsys.readouterr().err
+
+
 def test_a_float16_checkpoint_stays_mapped_as_with_our_own_loader(tmp_path: Path) -> None:
     llama(torch.float16).save_pretrained(tmp_path)
     got = AUTO.from_pretrained(tmp_path, quantization_config=upcast.UpcastConfig())

@@ -1,9 +1,10 @@
-"""One native call per decoder layer and token: Transformers' layers of the Llama kind over a float16 cache.
+"""One native call per decoder layer: Transformers' layers of the Llama kind over a float16 cache that holds something.
 
-A prompt, a batch that is padded, a layer that someone watches, and all that trains or traces run the forwards of
-`modules`, one by one, which give the same.
+A token, drafted tokens to be verified, a further chunk of a prompt. The first chunk, a batch that is padded, a layer
+that someone watches, and all that trains or traces run the forwards of `modules`, one by one, which give the same.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ _OWNERS, _TOLD, _KEPT = map(list, zip(*transforms.flags(profiled=False), strict=
 
 
 class FusedDecoderLayer(TransformersForward):
-    """LlamaDecoderLayer for one new position per row, under SDPA and without a mask."""
+    """LlamaDecoderLayer for new positions after those of a cache, under SDPA, each of which sees all before it."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -51,9 +52,8 @@ class FusedDecoderLayer(TransformersForward):
         **kwargs: Any,
     ) -> Any:
         angles: Any = kwargs.get("position_embeddings")
-        usual = not args and kwargs.get("attention_mask") is None and wide(angles)
-        if usual and self._token(hidden_states):
-            y = self._in_one_call(hidden_states, angles, kwargs.get(cache_name()))
+        if not args and wide(angles) and self._plain(hidden_states):
+            y = self._in_one_call(hidden_states, angles, kwargs.get(cache_name()), kwargs.get("attention_mask"))
             if y is not None:
                 self.calls += 1
                 return y
@@ -62,32 +62,34 @@ class FusedDecoderLayer(TransformersForward):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": None}  # a copy collects its own
 
-    def _token(self, x: Tensor) -> bool:
-        """Whether ``x`` (B, 1, C) is one position per row, in plain inference."""
+    def _plain(self, x: Tensor) -> bool:
+        """Whether ``x`` (B, T, C) is what the kernels take, in plain inference."""
         if transforms.dynamo() or not native.quiet(_QUESTIONS, _KEPT, _OWNERS, _TOLD):
             return False
-        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or x.shape[1] != 1:
+        if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.shape[1]:
             return False
-        if native.prefers_torch(x.shape[0]):
+        if native.prefers_torch(x.shape[0] * x.shape[1]):
             return False
         return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
 
-    def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any) -> Tensor | None:
+    def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any, mask: Tensor | None) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
         spec = self._current_spec()
-        if spec is None or not turns(angles, x, self.module.self_attn.head_dim):
+        if cache is None or spec is None or not turns(angles, x, self.module.self_attn.head_dim):
             return None
         layer = growing(cache, self.module.self_attn.layer_idx) if _own(cache) else None
-        room = None if layer is None else layer.reserve()
+        room = None if layer is None else layer.reserve(x.shape[1])
         if layer is None or room is None or room[0].shape[0] != x.shape[0]:
             return None
         keys, values, rows = room
+        if not _causal(mask, x.shape[1], rows):
+            return None
         try:
             y = native.block(x, *angles, keys, values, spec, (rows, rows))
         except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
         if y is not None:
-            layer.advance(rows + 1)
+            layer.advance(rows + x.shape[1])
         return y
 
     def _current_spec(self) -> BlockSpec | None:
@@ -101,6 +103,33 @@ class FusedDecoderLayer(TransformersForward):
         if spec is None or self.module.self_attn.config._attn_implementation != "sdpa":
             return None
         return spec if not members.watched() and code.intact() else None
+
+
+def _causal(mask: Tensor | None, count: int, rows: int) -> bool:
+    """Whether each of ``count`` positions after ``rows`` ones sees all before it and itself.
+
+    The layers of a model ask about the same mask one after the other.
+    """
+    if mask is None or count == 1:  # None over several: Transformers would count them from the first row
+        return mask is None and count == 1
+    last, version, at, answer = _asked[0]
+    if last() is not mask or version != mask._version or at != rows:
+        answer = _is_causal(mask, count, rows)
+        _asked[0] = weakref.ref(mask), mask._version, rows, answer
+    return answer
+
+
+def _is_causal(mask: Tensor, count: int, rows: int) -> bool:
+    if mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[-2:] != (count, rows + count):
+        return False
+    return bool(mask[..., :rows].all()) and bool((mask[..., rows:] == _triangle(count)).all())
+
+
+def _triangle(count: int) -> Tensor:
+    return torch.ones(count, count, dtype=torch.bool).tril()
+
+
+_asked: list[tuple[Any, int, int, bool]] = [(lambda: None, 0, 0, False)]  # replaced whole: threads share it
 
 
 def _roots(*kinds: type) -> list[Root]:

@@ -295,17 +295,17 @@ class _Growing(_HalfLayer):
         self.dtype, self.device, self.is_initialized = torch.float32, keys.device, True
         return (keys, values) if before == 0 else (self.keys, self.values)
 
-    def reserve(self) -> tuple[Tensor, Tensor, int] | None:
-        """Return float16 keys and values (B, H, S, D) with room for one more row, and how many they hold; or None."""
+    def reserve(self, count: int) -> tuple[Tensor, Tensor, int] | None:
+        """Return float16 keys and values (B, H, S, D) with room for more rows, and how many they hold; or None."""
         known: _Buffers | None = self.__dict__.get("_buffers")
-        if known is not None and 0 < known.rows < known.room and known.handed_out(self.keys, self.values):
+        if known is not None and 0 < known.rows <= known.room - count and known.handed_out(self.keys, self.values):
             return known.keys, known.values, known.rows
         if not isinstance(self.keys, HalfWeight) or not isinstance(self.values, HalfWeight):
             return None
         rows = self.keys.shape[2]
         if not rows:
             return None
-        buffers = self._room(self.keys, self.values, rows, rows + 1)
+        buffers = self._room(self.keys, self.values, rows, rows + count)
         return buffers.keys, buffers.values, rows
 
     def advance(self, rows: int) -> None:
