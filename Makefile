@@ -12,7 +12,7 @@ include kernels.mk
 include platforms.mk
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table check format clean
+.PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table docs check format clean
 
 help:
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
@@ -21,6 +21,7 @@ help:
 	@echo "make check        lint, types and layers only"
 	@echo "make test-fast    tests without the real model"
 	@echo "make test-slow    the checks that take minutes each"
+	@echo "make docs         the documentation as a site in build/site; what leads nowhere is an error"
 	@echo "make coverage-table  every architecture against float32, written to docs/coverage.md (about 3 minutes)"
 	@echo "make test-versions  every supported version of every library in an environment of its own (about an hour)"
 	@echo "make sanitize     the native kernels under AddressSanitizer and UBSan"
@@ -62,6 +63,10 @@ test-fast: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+docs: setup
+	$(BIN)/python tools/errors_page.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 coverage-table: setup
 	$(BIN)/python -m tests.coverage_table

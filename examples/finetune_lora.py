@@ -120,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.checkpoint is None:
         sys.path.insert(0, str(HERE.parent))
-        from benchmarks.smollm2 import prepare
+        from benchmarks.models.smollm2 import prepare
 
         options.checkpoint = prepare()
     torch.manual_seed(0)

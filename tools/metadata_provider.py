@@ -10,7 +10,7 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-PAGES = {"Changelog": "CHANGELOG.md", "Documentation": "README.md", "Security": "SECURITY.md"}
+PAGES = {"Changelog": "CHANGELOG.md", "Documentation": "docs/index.md", "Security": "SECURITY.md"}
 # ![text](target) and [text](target), where target is a file of the repository
 LINK = re.compile(r"(!?)\[([^]]+)\]\((?!https?:|#|mailto:)([^)]+)\)")
 

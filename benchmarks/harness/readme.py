@@ -1,4 +1,4 @@
-"""Write a measured run into the README: the table between its markers, and the picture beside it.
+"""Write a measured run into README.md and docs/performance.md: tables between their markers, and the picture.
 
 python benchmarks/harness/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
 """
@@ -25,35 +25,39 @@ HEADERS = (
     "top-1",
     "NaN in the stress test",
 )
+SHORT = (0, 1, 4, 5, 7)  # the columns that the README has room for
+PAGES = {Path("README.md"): SHORT, Path("docs/performance.md"): tuple(range(len(HEADERS)))}
+"""Page -> the columns of its table."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Write a benchmark run into README.md and docs/.")
+    parser = argparse.ArgumentParser(description="Write a benchmark run into README.md and docs/performance.md.")
     parser.add_argument("record", type=Path, help="the JSON file of a run; its PNG lies beside it")
     path = parser.parse_args().record
     if not path.is_file():
         print(f"no file {path}; run benchmarks/run.py first, it prints where its JSON file is.", file=sys.stderr)
         return 2
-    readme = ROOT / "README.md"
-    text = readme.read_text()
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    readme.write_text(f"{before}{BEGIN}\n{section(json.loads(path.read_text()))}\n{END}{after}")
+    record = json.loads(path.read_text())
+    for page, columns in PAGES.items():
+        before, _, rest = (ROOT / page).read_text().partition(BEGIN)
+        _, _, after = rest.partition(END)
+        written = section(record, columns, PICTURE.relative_to(page.parent))
+        (ROOT / page).write_text(f"{before}{BEGIN}\n{written}\n{END}{after}")
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     shutil.copyfile(path.with_suffix(".png"), ROOT / PICTURE)
     return 0
 
 
-def section(record: dict[str, Any]) -> str:
-    """Return the README's section for one run: where and when, the table, the picture."""
+def section(record: dict[str, Any], columns: tuple[int, ...], picture: Path) -> str:
+    """Return a page's section for one run: where and when, a table of these columns, the picture."""
     rows = [HEADERS, ("---",) + ("---:",) * (len(HEADERS) - 1), *rows_of(record)]
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in rows)
+    table = "\n".join("| " + " | ".join(cells[column] for column in columns) + " |" for cells in rows)
     machine = record["machine"]
     setting = (
         f"{record['subject']['model']} in LitGPT on {machine['cpu']}, {record['threads']} threads, "
         f"torch {record['versions']['torch']}, {record['date'][:10]}; medians of interleaved rounds:"
     )
-    return f"\n{setting}\n\n{table}\n\n![Memory, speed and stress test of every variant]({PICTURE})\n"
+    return f"\n{setting}\n\n{table}\n\n![Memory, speed and stress test of every variant]({picture})\n"
 
 
 def rows_of(record: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -56,6 +56,15 @@ def patch(
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
             train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture,
             another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
+
+    Examples:
+        >>> model = torch.nn.Linear(8, 4).eval()
+        >>> upcast.patch(model) is model
+        True
+        >>> model.weight.dtype, model.weight.stored.dtype
+        (torch.float32, torch.float16)
+        >>> model(torch.randn(1, 8)).dtype
+        torch.float32
     """
     return engine.patch(
         model, policy=policy, keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)
@@ -70,6 +79,15 @@ def patched(
 
     The originals stay in memory for that time, and come back wherever the block is interrupted. Arguments and errors as
     for `patch`.
+
+    Examples:
+        >>> model = torch.nn.Linear(8, 4).eval()
+        >>> before = model.weight
+        >>> with upcast.patched(model):
+        ...     model.weight.nbytes  # 2 bytes a number
+        64
+        >>> model.weight is before
+        True
     """
     with engine.borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
         engine.say(record)

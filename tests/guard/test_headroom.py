@@ -157,6 +157,7 @@ def test_refused(make: Any, every: int, message: str) -> None:
     ],
 )
 def test_without_its_library(monkeypatch: pytest.MonkeyPatch, name: str, library: str, module: str) -> None:
+    monkeypatch.delitem(vars(upcast), name, raising=False)  # where another test has asked for it
     monkeypatch.delitem(sys.modules, f"upcast.integrations.{module}", raising=False)
     for each in [each for each in sys.modules if each.partition(".")[0] == library]:
         monkeypatch.setitem(sys.modules, each, None)

@@ -27,7 +27,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Ablation(Result):
-    """The rows of an ablation. Printing it gives a table."""
+    """The rows of an ablation. Printing it gives a table.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).eval()
+        >>> found = upcast.ablate(model, torch.randn(2, 8))
+        >>> all(row.finite for row in found.rows)
+        True
+        >>> text = found.to_json("ablation.json")
+    """
 
     model: str
     architecture: dict[str, Any]
@@ -62,6 +70,11 @@ def ablate(model: object, inputs: Any = None, *, extra: tuple[str, ...] = (), **
 
     Raises:
         UpcastError: as `upcast.diagnose`.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).eval()
+        >>> print(upcast.ablate(model, torch.randn(2, 8)))
+        Sequential: ...
     """
     with trial(model) as run:
         policies = _policies(extra)

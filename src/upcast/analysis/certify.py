@@ -61,7 +61,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Certificate(Result):
-    """The rows, float32 first. Printing it gives a table."""
+    """The rows, float32 first. Printing it gives a table.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model").eval()
+        >>> certificate = upcast.certify(model, list(range(1, 65)), window=16, windows=2, greedy=4)
+        >>> certificate.rows[0].variant
+        'float32'
+        >>> text = certificate.to_markdown()
+    """
 
     model: str
     architecture: dict[str, Any]
@@ -120,6 +129,14 @@ def certify(
     Raises:
         UpcastError: the text is too short or there is no tokenizer; ids on another device; a window that is no positive
             number; the model is no causal language model, fails in float32, or its logits there are not finite.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model").eval()
+        >>> ids = list(range(1, 65))  # or a text, with tokenizer=
+        >>> certificate = upcast.certify(model, ids, window=16, windows=2, greedy=4)
+        >>> print(certificate)
+        LlamaForCausalLM...
     """
     root, ids = unwrap(model), _encode(model, text, tokenizer)
     for name, value, least in (("window", window, 1), ("windows", windows, 1), ("greedy", greedy, 0)):

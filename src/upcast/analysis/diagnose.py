@@ -28,7 +28,14 @@ MARGIN = 1.0  # bits of headroom that the suggested policy asks for
 
 @dataclass
 class Diagnosis(Result):
-    """What `diagnose` found. Printing it gives a table, worst first."""
+    """What `diagnose` found. Printing it gives a table, worst first.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).eval()
+        >>> found = upcast.diagnose(model, torch.randn(2, 8))
+        >>> [site.op_class for site in found.worst(1)]
+        ['norm']
+    """
 
     model: str
     architecture: dict[str, Any]
@@ -79,6 +86,14 @@ def diagnose(model: object, inputs: Any = None, *, tolerance: float = 0.1, **kwa
     Raises:
         UpcastError: no inputs, or on another device; the model is in training mode with dropout, fails in float32
             already, or its result in float32 is not finite (the message names where).
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).eval()
+        >>> found = upcast.diagnose(model, torch.randn(2, 8))
+        >>> found.finite, found.culprit
+        (True, None)
+        >>> print(found)
+        Sequential: ...
     """
     with trial(model) as run:
         found = RangeObserver(tolerance)

@@ -59,6 +59,13 @@ def report(model: object) -> Report:
 
     Raises:
         UpcastError: the model is not patched, or another thread is at work on it.
+
+    Examples:
+        >>> model = upcast.patch(torch.nn.Linear(8, 4).eval())
+        >>> report = upcast.report(model)
+        >>> print(report)
+        tensor  shape  dtype  action ...
+        >>> path = report.plot("memory.png")
     """
     found = Report(engine.report(model))
     found.changes = [change for part in parts_of(model) for change in part.record.plan.changes]

@@ -49,6 +49,15 @@ class SearchResult(Result):
         culprit: what breaks plain float16, in words.
         passes: forward passes that the search took, over all samples.
         steps: every policy tried, in order.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).eval()
+        >>> found = upcast.search(model, torch.randn(2, 8), tolerance=1e-2)
+        >>> str(found.policy)
+        'none'
+        >>> text = found.to_json("policy.json")
+        >>> upcast.patch(model, policy="policy.json") is model
+        True
     """
 
     policy: Policy
@@ -109,6 +118,14 @@ def search(
     Raises:
         UpcastError: as `upcast.diagnose`; where even float32 math on float16 weights misses the tolerance; inputs that
             can be iterated only once, as a generator, or that a DataLoader shuffles.
+
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.LayerNorm(16), torch.nn.Linear(16, 4)).eval()
+        >>> found = upcast.search(model, torch.randn(2, 8), tolerance=1e-2)
+        >>> found.error <= found.tolerance
+        True
+        >>> upcast.patch(model, policy=found) is model
+        True
     """
     with trial(model) as run:
         samples = Samples(inputs, kwargs)

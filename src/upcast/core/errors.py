@@ -2,7 +2,15 @@
 
 
 class UpcastError(ValueError):
-    """Something upcast refuses, with what was found, the rule and the remedy."""
+    """Something upcast refuses, with what was found, the rule and the remedy.
+
+    Examples:
+        >>> try:
+        ...     upcast.unpatch(torch.nn.Linear(8, 4))
+        ... except upcast.UpcastError as error:
+        ...     print(error)
+        this Linear is not patched by upcast; only a patched model can be. Call upcast.patch(model) first.
+    """
 
 
 class KernelError(UpcastError):

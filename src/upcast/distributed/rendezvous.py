@@ -72,7 +72,8 @@ def joined(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> It
     RankError that names the rank that is gone, silent or has failed, with its reason.
 
     Args:
-        timeout, environ: as for `join`.
+        timeout: as for `join`.
+        environ: as for `join`.
 
     Raises:
         UpcastError: as `join` does.

@@ -43,6 +43,17 @@ class Headroom:
 
     Raises:
         UpcastError: nothing in ``model`` is patched, or ``every`` is below 1.
+
+    Examples:
+        >>> base, head = torch.nn.Linear(8, 8).requires_grad_(False), torch.nn.Linear(8, 2)
+        >>> model = upcast.patch(torch.nn.Sequential(base, head))
+        >>> optimizer = torch.optim.AdamW(head.parameters())
+        >>> headroom = upcast.Headroom(model, every=100)
+        >>> model(torch.randn(4, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> "headroom/least" in headroom.step()
+        True
+        >>> headroom.close()
     """
 
     def __init__(self, model: object, every: int = 100) -> None:

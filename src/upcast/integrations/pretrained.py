@@ -32,14 +32,23 @@ def from_pretrained(
 
     Args:
         model_class: a model or Auto class of Transformers or PEFT, a model or pipeline class of Diffusers.
-        args, kwargs: as for its ``from_pretrained``.
-        kv_cache, policy: as for `upcast.patch`.
-        keep, trainable: as for `upcast.patch`; what they name arrives in float32, with all its digits. Of a pipeline
-            each pattern has to name something of every model.
+        args: as for its ``from_pretrained``.
+        kv_cache: as for `upcast.patch`.
+        policy: as for `upcast.patch`.
+        keep: as for `upcast.patch`; what it names arrives in float32, with all its digits. Of a pipeline each pattern
+            has to name something of every model.
+        trainable: as ``keep``; what it names learns.
+        kwargs: as for its ``from_pretrained``.
 
     Raises:
         UpcastError: the class has no loader that upcast knows, the arguments ask for another device, for quantization
             or for another dtype, kv_cache or policy is unknown, or a pattern names nothing.
+
+    Examples:
+        >>> from transformers import AutoModelForCausalLM
+        >>> model = upcast.from_pretrained(AutoModelForCausalLM, "path/to/model")
+        >>> model.dtype
+        torch.float32
     """
     policies.resolve(policy)
     if kv_cache is not None:

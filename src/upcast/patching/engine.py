@@ -64,6 +64,11 @@ def unpatch(model: Model) -> Model:
 
     Raises:
         UpcastError: the model is not patched, or another thread is at work on it.
+
+    Examples:
+        >>> model = upcast.patch(torch.nn.Linear(8, 4).eval())
+        >>> type(upcast.unpatch(model).weight).__name__
+        'Parameter'
     """
     alone(roots_of(model).values(), lambda: _unpatch(model))
     return model

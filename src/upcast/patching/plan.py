@@ -50,6 +50,13 @@ class Plan:
         model: the name of the model's class.
         changes: one per tensor.
         remarks: what else there is to say, such as which modules keep their own, slower forward and why.
+
+    Examples:
+        >>> plan = upcast.plan(torch.nn.Linear(8, 4).eval())
+        >>> [change.name for change in plan.changes]
+        ['weight', 'bias']
+        >>> plan.bytes_before, plan.bytes_after
+        (144, 80)
     """
 
     model: str
@@ -241,6 +248,14 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
 
     Raises:
         UpcastError: as `upcast.patch` would.
+
+    Examples:
+        >>> model = torch.nn.Linear(8, 4).eval()
+        >>> plan = upcast.plan(model, keep=["weight"])
+        >>> print(plan)
+        tensor  shape  dtype  action ...
+        >>> model.weight.dtype  # nothing has been changed
+        torch.float32
     """
     took_back(model)
     return alone(roots_of(model).values(), lambda: _plan(model, keep, trainable), reads=True)

@@ -54,6 +54,13 @@ class Policy:
         overrides: (module pattern, classes) pairs that replace ``classes`` inside matching modules; the last counts.
         kv_cache: how keys and values are kept, ``"float16"`` or ``"float32"``.
         storage: how weights are stored, ``"float16"`` or ``"float32"``.
+
+    Examples:
+        >>> policy = upcast.Policy.parse("sensitive; lm_head=safe")
+        >>> sorted(policy.at("model.layers.0"))
+        ['norm', 'residual', 'scores', 'softmax']
+        >>> policy.at("lm_head") == upcast.Policy().classes
+        True
     """
 
     classes: frozenset[str] = ALL

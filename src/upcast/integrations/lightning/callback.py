@@ -15,6 +15,11 @@ class LightningHeadroomCallback(Callback):  # type: ignore[misc]
 
     Args:
         every: measure one of so many batches.
+
+    Examples:
+        >>> import lightning
+        >>> callback = upcast.LightningHeadroomCallback(every=100)
+        >>> trainer = lightning.Trainer(accelerator="cpu", callbacks=[callback], logger=False)
     """
 
     def __init__(self, every: int = 100) -> None:
@@ -22,7 +27,7 @@ class LightningHeadroomCallback(Callback):  # type: ignore[misc]
         self.headroom: Headroom | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to watch.
+        """Begin to measure.
 
         Raises:
             UpcastError: nothing in the module is patched.
@@ -38,11 +43,11 @@ class LightningHeadroomCallback(Callback):  # type: ignore[misc]
             pl_module.log_dict(figures)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stop watching."""
+        """Stop measuring."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Stop watching."""
+        """Stop measuring."""
         self._stop()
 
     def _stop(self) -> None:

@@ -20,6 +20,13 @@ class FabricPrecision(Precision):  # type: ignore[misc]
         kv_cache: as for `upcast.patch`.
         trainable: as for `upcast.patch`.
         guard: as for `upcast.patch`.
+
+    Examples:
+        >>> import lightning
+        >>> fabric = lightning.Fabric(accelerator="cpu", devices=1, plugins=upcast.FabricPrecision())
+        >>> model = fabric.setup_module(torch.nn.Linear(8, 4))
+        >>> model(torch.randn(1, 8)).dtype
+        torch.float32
     """
 
     # Fabric compares this with its own precision= argument; to the math, that is what it is.

@@ -62,6 +62,11 @@ def load_litgpt(
             pattern or kv_cache. With mesh also, then and later: a policy other than safe, guard, heal, keep or
             trainable; the ranks differ in checkpoint, options or version; the model cannot be divided between so many;
             a rank is lost.
+
+    Examples:
+        >>> model = upcast.load_litgpt("checkpoints/EleutherAI/pythia-160m")
+        >>> model(torch.tensor([[1, 2, 3]])).dtype
+        torch.float32
     """
     chosen = policies.resolve(policy)
     if mesh is not None:

@@ -43,10 +43,12 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Raises:
         UpcastError: an unknown policy or kv_cache, patterns that are no list of texts, or a field of a later upcast.
 
-    Example:
+    Examples:
         >>> from transformers import AutoModelForCausalLM
-        >>> config = upcast.UpcastConfig(policy="safe", keep=["lm_head"])
-        >>> model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)  # doctest: +SKIP
+        >>> config = upcast.UpcastConfig(keep=["lm_head"])
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/model", quantization_config=config)
+        >>> type(model.model.embed_tokens.weight).__name__, type(model.lm_head.weight).__name__
+        ('HalfWeight', 'Parameter')
     """
 
     def __init__(

@@ -17,6 +17,10 @@ class HeadroomCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         every: measure one of so many steps.
         log: gets the figures as a dict, in place of ``state.log_history``.
+
+    Examples:
+        >>> callback = upcast.HeadroomCallback(every=100)  # Trainer(..., callbacks=[callback])
+        >>> callback.log = print  # in place of state.log_history
     """
 
     def __init__(self, every: int = 100, log: Callable[[dict[str, float]], object] | None = None) -> None:
@@ -26,7 +30,7 @@ class HeadroomCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Begin to watch.
+        """Begin to measure.
 
         Raises:
             UpcastError: nothing in the model is patched.
@@ -44,7 +48,7 @@ class HeadroomCallback(TrainerCallback):  # type: ignore[misc]
             state.log_history.append({**figures, "step": state.global_step})
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Stop watching."""
+        """Stop measuring."""
         if self.headroom is not None:
             self.headroom.close()
         self.headroom = None
