@@ -188,8 +188,21 @@ def _is_ours(path: str) -> bool:
         return True
 
 
+def is_command() -> bool:
+    """Return whether this process was started as upcast's command line, so that importing upcast may do less."""
+    if _commands or sys.argv[:1] != ["-m"]:  # "-m" while Python looks for the module, the package first
+        return bool(_commands)
+    options = sys.orig_argv[1:]
+    ends = [at for at, option in enumerate(options) if option[:1] == "-" != option[1:2] and option[-1:] == "m"]
+    return options[ends[0] + 1 : ends[0] + 2] == ["upcast"] if ends else False
+
+
+_commands: list[bool] = []
+
+
 def command() -> int:
     """Run the command line."""
+    _commands.append(True)
     if stranger := taken():
         sys.stderr.write(f"upcast: {stranger}\n")
         return 2

@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from _upcast_startup import is_command as _is_command
 from upcast.core.about import VERSION as _VERSION
 
 if _TYPE_CHECKING:
@@ -52,7 +53,7 @@ __all__ = [
 ]
 __version__ = _VERSION
 
-_ON_DEMAND = {  # name -> its module; the first that is asked for imports torch, and `import upcast` nothing
+_ON_DEMAND = {  # name -> its module: analysis and loaders are imported when somebody asks for them
     "patch": "api",
     "patched": "api",
     "plan": "api",
@@ -113,3 +114,10 @@ def __getattr__(name: str) -> _Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_ON_DEMAND})
+
+
+# From here on torch knows our operations, and the core what is special about libraries. The help of the command line
+# needs neither.
+if not _is_command():
+    _import_module("upcast.api")
+    _import_module("upcast.integrations")

@@ -131,12 +131,22 @@ def test_public_names() -> None:
     assert all(getattr(upcast, name).__doc__ for name in upcast.__all__)
 
 
-def test_help_needs_neither_torch_nor_wrapt(python: Run) -> None:
-    script = "import sys; from upcast.cli.main import main\ntry: main(['{}'])\nexcept SystemExit: pass\n"
-    for option in ("--help", "--version"):
-        result = python("-c", f"{script.format(option)}print(*({{'torch', 'wrapt'}} & set(sys.modules)), '|', sep='')")
-        assert result.stdout.splitlines()[-1] == "|", result.stderr
-    assert upcast.__version__ in result.stdout
+COMMANDS = {"module": ["-m", "upcast"], "script": ["-c", "import _upcast_startup as s; raise SystemExit(s.command())"]}
+
+
+@pytest.mark.parametrize("how", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_help_needs_neither_torch_nor_wrapt(python: Run, how: str, option: str) -> None:
+    result = python("-X", "importtime", *COMMANDS[how], option)
+    imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+    assert "upcast.cli.main" in imported
+    assert not imported & {"torch", "wrapt", "upcast.api"}
+    assert result.stdout.startswith("usage:" if option == "--help" else f"torch-upcast {upcast.__version__}")
+
+
+def test_who_imports_upcast_has_its_operations(python: Run) -> None:
+    script = "import upcast, torch; print(torch.ops.upcast.linear.default.name())"
+    assert python("-c", script).stdout.strip() == "upcast::linear"
 
 
 def test_the_choices_of_generate_are_those_that_there_are() -> None:
