@@ -93,6 +93,34 @@ def test_saved_adapters_load_into_an_unpatched_model(kind: str, settings: dict[s
     ) + 8192  # the adapters, and not the base
 
 
+# of what these copy of the base, the copy learns
+COPIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "a norm or another layer": ("LNTuningConfig", {"target_modules": ["down_proj"]}),
+    "a head": ("ShadowConfig", {"task_type": "SEQ_CLS"}),
+    "modules to save": ("LoraConfig", {"target_modules": ["q_proj"], "modules_to_save": ["score"]}),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_copy_that_learned_is_loaded_with_all_its_digits(kind: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    name, settings = COPIES[kind]
+    if not hasattr(peft, name):
+        pytest.skip(f"this PEFT has no {name}")
+
+    def base() -> Any:
+        torch.manual_seed(0)
+        return transformers.LlamaForSequenceClassification(llama().config)
+
+    want = wrapped(rounded(base()), name, settings)
+    want.save_pretrained(tmp_path)
+    got = peft.PeftModel.from_pretrained(upcast.patch(base()), tmp_path)
+    wanted, loaded = peft.get_peft_model_state_dict(want), peft.get_peft_model_state_dict(got)
+    assert half_weights(got)
+    for key, value in wanted.items():
+        assert torch.equal(loaded[key], value), key
+
+
 @pytest.mark.parametrize("order", ["patch first", "patch last"])
 @pytest.mark.parametrize(("kind", "settings"), [pytest.param(*row[1:3], id=row[0]) for row in METHODS if row[3]])
 def test_merging_gives_float32_s_sum_rounded_at_most_once(kind: str, settings: dict[str, Any], order: str) -> None:

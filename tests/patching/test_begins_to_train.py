@@ -103,6 +103,10 @@ def groups_with_decay(model: nn.Module) -> list[float]:
 
 def by_hand(model: nn.Module) -> list[float]:
     model.train()
+    return steps_by_hand(model)
+
+
+def steps_by_hand(model: nn.Module) -> list[float]:
     losses = []
     for _ in range(5):
         model.zero_grad()
@@ -110,9 +114,30 @@ def by_hand(model: nn.Module) -> list[float]:
         loss.backward()
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter.sub_(0.1 * parameter.grad)
+                if parameter.requires_grad:
+                    parameter.sub_(0.1 * parameter.grad)
         losses.append(float(loss.detach()))
     return losses
+
+
+def asked_for_by_hand(model: nn.Module) -> list[float]:
+    """In evaluation mode, without an optimizer; that it learns was said of what required grad already."""
+    return steps_by_hand(model.requires_grad_(True))
+
+
+def some_asked_for_by_hand(model: nn.Module) -> list[float]:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(("head", "body"))
+    return steps_by_hand(model)
+
+
+def a_copy_asked_for_by_hand(model: nn.Module) -> list[float]:
+    """A trained copy in the place of a layer, as PEFT's LN tuning has it."""
+    head = copy.deepcopy(model.head)
+    model.requires_grad_(False)
+    model.head = head
+    head.requires_grad_(True)
+    return steps_by_hand(model)
 
 
 def penalty_first(model: nn.Module) -> list[float]:
@@ -193,6 +218,7 @@ PROGRAMS: list[Program] = [
     *(plain_loop, loop_in_training_mode, training_mode_then_optimizer_of_what_requires_grad, head_on_a_frozen_body),
     *(body_frozen_one_by_one, unfrozen_later, added_to_an_optimizer, groups_with_decay, by_hand, scheduler_and_ema),
     *(hooks_on_gradients, in_another_process, penalty_first, part_by_part),
+    *(asked_for_by_hand, some_asked_for_by_hand, a_copy_asked_for_by_hand),
 ]
 
 
@@ -275,6 +301,18 @@ def test_a_gradient_that_was_not_computed_is_an_error_before_it_is_used() -> Non
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     with pytest.raises(upcast.UpcastError, match=r"requires_grad_\(True\)"):
         torch.autograd.grad(loss_of(model), [model.head.weight])
+    want, model.head.weight.requires_grad = rounded(net()), True  # the remedy, though it said so before
+    (got,), (wanted,) = (torch.autograd.grad(loss_of(each), [each.head.weight]) for each in (model, want))
+    assert relative_error(got, wanted) < 1e-5
+
+
+def test_a_flag_that_torch_hands_over_asks_for_no_gradient() -> None:
+    model, other = upcast.patch(net()), upcast.patch(net())
+    model.load_state_dict(dict(other.named_parameters()), assign=True)
+    assert model.head.weight is other.head.weight
+    assert_patched(model)
+    torch.nn.Parameter(model.head.weight)
+    assert_patched(model)
 
 
 def test_trainable_freezes_the_others() -> None:

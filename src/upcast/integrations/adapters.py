@@ -4,10 +4,10 @@ from upcast.core.extensions import Extension, register
 
 
 class Peft(Extension):
-    """PEFT copies modules to save: what it copies learns, or takes numbers that have."""
+    """PEFT copies modules to save, and norms to tune: what it copies learns, or takes numbers that have."""
 
     name = "peft"
-    copies_to_train = frozenset({"peft.utils.other"})
+    copies_to_train = frozenset({"peft.utils.other", "peft.tuners.ln_tuning.layer"})
 
 
 class Accelerate(Extension):

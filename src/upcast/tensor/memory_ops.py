@@ -177,18 +177,22 @@ def _begin_training(weight: HalfWeight, caller: types.FrameType) -> None:
 
 @handles(Tensor.requires_grad_)
 def _requires_grad(weight: HalfWeight, requires_grad: bool = True) -> HalfWeight:
-    _set_requires_grad(weight, requires_grad)
+    _switch(weight, requires_grad, sys._getframe(2))
     return weight
 
 
 @handles(accessor("requires_grad").__set__)
 def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
-    """What was frozen and shall learn becomes an ordinary parameter at once.
+    _switch(weight, requires_grad, sys._getframe(2))
+
+
+def _switch(weight: HalfWeight, requires_grad: bool, caller: types.FrameType) -> None:
+    """What the program says shall learn becomes an ordinary parameter at once, whether it was frozen or not.
 
     So does what ``torch.nn.Parameter(weight)`` was made from: it asks of `detach` that both are of one type.
     """
-    source = weight.source
-    begins = requires_grad and not weight.wants_grad and not (source is not None and source.wants_grad)
+    source, same = weight.source, weight.wants_grad and requires_grad
+    begins = requires_grad and not (source is not None and source.wants_grad) and not (same and _hands_over(caller))
     weight.wants_grad = requires_grad
     if begins:
         if isinstance(source, torch.nn.Parameter):
@@ -196,6 +200,12 @@ def _set_requires_grad(weight: HalfWeight, requires_grad: bool) -> None:
         for each in (weight, source):
             if each is not None:
                 materialize.materialize(each, materialize.GRADIENT)
+
+
+def _hands_over(caller: types.FrameType) -> bool:
+    """Whether torch gives a weight what another one's requires_grad says, as ``load_state_dict(assign=True)`` does."""
+    module = str(caller.f_globals.get("__name__", ""))
+    return module.startswith("torch.") and caller.f_code.co_name != "requires_grad_"
 
 
 @handles_each(Tensor.register_hook, Tensor.retain_grad, Tensor.register_post_accumulate_grad_hook)
