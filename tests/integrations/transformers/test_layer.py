@@ -72,12 +72,12 @@ def test_the_call_equals_its_modules(kind: str, options: dict[str, Any]) -> None
     assert relative_error(got, want) < 1e-5
 
 
-def in_chunks(model: Any, sizes: list[int], ids: torch.Tensor, **options: Any) -> torch.Tensor:
+def in_chunks(model: Any, sizes: list[int], ids: torch.Tensor, inference: bool = False) -> torch.Tensor:
     """Return the logits of ``ids``, which the model is given so many at a time."""
     cache, found, at = transformers.DynamicCache(config=model.config), [], 0
-    with torch.no_grad():
+    with torch.inference_mode() if inference else torch.no_grad():
         for size in sizes:
-            out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True, **options)
+            out = model(ids[:, at : at + size], past_key_values=cache, use_cache=True)
             found, at = [*found, out.logits], at + size
     assert at == ids.shape[1]
     return torch.cat(found, 1)
@@ -87,11 +87,12 @@ CHUNKS = [[4, 1, 3, 12], [1, 19], [7, 13], [10, 5, 5]]
 LONG = torch.arange(40).view(2, 20) % 100 + 3
 
 
+@pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("sizes", CHUNKS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_further_chunks_are_one_call_per_layer(kind: str, sizes: list[int]) -> None:
+def test_further_chunks_are_one_call_per_layer(kind: str, sizes: list[int], inference: bool) -> None:
     model = upcast.patch(lively(kind))
-    got = in_chunks(model, sizes, LONG)
+    got = in_chunks(model, sizes, LONG, inference)
     assert calls(model) == [len(sizes) - 1] * 2
     assert relative_error(got, in_chunks(rounded(lively(kind)), sizes, LONG)) < 1e-3
     assert relative_error(got, in_chunks(one_by_one(upcast.patch(lively(kind))), sizes, LONG)) < 1e-5

@@ -112,6 +112,8 @@ def _causal(mask: Tensor | None, count: int, rows: int) -> bool:
     """
     if mask is None or count == 1:  # None over several: Transformers would count them from the first row
         return mask is None and count == 1
+    if mask.is_inference():  # such a tensor does not count what is written into it
+        return _is_causal(mask, count, rows)
     last, version, at, answer = _asked[0]
     if last() is not mask or version != mask._version or at != rows:
         answer = _is_causal(mask, count, rows)
