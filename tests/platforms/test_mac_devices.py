@@ -53,34 +53,29 @@ except Exception as error:
     assert LINE not in ours.stderr
 
 
-PIPELINE = """
+PIPELINES = """
 import torch
 torch.backends.mps.is_available = torch.backends.mps.is_built = lambda: True
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, pipeline
 from tokenizers import Tokenizer, models
-if not {patched}:
-    LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2)).save_pretrained("model")
-words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({{"a": 1, "?": 0}}, unk_token="?")))
-moved = []
-torch.nn.Module.to = lambda self, *to, **_: moved.append(*to) or self  # what MPS does cannot be seen here
-model = LlamaForCausalLM.from_pretrained("model")
-pipe = pipeline("text-generation", model=model, tokenizer=words, {device})
-print(type(model.lm_head.weight).__name__, pipe.device, *moved)
+LlamaForCausalLM(LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+    num_attention_heads=2)).save_pretrained("model")
+words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 1, "?": 0}, unk_token="?")))
+torch.nn.Module.to = lambda self, *to, **_: self  # what MPS does cannot be seen here
+for options in ({}, {"device": "cpu"}, {"device": "mps"}, {"device": 0}):
+    model = LlamaForCausalLM.from_pretrained("model")
+    pipe = pipeline("text-generation", model=model, tokenizer=words, **options)
+    print(type(model.lm_head.weight).__name__, pipe.device)
 """
-PIPELINES = {  # the device -> where the pipeline is
-    "": "cpu",
-    "device='cpu'": "cpu",
-    "device='mps'": "mps",
-    "device=0": "mps:0",
-}
+DEVICES = {
+    "0": ["mps:0", "cpu", "mps", "mps:0"],
+    "1": ["cpu", "cpu", "mps", "mps:0"],
+}  # UPCAST -> without one, and with
 
 
-@pytest.mark.parametrize("device", PIPELINES)
-def test_a_pipeline_stays_where_nobody_has_chosen(python: Run, device: str) -> None:
-    plain, ours = (
-        python("-W", "ignore", "-c", PIPELINE.format(device=device, patched=on), UPCAST=on) for on in ("0", "1")
-    )
-    assert plain.stdout.split()[:2] == ["Parameter", PIPELINES[device] if device else "mps:0"], plain.stderr
-    assert ours.stdout.split()[:2] == ["HalfWeight", PIPELINES[device]], ours.stderr
-    assert ours.stderr.count("a pipeline " + LINE) == (not device)
+@pytest.mark.parametrize("value", DEVICES)
+def test_a_pipeline_stays_where_nobody_has_chosen(python: Run, value: str) -> None:
+    done = python("-W", "ignore", "-c", PIPELINES, UPCAST=value)
+    kind = "HalfWeight" if value == "1" else "Parameter"
+    assert done.stdout.splitlines() == [f"{kind} {device}" for device in DEVICES[value]], done.stderr
+    assert done.stderr.count("a pipeline " + LINE) == (value == "1")
