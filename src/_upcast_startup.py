@@ -108,19 +108,13 @@ class _Waiting:
 
 
 def _say_too_late() -> None:
-    if is_on():
-        _warn(too_late())
-
-
-def too_late() -> str:
-    """Return what to say where UPCAST is on and was not when the libraries were imported; else nothing."""
-    if not _missed or _started:
-        return ""
-    library = _missed[0].partition(".")[0]
-    return (
-        f"UPCAST was set after {library} had been imported: what it loads is not patched. Set it before, as in "
-        "UPCAST=1 python program.py, or call upcast.patch(model)."
-    )
+    """At the end of a program: say that UPCAST is on and was not when the libraries were imported, if that is so."""
+    if is_on() and not _started:
+        library = _missed[0].partition(".")[0]
+        _warn(
+            f"UPCAST was set after {library} had been imported: what it loads is not patched. Set it before, as in "
+            "UPCAST=1 python program.py, or call upcast.patch(model)."
+        )
 
 
 def _followed_by_our_offer(name: str) -> "ModuleSpec | None":

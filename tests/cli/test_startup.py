@@ -58,6 +58,7 @@ TIMES = {  # before, after the import of the library -> upcast hooks in; it says
     "in time": (SET, "", "True", False),
     "too late": ("", SET, "False", True),
     "never": ("", "", "False", False),
+    "for the next library": ("", SET + "; import litgpt.api", "True", False),
 }
 
 
