@@ -33,13 +33,13 @@ sanitize-library: setup
 	  $(ASAN)/venv/bin/python -m pytest -m "not slow" $(ARGS) $(ASAN_TESTS)
 
 # Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all; damaged files as long.
-fuzz: | $(KERNEL_BUILD)
+fuzz: setup | $(KERNEL_BUILD)
 	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)"; do set -- $$level; number=$$1; shift; \
 	  echo "kernel fuzz, level $$number"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 8 )) || exit 1; done
-	$(PYTHON) tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
-	$(PYTHON) -m tests.fuzz_files $(FUZZ_SECONDS)
+	$(BIN)/python tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
+	$(BIN)/python -m tests.fuzz_files $(FUZZ_SECONDS)
 
 # The kernels alone, compiled by gcc; `make test-aarch64` runs the whole package.
 driver-aarch64: | $(KERNEL_BUILD)
