@@ -111,6 +111,19 @@ def test_what_patch_patched_is_remembered_until_it_is_unpatched(tmp_path: Path) 
     assert "quantization_config" not in config_of(tmp_path / "unpatched")
 
 
+def test_what_has_learned_is_loaded_with_all_its_digits(tmp_path: Path) -> None:
+    model = upcast.patch(llama(), keep=["*.mlp.*"])
+    head = model.lm_head.weight.requires_grad_(True)
+    with torch.no_grad():
+        head.copy_(torch.randn_like(head))
+    model.save_pretrained(tmp_path)
+    again = AUTO.from_pretrained(tmp_path)
+    assert torch.equal(again.lm_head.weight, head)
+    assert not torch.equal(head, head.half().float())
+    assert half_weights(again).keys() == half_weights(model).keys() != set()
+    assert config_of(tmp_path)["quantization_config"]["keep"] == ["*.mlp.*", "lm_head.weight"]
+
+
 def test_where_upcast_is_not_installed_it_is_an_ordinary_float16_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

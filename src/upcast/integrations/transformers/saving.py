@@ -16,6 +16,7 @@ import wrapt
 from torch import Tensor
 
 from upcast.core.about import VERSION
+from upcast.core.pattern import matches
 from upcast.integrations import stepping_aside
 from upcast.patching import engine
 from upcast.tensor.half_weight import HalfWeight
@@ -40,7 +41,12 @@ def _save(wrapped: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> An
 def _remembered(model: Any) -> dict[str, Any] | None:
     """Return what config.json says of how ``model`` was patched, or None where the program had not asked for it."""
     record = engine.record_of(model) if engine.is_patched(model) else None
-    return None if record is None or not record.asked else saved(str(record.policy), None, record.keep)
+    if record is None or not record.asked:
+        return None
+    # What has learned since, or is float32 for another reason, would be rounded by the next load.
+    wide = [name for name, each in model.named_parameters() if each.dim() >= 2 and not isinstance(each, HalfWeight)]
+    also = [name for name in wide if not any(matches(name, pattern) for pattern in record.keep)]
+    return saved(str(record.policy), None, [*record.keep, *also])
 
 
 def saved(policy: str, kv_cache: str | None, keep: Sequence[str]) -> dict[str, Any]:
