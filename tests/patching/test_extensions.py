@@ -1,7 +1,10 @@
 """An integration from outside: a toy library, its fused forward, its wrapper and its cache, registered like ours."""
 
 import copy
+import importlib
 import pickle
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -98,6 +101,7 @@ class Toy(Extension):
 
 @pytest.fixture(autouse=True)
 def toy(monkeypatch: pytest.MonkeyPatch) -> Toy:
+    extensions.registered()  # so that none that is expected comes while this one is there
     monkeypatch.setattr(extensions, "_registered", dict(extensions._registered))
     extension = Toy()
     extensions.register(extension)
@@ -182,6 +186,21 @@ def test_a_fast_way_that_fails_costs_only_itself(toy: Toy, capsys: pytest.Captur
     assert_patched(model)
 
 
+def test_one_that_is_expected_comes_with_its_library(toy: Toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "toy_library.py").touch()
+    (tmp_path / "toy_late.py").write_text(
+        "from upcast.core.extensions import Extension, register\n"
+        "class Late(Extension):\n    name = 'late'\n    def remarks(self, root): return ['late']\n"
+        "register(Late())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    extensions.expect("toy_library", "toy_late")
+    assert "late" not in upcast.plan(ToyModel()).remarks
+    assert "toy_late" not in sys.modules
+    importlib.import_module("toy_library")
+    assert [upcast.plan(ToyModel()).remarks.count("late") for _ in range(2)] == [1, 1]
+
+
 def test_the_core_imports_no_library(python: Run) -> None:
     code = f"""
 import sys, torch, upcast
@@ -189,7 +208,8 @@ model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
 model(torch.ones(1, 3))
 upcast.diagnose(model, torch.ones(1, 3))
 upcast.unpatch(model)
-print([name for name in {LIBRARIES} if name in sys.modules])
+ours = [f"upcast.integrations.{{name}}.install" for name in ("litgpt", "transformers")]
+print([name for name in [*{LIBRARIES}, *ours] if name in sys.modules])
 """
     result = python("-c", code)
     assert result.stdout.strip() == "[]", result.stderr

@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the exit code (2 for a usage error, with one line on standard error)."""
     arguments = _parser().parse_args(argv)
     try:
-        import upcast.integrations  # noqa: F401 - it registers itself; --help needs neither it nor torch
+        import upcast.api
+        import upcast.integrations  # noqa: F401 - they register themselves; --help needs neither them nor torch
 
         return int(arguments.command(arguments))
     except UpcastError as error:

@@ -11,9 +11,13 @@ The core asks what is registered and names no library. An integration is a subcl
                     forward_override.push(module, MyNorm(module))  # MyNorm.owner = "mylibrary": taken away by it
 
     register(MyLibrary())
+
+One that is dear to import may wait until its library is there: ``expect("mylibrary", "my_integration.install")``.
 """
 
+import sys
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from types import FrameType
 from typing import ClassVar
 
@@ -71,6 +75,7 @@ class Extension:
 
 
 _registered: dict[str, Extension] = {}
+_expected: dict[str, str] = {}
 _reports_sizes: dict[str, set[str]] = {}
 
 
@@ -81,8 +86,18 @@ def register(extension: Extension) -> None:
         _reports_sizes.setdefault(function, set()).add(module)
 
 
+def expect(library: str, module: str) -> None:
+    """Have ``module`` imported, which registers an extension, by whoever asks once ``library`` is imported."""
+    _expected[library] = module
+
+
 def registered() -> tuple[Extension, ...]:
     """Return the extensions, in the order in which they came."""
+    for library in [library for library in _expected if library in sys.modules]:
+        module = _expected.get(library)
+        if module is not None:  # else another thread has done it since
+            import_module(module)
+            _expected.pop(library, None)
     return tuple(_registered.values())
 
 

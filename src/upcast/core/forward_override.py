@@ -11,7 +11,7 @@ memory until the garbage collector runs, which it may not do for gigabytes: it c
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, MethodType
 from typing import Any, ClassVar
@@ -138,31 +138,31 @@ def kept(module: nn.Module) -> Iterator[Forward]:
             forward = forward.below  # noqa: PLW2901
 
 
-def remove(module: nn.Module, owner: str) -> None:
-    """Take the forwards, and what else stands for a method, of ``owner`` away from ``module``; all others stay.
+def remove(module: nn.Module, *owners: str) -> None:
+    """Take the forwards, and what else stands for a method, of ``owners`` away from ``module``; all others stay.
 
     One that a library keeps by a name of its own, to run it from a forward of its own, leaves there what it stands for.
     """
     state = module.__dict__
     for name, value in [item for item in state.items() if isinstance(item[1], Attached)]:
         if isinstance(value, Forward):
-            left = _without(value, owner)
+            left = _without(value, owners)
             if left is not None:
                 state[name] = left
             elif hasattr(type(module), name):
                 del state[name]
             else:
                 state[name] = MethodType(getattr(type(module), value.method), module)
-        elif value.owner == owner:
+        elif value.owner in owners:
             del state[name]
 
 
-def _without(top: Any, owner: str) -> Any:
-    """Return what remains of the stack under ``top`` without the forwards of ``owner``, or None."""
+def _without(top: Any, owners: Sequence[str]) -> Any:
+    """Return what remains of the stack under ``top`` without the forwards of ``owners``, or None."""
     if not isinstance(top, Forward):
         return top
-    below = _without(top.below, owner)
-    if top.owner == owner:
+    below = _without(top.below, owners)
+    if top.owner in owners:
         return below
     top.below = below
     return top

@@ -20,4 +20,11 @@ def named_modules(root: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def modules(root: nn.Module) -> list[nn.Module]:
     """Return what ``root.modules()`` gives: each module once."""
-    return [module for _, module in named_modules(root)]
+    found: dict[nn.Module, None] = {}
+    waiting = [root]
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found[module] = None
+            waiting += [child for child in reversed(module._modules.values()) if child is not None]
+    return list(found)

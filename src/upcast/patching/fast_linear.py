@@ -106,9 +106,3 @@ def install(root: nn.Module) -> None:
     for module in modules(root):
         if type(module) is nn.Linear and type(module.weight) is HalfWeight and "forward" not in module.__dict__:
             forwards.push(module, LinearForward(module))
-
-
-def remove(root: nn.Module) -> None:
-    """Take away what `install` gave."""
-    for module in modules(root):
-        forwards.remove(module, LinearForward.owner)

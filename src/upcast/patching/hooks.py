@@ -21,8 +21,9 @@ def install(root: nn.Module, unpatch: Callable[[nn.Module], object], *, shortcut
 
     ``unpatch`` is what a whole model is given to before it is converted.
     """
-    pickling.install(modules(root))
-    for module in modules(root):
+    inside = modules(root)
+    pickling.install(inside)
+    for module in inside:
         if any(_half_weights(module._parameters)):
             module.register_state_dict_post_hook(_plain_state)
             module._register_load_state_dict_pre_hook(AcceptState(module))
@@ -32,22 +33,21 @@ def install(root: nn.Module, unpatch: Callable[[nn.Module], object], *, shortcut
     training_switch.install(root)
     padded_encoder.install(root)
     root.__dict__[_SCRIPT] = torchscript.refuse_script
-    for module in modules(root):
+    for module in inside:
         module.__dict__["_apply"] = GuardedApply(module, unpatch if module is root else None)
 
 
 def remove(root: nn.Module) -> None:
-    """Take away what `install` gave."""
-    for module in modules(root):
+    """Take away what `install` gave; short ways are forwards, and go with them."""
+    inside = modules(root)
+    for module in inside:
         _discard(module._state_dict_hooks, lambda hook: hook is _plain_state)
         _discard(module._load_state_dict_pre_hooks, lambda hook: isinstance(getattr(hook, "hook", hook), AcceptState))
-    pickling.remove(modules(root))
-    training_switch.remove(root)
-    padded_encoder.remove(root)
-    fast_linear.remove(root)
-    for module in modules(root):
         module.__dict__.pop(_SCRIPT, None)
         module.__dict__.pop("_apply", None)
+    pickling.remove(inside)
+    training_switch.remove(root)
+    padded_encoder.remove(root)
 
 
 def _half_weights(parameters: dict[str, Any]) -> Iterator[tuple[str, HalfWeight]]:

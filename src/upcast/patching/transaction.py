@@ -16,6 +16,7 @@ from upcast.core.extensions import Extension
 from upcast.core.module_tree import modules
 from upcast.core.tensor_ref import TensorRef, set_tensor
 from upcast.patching import claims, hooks
+from upcast.patching.fast_linear import LinearForward
 from upcast.patching.parts import RECORD
 from upcast.patching.plan import Plan
 from upcast.policy import module_scope
@@ -117,16 +118,20 @@ def _clear(roots: Sequence[nn.Module]) -> None:
 
 def remove(root: nn.Module) -> None:
     """Take away every hook and forward of ours, however many are there."""
-    for module in modules(root):
-        forward_override.remove(module, "guard")
     module_scope.remove(root)
     hooks.remove(root)
-    for extension in extensions.registered():
-        remove_extension(root, extension)
+    extended = extensions.registered()
+    for extension in extended:
+        extension.remove(root)
+    _remove_forwards(root, "guard", LinearForward.owner, *(extension.name for extension in extended))
 
 
 def remove_extension(root: nn.Module, extension: Extension) -> None:
     """Take away what an extension gave ``root``."""
     extension.remove(root)
+    _remove_forwards(root, extension.name)
+
+
+def _remove_forwards(root: nn.Module, *owners: str) -> None:
     for module in modules(root):
-        forward_override.remove(module, extension.name)
+        forward_override.remove(module, *owners)
