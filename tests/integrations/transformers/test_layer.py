@@ -83,7 +83,7 @@ def in_chunks(model: Any, sizes: list[int], ids: torch.Tensor, inference: bool =
     return torch.cat(found, 1)
 
 
-CHUNKS = [[4, 1, 3, 12], [1, 19], [7, 13], [10, 5, 5]]
+CHUNKS = [[4, 1, 3, 12], [1, 19], [7, 13], [10, 5, 5]]  # of two rows: up to 8 all layers are one call
 LONG = torch.arange(40).view(2, 20) % 100 + 3
 
 
@@ -138,8 +138,8 @@ ASSISTED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", ASSISTED)
 def test_drafted_tokens_are_verified_in_one_call_and_change_nothing(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, lengths = native.block, []
-    monkeypatch.setattr(native, "block", lambda x, *rest: lengths.append(x.shape[1]) or block(x, *rest))
+    blocks, lengths = native.blocks, []
+    monkeypatch.setattr(native, "blocks", lambda x, *rest: lengths.append(x.shape[1]) or blocks(x, *rest))
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6, 7]])
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(ids)}
     model = upcast.patch(lively())

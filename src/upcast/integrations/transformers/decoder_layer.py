@@ -4,7 +4,9 @@ A token, drafted tokens to be verified, a further chunk of a prompt. The first c
 that someone watches, and all that trains or traces run the forwards of `modules`, one by one, which give the same.
 """
 
+import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -32,10 +34,13 @@ from upcast.tensor import autocast
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
 from upcast.tensor.genuine import Originals, Root, calls, originals
 
-_NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
+NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
 # Whether gradients, autocast or a transformation want to see what is done; the profiler does without.
 _QUESTIONS = [torch.is_grad_enabled, autocast.enabled, *transforms.questions()]
 _OWNERS, _TOLD, _KEPT = map(list, zip(*transforms.flags(profiled=False), strict=True))
+
+
+running = threading.local()  # .run: what this thread's forward of a model knows of its layers; see `layer_stack`
 
 
 class FusedDecoderLayer(TransformersForward):
@@ -45,15 +50,22 @@ class FusedDecoderLayer(TransformersForward):
         super().__init__(module)
         self._known: tuple[Members, Originals, BlockSpec | None] | None = None  # replaced whole: threads share it
 
+    def __call__(self, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
+        run = getattr(running, "run", None)
+        y = None if run is None else run.layer(self, hidden_states, args, kwargs)
+        if y is not None:
+            self.calls += 1
+            return y
+        return super().__call__(hidden_states, *args, **kwargs)
+
     def fused(
         self,
         hidden_states: Tensor,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        angles: Any = kwargs.get("position_embeddings")
-        if not args and wide(angles) and self._plain(hidden_states):
-            y = self._in_one_call(hidden_states, angles, kwargs.get(cache_name()), kwargs.get("attention_mask"))
+        if not args and self.fits_call(hidden_states, kwargs):
+            y = self._in_one_call(hidden_states, kwargs)
             if y is not None:
                 self.calls += 1
                 return y
@@ -62,30 +74,27 @@ class FusedDecoderLayer(TransformersForward):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_known": None}  # a copy collects its own
 
-    def _plain(self, x: Tensor) -> bool:
-        """Whether ``x`` (B, T, C) is what the kernels take, in plain inference."""
-        if transforms.dynamo() or not native.quiet(_QUESTIONS, _KEPT, _OWNERS, _TOLD):
+    def fits_call(self, x: Tensor, given: dict[str, Any]) -> bool:
+        """Whether x (B, T, C), and the angles that come with it, are what the native call takes, in plain inference."""
+        angles = given.get("position_embeddings")
+        if transforms.dynamo() or not native.quiet(_QUESTIONS, _KEPT, _OWNERS, _TOLD) or not wide(angles):
             return False
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.shape[1]:
             return False
-        if native.prefers_torch(x.shape[0] * x.shape[1]):
+        if native.prefers_torch(x.shape[0] * x.shape[1]) or not turns(angles, x, self.module.self_attn.head_dim):
             return False
         return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
 
-    def _in_one_call(self, x: Tensor, angles: tuple[Tensor, Tensor], cache: Any, mask: Tensor | None) -> Tensor | None:
+    def _in_one_call(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
         spec = self._current_spec()
-        if cache is None or spec is None or not turns(angles, x, self.module.self_attn.head_dim):
+        rooms = None if spec is None else rooms_for(x, given, [self.module.self_attn.layer_idx])
+        if spec is None or rooms is None:
             return None
-        layer = growing(cache, self.module.self_attn.layer_idx) if _own(cache) else None
-        room = None if layer is None else layer.reserve(x.shape[1])
-        if layer is None or room is None or room[0].shape[0] != x.shape[0]:
-            return None
-        keys, values, rows = room
-        if not _causal(mask, x.shape[1], rows):
-            return None
+        [layer], rows, [(keys, values)] = rooms
+        cos, sin = given["position_embeddings"]
         try:
-            y = native.block(x, *angles, keys, values, spec, (rows, rows))
+            y = native.block(x, cos, sin, keys, values, spec, (rows, rows))
         except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
         if y is not None:
@@ -97,12 +106,35 @@ class FusedDecoderLayer(TransformersForward):
         known = self._known
         if known is None or not known[0].same():
             inside = [module for module in self.module.modules() if module is not self.module]
-            code = originals(_roots, *dict.fromkeys(map(type, inside)))
-            self._known = known = Members(inside, also=(self.module,), names=_NUMBERS), code, _spec(self.module)
+            code = originals(layer_roots, *dict.fromkeys(map(type, inside)))
+            self._known = known = Members(inside, also=(self.module,), names=NUMBERS), code, spec_of(self.module)
         members, code, spec = known
         if spec is None or self.module.self_attn.config._attn_implementation != "sdpa":
             return None
         return spec if not members.watched() and code.intact() else None
+
+
+def rooms_for(
+    x: Tensor, given: dict[str, Any], indices: Sequence[int]
+) -> tuple[list[Any], int, list[tuple[Tensor, Tensor]]] | None:
+    """Return what layers of a cache, by their indices, have for the positions of x (B, T, C), which see all before.
+
+    That is the layers, how many positions each holds, and their float16 keys and values with room for those of x. None
+    if one of them has none of it, or if the mask says that a position does not see all before it.
+    """
+    cache, count = given.get(cache_name()), x.shape[1]
+    if cache is None or not _own(cache):
+        return None
+    layers = growing(cache, indices)
+    rooms: list[Any] = [None if layer is None else layer.reserve(count) for layer in layers]
+    if None in rooms:
+        return None
+    rows: int = rooms[0][2]
+    if any(keys.shape[0] != x.shape[0] or held != rows for keys, _, held in rooms):
+        return None
+    if not _causal(given.get("attention_mask"), count, rows):
+        return None
+    return layers, rows, [(keys, values) for keys, values, _ in rooms]
 
 
 def _causal(mask: Tensor | None, count: int, rows: int) -> bool:
@@ -134,7 +166,7 @@ def _triangle(count: int) -> Tensor:
 _asked: list[tuple[Any, int, int, bool]] = [(lambda: None, 0, 0, False)]  # replaced whole: threads share it
 
 
-def _roots(*kinds: type) -> list[Root]:
+def layer_roots(*kinds: type) -> list[Root]:
     """Return what a layer of modules of these kinds runs, as the native call leaves it out."""
     return [*calls(*kinds), *attention_roots(*kinds)]
 
@@ -151,7 +183,8 @@ def _cache_roots(cache: type) -> list[Root]:
     return [(cache, "update"), (cache_utils.Cache, "update"), (cache_utils.DynamicLayer, "update")]
 
 
-def _spec(layer: Any) -> BlockSpec | None:
+def spec_of(layer: Any) -> BlockSpec | None:
+    """Return what ``layer`` is made of, or None if it has what the native call does not know."""
     attn, mlp = layer.self_attn, layer.mlp
     gated = mlp.__dict__.get("forward")
     if not fuses(attn, FusedAttention) or not fuses(mlp, FusedGatedMLP) or activation(mlp) != gated.activation:

@@ -19,9 +19,11 @@ from upcast.core.extensions import Extension, register
 from upcast.core.forward_override import push
 from upcast.core.module_tree import modules
 from upcast.integrations import stepping_aside
+from upcast.integrations.fused import fuses as is_fused
 from upcast.integrations.transformers import saving
 from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
 from upcast.integrations.transformers.kv_cache import LayerKey, downcast
+from upcast.integrations.transformers.layer_stack import FusedModel
 from upcast.integrations.transformers.modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
 from upcast.integrations.transformers.versions import CACHE_NAMES, cache_name, why_in_part, why_unfused
 from upcast.kernels import transforms
@@ -50,6 +52,8 @@ class TransformersModels(Extension):
             for layer in modules(model):  # once what is inside is known
                 if fuses and "forward" not in layer.__dict__ and _is_layer(layer):
                     push(layer, FusedDecoderLayer(layer))
+            if fuses and "forward" not in model.__dict__ and _is_stack(model):
+                push(model, FusedModel(model))
             if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
                 model.register_forward_pre_hook(hook, with_kwargs=True)
 
@@ -141,19 +145,30 @@ def _is_layer(module: Any) -> bool:
     return code is not None and bool(code == _patterns()["layer"])
 
 
+def _is_stack(model: Any) -> bool:
+    """Whether the forward of ``model`` runs layers of the Llama kind one after the other, and nothing between two."""
+    layers = model._modules.get("layers")
+    if not isinstance(layers, nn.ModuleList) or not any(is_fused(layer, FusedDecoderLayer) for layer in layers):
+        return False
+    code = _code(type(model).forward)
+    return code is not None and code in _patterns()["model"]
+
+
 @functools.cache
 def _patterns() -> dict[str, Any]:
     from transformers.models.llama import modeling_llama as llama
-    from transformers.models.mistral.modeling_mistral import MistralAttention
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+    from transformers.models.mistral import modeling_mistral as mistral
+    from transformers.models.qwen2 import modeling_qwen2 as qwen2
+    from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-    attentions = (llama.LlamaAttention, MistralAttention, Qwen2Attention, Qwen3Attention)
+    attentions = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention)
+    models = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen3.Qwen3Model)
     ours = bool(cache_name())
     return {
         "norm": _code(llama.LlamaRMSNorm.forward),
         "mlp": _code(llama.LlamaMLP.forward),
         "attention": [_code(kind.forward) for kind in attentions if ours],
+        "model": [_code(kind.forward) for kind in models if ours],
         "layer": _code(llama.LlamaDecoderLayer.forward) if ours else None,
         "rope": (_code(llama.apply_rotary_pos_emb), _code(llama.rotate_half)),
     }

@@ -14,6 +14,7 @@ import functools
 import inspect
 import operator
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,16 +22,15 @@ from torch import Tensor
 
 from upcast import kernels
 from upcast.core import messages
+from upcast.integrations.transformers.row_buffers import RowBuffers, hand_out
 from upcast.integrations.transformers.versions import narrows_caches
 from upcast.kernels import reference, transforms
 from upcast.tensor import autocast
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT, WHY_FLOAT32
 from upcast.tensor.genuine import Root, is_own, originals
 from upcast.tensor.half_weight import HalfWeight
-from upcast.tensor.store import Fallbacks
 
 _ROOM = 64  # positions added at once, at least
-_handed_out = Fallbacks("a KV cache")  # what is upcast of a cache are rows in use, not weights: counted apart
 _beyond: weakref.WeakSet[Any] = weakref.WeakSet()  # layers that stay in float32: they are asked once
 Settings = tuple[tuple[Any, ...], dict[str, Any]]  # what a version hands to a layer beside keys and values
 LayerKey = tuple[str, int]  # what the cache is of, "" or "cross-attention", and the layer's index
@@ -114,16 +114,21 @@ def _adopt(layer: Any, half: type) -> None:
         _keep_wide(layer, "stays in")
         return
     layer.__class__ = half
-    layer.keys, layer.values = _out(keys), _out(values)
+    layer.keys, layer.values = hand_out(keys), hand_out(values)
 
 
-def growing(cache: Any, index: int) -> Any:
-    """Return the layer ``index`` of a cache if it is the half layer for a DynamicLayer, or None."""
+def growing(cache: Any, indices: Sequence[int]) -> list[Any]:
+    """Return the layers of a cache by their indices; None for one that is not the half layer for a DynamicLayer."""
+    layers, kind = getattr(cache, "layers", ()), _kind_that_grows()
+    found = [layers[index] if index < len(layers) else None for index in indices]
+    return [layer if type(layer) is kind else None for layer in found]
+
+
+@functools.cache
+def _kind_that_grows() -> type | None:
     from transformers import cache_utils
 
-    layers = getattr(cache, "layers", ())
-    layer = layers[index] if index < len(layers) else None
-    return layer if type(layer) is half_layers().get(cache_utils.DynamicLayer) else None
+    return half_layers().get(cache_utils.DynamicLayer)
 
 
 class _HalfLayer:
@@ -148,22 +153,26 @@ class _HalfLayer:
     def _holds_halves(self) -> bool:
         """Whether keys and values are float16, or now are: someone may have assigned others that float16 holds."""
         for name, limit in (("keys", KEY_LIMIT), ("values", VALUE_LIMIT)):
-            held = self.__dict__.get(name)
+            held = getattr(self, name, None)
             if held is None or isinstance(held, HalfWeight) or not held.numel():
                 continue
             half = _half(held, limit) if _storable(held) and not held.requires_grad else None
             if half is None:
                 return False
-            setattr(self, name, _out(half))
+            setattr(self, name, hand_out(half))
         return True
 
     def _store(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
         raise NotImplementedError
 
+    def _settled(self) -> dict[str, Any]:
+        """Return the fields, all of them in place."""
+        return self.__dict__
+
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
         if isinstance(self.keys, HalfWeight):
-            self.keys, self.values = (_out(held.stored[indices]) for held in (self.keys, self.values))
+            self.keys, self.values = (hand_out(held.stored[indices]) for held in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch, as beam search does after each token."""
@@ -173,29 +182,30 @@ class _HalfLayer:
         """Repeat each row of the batch, as assisted generation does."""
         if isinstance(self.keys, HalfWeight):
             held = (self.keys.stored, self.values.stored)
-            self.keys, self.values = (_out(each.repeat_interleave(repeats, dim=0)) for each in held)
+            self.keys, self.values = (hand_out(each.repeat_interleave(repeats, dim=0)) for each in held)
 
     def __copy__(self) -> Any:
         new = self.__class__.__new__(self.__class__)
-        new.__dict__.update(self.__dict__)
+        new.__dict__.update(self._settled())
         return new
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         memo[id(self)] = new = self.__class__.__new__(self.__class__)
-        for name, value in self.__dict__.items():
+        for name, value in self._settled().items():
             if name != "_buffers":
                 held = isinstance(value, HalfWeight)
-                new.__dict__[name] = _out(value.stored.clone()) if held else copy.deepcopy(value, memo)
+                new.__dict__[name] = hand_out(value.stored.clone()) if held else copy.deepcopy(value, memo)
         return new
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        fields = {name: value for name, value in self.__dict__.items() if name != "_buffers"}
+        fields = {name: value for name, value in self._settled().items() if name != "_buffers"}
         plain = {name: value.upcast() if isinstance(value, HalfWeight) else value for name, value in fields.items()}
         return copyreg._reconstructor, (self.original, object, None), plain  # type: ignore[attr-defined]
 
     def _give_up(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
         """Become Transformers' own layer, in float32; in float16 for a model that computes its rows in that."""
         original = self.original
+        self._settled()
         if (
             not torch.compiler.is_compiling()
         ):  # which cannot follow this: the half layer then does what its original does
@@ -234,58 +244,11 @@ def _keep_wide(layer: Any, how: str) -> None:
     messages.say(f"the KV cache of {which} {how} float32: {WHY_FLOAT32}")
 
 
-def _out(stored: Tensor) -> HalfWeight:
-    return HalfWeight(stored, _handed_out)
-
-
-class _Buffers:
-    """Keys and values (B, H, S, D) with room, and how many rows were ever written.
-
-    Layers that are copies of one another share them. Rows that have been handed out are never written again: after a
-    crop, say, someone may still hold them, and the rows go to new buffers.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, rows: int) -> None:
-        self.keys, self.values, self.rows = keys, values, rows
-        self.room = keys.shape[2]
-        self.handed: tuple[HalfWeight, HalfWeight] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "handed": None}
-
-    def hand_out(self, rows: int) -> tuple[HalfWeight, HalfWeight]:
-        """Return the first ``rows`` rows, which are in use from now on."""
-        self.rows = rows
-        self.handed = handed = _out(self.keys.narrow(2, 0, rows)), _out(self.values.narrow(2, 0, rows))
-        return handed
-
-    def handed_out(self, keys: Any, values: Any) -> bool:
-        """Whether these are the very rows that were handed out last, and still float16."""
-        handed = self.handed
-        if handed is None or keys is not handed[0] or values is not handed[1] or type(keys) is not HalfWeight:
-            return False
-        return type(values) is HalfWeight and keys.store.half is not None and values.store.half is not None
-
-    def fit(self, keys: Any, values: Any, before: int, after: int) -> bool:
-        """Whether ``keys`` and ``values`` are the first ``before`` rows of these, and ``after`` have room."""
-        if before != self.rows or after > self.room:
-            return False
-        return self.handed_out(keys, values) or (_begins(self.keys, keys) and _begins(self.values, values))
-
-
-def _begins(buffer: Tensor, held: Any) -> bool:
-    """Whether ``held`` still is the first rows of the buffer: beams reorder them."""
-    if not isinstance(held, HalfWeight) or held.shape[:2] != buffer.shape[:2]:
-        return False
-    stored = held.stored
-    return stored.data_ptr() == buffer.data_ptr() and stored.stride() == buffer.stride()
-
-
 class _Growing(_HalfLayer):
     """DynamicLayer: buffers with room, so that a token costs its own rows and not a copy of all."""
 
     def _store(self, keys: Tensor, values: Tensor, settings: Settings) -> tuple[Tensor, Tensor] | None:
-        before: int = self.get_seq_length()  # type: ignore[attr-defined]
+        before: int = self.get_seq_length()
         after = before + keys.shape[2]
         buffers = self._room(keys, values, before, after)
         for buffer, new, limit in ((buffers.keys, keys, KEY_LIMIT), (buffers.values, values, VALUE_LIMIT)):
@@ -297,9 +260,11 @@ class _Growing(_HalfLayer):
 
     def reserve(self, count: int) -> tuple[Tensor, Tensor, int] | None:
         """Return float16 keys and values (B, H, S, D) with room for more rows, and how many they hold; or None."""
-        known: _Buffers | None = self.__dict__.get("_buffers")
-        if known is not None and 0 < known.rows <= known.room - count and known.handed_out(self.keys, self.values):
-            return known.keys, known.values, known.rows
+        known: RowBuffers | None = self.__dict__.get("_buffers")
+        if known is not None and 0 < known.rows <= known.room - count:
+            pending = self._pending_rows()
+            if known.handed_out(self.keys, self.values) if pending is None else pending == known.rows:
+                return known.keys, known.values, known.rows
         if not isinstance(self.keys, HalfWeight) or not isinstance(self.values, HalfWeight):
             return None
         rows = self.keys.shape[2]
@@ -309,12 +274,46 @@ class _Growing(_HalfLayer):
         return buffers.keys, buffers.values, rows
 
     def advance(self, rows: int) -> None:
-        """Say that the buffers hold ``rows`` rows now."""
-        self.keys, self.values = self._buffers.hand_out(rows)
+        """Say that the buffers hold ``rows`` rows now; they become ``keys`` and ``values`` when somebody asks."""
+        state = self.__dict__
+        buffers: RowBuffers = state["_buffers"]
+        buffers.rows, buffers.handed, state["_pending"] = rows, None, rows
+        state.pop("keys", None)
+        state.pop("values", None)
 
-    def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> _Buffers:
+    def __getattr__(self, name: str) -> Any:
+        """Hand out the rows that the buffers hold."""
+        if name not in ("keys", "values") or "_pending" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return self._settled()[name]
+
+    def get_seq_length(self, *args: Any) -> int:
+        """Return how many positions it holds."""
+        rows = self._pending_rows()
+        return self.original.get_seq_length(self, *args) if rows is None else rows
+
+    def _pending_rows(self) -> int | None:
+        """Return how many rows the buffers hold that nobody has asked for; None if keys and values are in place."""
+        state = self.__dict__
+        rows: int | None = state.get("_pending")
+        if rows is not None and ("keys" in state or "values" in state):  # somebody assigned one of them
+            self._settled()
+            return None
+        return rows
+
+    def _settled(self) -> dict[str, Any]:
+        state = self.__dict__
+        rows = state.get("_pending")
+        if rows is not None:
+            keys, values = state["_buffers"].hand_out(rows)
+            state.setdefault("keys", keys)
+            state.setdefault("values", values)
+            state.pop("_pending", None)  # last: another thread may ask meanwhile
+        return state
+
+    def _room(self, keys: Tensor, values: Tensor, before: int, after: int) -> RowBuffers:
         """Return buffers that hold the first ``before`` rows and have room for ``after``."""
-        buffers: _Buffers | None = self.__dict__.get("_buffers")
+        buffers: RowBuffers | None = self._settled().get("_buffers")
         if buffers is not None and before and buffers.fit(self.keys, self.values, before, after):
             return buffers
         room = after + max(_ROOM, after // 2) if before else after + _ROOM
@@ -325,7 +324,7 @@ class _Growing(_HalfLayer):
             if before and held is not None:
                 buffer[:, :, :before] = held.stored if isinstance(held, HalfWeight) else held
             made.append(buffer)
-        self._buffers = _Buffers(made[0], made[1], before)
+        self._buffers = RowBuffers(made[0], made[1], before)
         return self._buffers
 
 
@@ -336,7 +335,7 @@ class _Sliding(_HalfLayer):
         if _half(keys, KEY_LIMIT) is None or _half(values, VALUE_LIMIT) is None:
             return None
         full: tuple[Tensor, Tensor] = self.original.update(self, keys, values, *settings[0], **settings[1])
-        self.keys, self.values = _out(self.keys.half()), _out(self.values.half())
+        self.keys, self.values = hand_out(self.keys.half()), hand_out(self.values.half())
         return full
 
 
@@ -351,7 +350,7 @@ class _Static(_HalfLayer):
             takes = len(inspect.signature(self.original.lazy_initialization).parameters) - 1
             with torch.inference_mode(False):  # what is born there could not be written to outside of it
                 self.lazy_initialization(*halves[:takes])  # type: ignore[attr-defined]  # before 5 the keys alone
-            self.dtype, self.keys, self.values = torch.float32, _out(self.keys), _out(self.values)
+            self.dtype, self.keys, self.values = torch.float32, hand_out(self.keys), hand_out(self.values)
         held = self.keys, self.values
         try:  # its own code knows where the rows go, which versions know in different ways
             self.keys, self.values = (each.stored for each in held)

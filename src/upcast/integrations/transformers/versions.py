@@ -21,11 +21,12 @@ OLDEST, NEWEST = "4.51", "5.24"
 # Module -> what the fused forwards and the caches ask it for; all versions from OLDEST on have them.
 NAMES = {
     "transformers.models.llama.modeling_llama": (
-        *("LlamaAttention", "LlamaDecoderLayer", "LlamaMLP", "LlamaRMSNorm", "apply_rotary_pos_emb", "rotate_half"),
+        *("LlamaAttention", "LlamaDecoderLayer", "LlamaMLP", "LlamaModel", "LlamaRMSNorm"),
+        *("apply_rotary_pos_emb", "rotate_half"),
     ),
-    "transformers.models.mistral.modeling_mistral": ("MistralAttention",),
-    "transformers.models.qwen2.modeling_qwen2": ("Qwen2Attention",),
-    "transformers.models.qwen3.modeling_qwen3": ("Qwen3Attention",),
+    "transformers.models.mistral.modeling_mistral": ("MistralAttention", "MistralModel"),
+    "transformers.models.qwen2.modeling_qwen2": ("Qwen2Attention", "Qwen2Model"),
+    "transformers.models.qwen3.modeling_qwen3": ("Qwen3Attention", "Qwen3Model"),
     "transformers.integrations.sdpa_attention": ("sdpa_attention_forward",),
     "transformers.cache_utils": ("Cache",),
 }
