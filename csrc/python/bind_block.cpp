@@ -175,6 +175,23 @@ bool check_caches(const Tensor &keys, const Tensor &values, Block &b) {
     return true;
 }
 
+// Which position each row of the batch sees first; the first query sees that one at least.
+bool read_first(PyObject *object, Block &b) {
+    Tensor first("first");
+    if (!read_tensor(object, first, true)) return false;
+    if (!first.present) return true;
+    if (!require_type(first, Type::int64) || !require_dims(first, 1) || !require_contiguous(first)) return false;
+    if (first.shape[0] != b.batch) return refuse("first does not fit x; it must be (B,). Check the shapes.");
+    b.first = first.as<const int64_t>();
+    for (int64_t row = 0; row < b.batch; ++row) {
+        if (b.first[row] < 0 || b.first[row] > b.start) {
+            return refuse("a row whose first position is none that its first query sees; they go from 0 to start. Check "
+                          "the mask.");
+        }
+    }
+    return true;
+}
+
 bool read_query_norm(PyObject *object, Block &b) {
     return read_norm(object, b.norm_q, b.norm_heads ? b.head_width : b.heads * b.head_width);
 }
@@ -245,17 +262,17 @@ bool read_spec(PyObject *spec, Block &block) {
     return check_part(block);
 }
 
-// A place: (start, write, cos, sin). A block: (index of its place, keys | None, values | None, BlockSpec).
+// A place: (start, write, cos, sin, first | None). A block: (index of its place, keys | None, values | None, BlockSpec).
 bool read_block(PyObject *places, PyObject *tuple, Block &block) {
-    PyObject *items[4], *place[4];
+    PyObject *items[4], *place[5];
     if (!read_items(tuple, items, 4, "a block")) return false;
     int64_t index;
     Tensor cosine("cos"), sine("sin"), keys("keys"), values("values");
     if (!read_integer(items[0], index) || !read_tensor(items[1], keys, true) || !read_tensor(items[2], values, true)) return false;
     if (index < 0 || index >= PyTuple_Size(places)) return refuse("a block at a place that is none. Check the arguments.");
-    if (!read_items(PyTuple_GetItem(places, index), place, 4, "a place")) return false;
+    if (!read_items(PyTuple_GetItem(places, index), place, 5, "a place")) return false;
     if (!read_integer(place[0], block.start) || !read_integer(place[1], block.write)) return false;
-    if (!read_tensor(place[2], cosine) || !read_tensor(place[3], sine)) return false;
+    if (!read_tensor(place[2], cosine) || !read_tensor(place[3], sine) || !read_first(place[4], block)) return false;
     return read_spec(items[3], block) && check_angles(cosine, sine, block) && check_caches(keys, values, block);
 }
 
@@ -270,10 +287,10 @@ class Blocks {
 
 } // namespace
 
-// block(out, x, cos, sin, keys | None, values | None, threads, part, start, write, BlockSpec)
+// block(out, x, cos, sin, keys | None, values | None, threads, part, start, write, BlockSpec, first | None)
 // -> 0 done, 1 the float16 cache does not take them
 PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!take_count("block", count, 11)) return nullptr;
+    if (!take_count("block", count, 12)) return nullptr;
     Tensor out("out"), x("x"), cosine("cos"), sine("sin"), keys("keys"), values("values");
     Block block = {};
     int threads;
@@ -281,7 +298,7 @@ PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!read_tensor(args[3], sine) || !read_tensor(args[4], keys, true) || !read_tensor(args[5], values, true)) return nullptr;
     if (!read_threads(args[6], threads) || !read_part(args[7], block)) return nullptr;
     if (!read_integer(args[8], block.start) || !read_integer(args[9], block.write)) return nullptr;
-    if (!check_activations(out, x, block) || !read_spec(args[10], block)) return nullptr;
+    if (!check_activations(out, x, block) || !read_first(args[11], block) || !read_spec(args[10], block)) return nullptr;
     if (!check_angles(cosine, sine, block) || !check_caches(keys, values, block)) return nullptr;
     const Level &level = current_level();
     BlockOutcome outcome;

@@ -222,6 +222,7 @@ class Run {
         call.softcap = b_.softcap;
         call.window = b_.window;
         call.causal = true;
+        call.first = b_.first;
         failed_ |= launch_attention(level_, call, threads_) != Outcome::done;
     }
 

@@ -51,6 +51,7 @@ struct Block {
     bool wide; // the cache is float32, otherwise float16
     float key_limit, value_limit; // the limits of Append
     int64_t start, write; // the position of the first query, and where the cache takes it
+    const int64_t *first; // [batch]: the first position that each row sees; null for all
     float scale, softcap;
     int64_t window;
 };

@@ -112,7 +112,8 @@ struct Append {
 
 // Query head h of `kv_heads * group` reads head h / group of the cache, positions 0 .. start + time - 1.
 // Query t stands at position start + t. window: positions seen including its own, 0 for all. softcap: 0
-// for none. out is contiguous [batch, time, heads, value_width].
+// for none. first: the first position that a row of the batch sees, or null for all; each query sees one at
+// least. out is contiguous [batch, time, heads, value_width].
 struct Attention {
     const float *queries;
     int64_t query_batch, query_head, query_time;
@@ -124,6 +125,7 @@ struct Attention {
     float scale, softcap;
     int64_t window;
     bool causal;
+    const int64_t *first;
 };
 
 struct AttentionPlan {

@@ -42,15 +42,16 @@ static AttentionPlan plan_attention(const Attention &a, int threads) {
     return plan;
 }
 
-// Positions that query `time` sees.
+// Positions that query `time` of a row of the batch sees.
 struct Seen {
     int64_t begin, end;
 };
 
-UPCAST_INLINE Seen seen_by(const Attention &a, int64_t time) {
+UPCAST_INLINE Seen seen_by(const Attention &a, int64_t row, int64_t time) {
     const int64_t at = a.start + time;
     Seen seen = {0, a.causal ? at + 1 : a.start + a.time};
     if (a.window > 0) seen.begin = most<int64_t>(0, at + 1 - a.window);
+    if (a.first) seen.begin = most<int64_t>(seen.begin, a.first[row]);
     return seen;
 }
 
@@ -166,8 +167,8 @@ static void attention_part(const Attention &a, const AttentionPlan &plan, Attent
     const Element *keys = static_cast<const Element *>(a.keys) + b * a.key_batch + kv * a.key_head;
     const Element *values = static_cast<const Element *>(a.values) + b * a.value_batch + kv * a.value_head;
 
-    Seen all = seen_by(a, first / a.group);
-    all.end = seen_by(a, (first + rows - 1) / a.group).end;
+    Seen all = seen_by(a, b, first / a.group);
+    all.end = seen_by(a, b, (first + rows - 1) / a.group).end;
     const int64_t length = all.end - all.begin;
     const int64_t begin = all.begin + length * part / plan.parts, end = all.begin + length * (part + 1) / plan.parts;
     float *joined = partials + ((head * total + first) * plan.parts + part) * attention_partial(a);
@@ -184,7 +185,7 @@ static void attention_part(const Attention &a, const AttentionPlan &plan, Attent
         float tops[DOT_COLS], totals[DOT_COLS];
         attention_scores(a, keys, n, next, rows, own);
         for (int r = 0; r < rows; ++r) {
-            totals[r] = weigh(own.scores + r * SPAN, n, next, seen_by(a, (first + r) / a.group), tops[r]);
+            totals[r] = weigh(own.scores + r * SPAN, n, next, seen_by(a, b, (first + r) / a.group), tops[r]);
         }
         attention_values_for<DOT_COLS, Element>(rows)(a, values + n * a.value_stride, next - n, own);
         for (int r = 0; r < rows; ++r) {

@@ -28,7 +28,7 @@ def stack(count: int, batch: int, dtype: torch.dtype) -> Steps:
 
 
 def call(x: Tensor, cos: Tensor, sin: Tensor, steps: Steps, last: int | None = None) -> tuple[Tensor, int]:
-    return native.blocks(x, tuple((start, start, cos, sin) for start in PLACES), tuple(steps), last)
+    return native.blocks(x, tuple((start, start, cos, sin, None) for start in PLACES), tuple(steps), last)
 
 
 def one_by_one(x: Tensor, cos: Tensor, sin: Tensor, steps: Steps) -> Tensor:
@@ -113,5 +113,5 @@ def test_what_does_not_fit_is_refused_before_anything_runs(case: str) -> None:
     keys, values = caches(1, torch.float16)
     block = (0, keys, values, changed())
     with pytest.raises(UpcastError):
-        native.blocks(*REFUSED[case](x, (0, 0, cos, sin), block))
+        native.blocks(*REFUSED[case](x, (0, 0, cos, sin, None), block))
     assert torch.equal(keys, caches(1, torch.float16)[0])

@@ -50,7 +50,7 @@ __all__ = [
     "unchanged",
 ]
 _COPY_FIRST, _COPY_SECOND = 1, 2
-Places = tuple[tuple[int, int, Tensor, Tensor], ...]
+Places = tuple[tuple[int, int, Tensor, Tensor, Tensor | None], ...]
 WHOLE = PARTS["whole"]
 _CPU = torch.device("cpu")
 _empty = torch.empty
@@ -268,22 +268,23 @@ def block(
     at: tuple[int, int] = (0, 0),
     part: int = WHOLE,
     last: int | None = None,
+    first: Tensor | None = None,
 ) -> Tensor | None:
     """One transformer block in one call: norm, attention, residual, norm, MLP, residual.
 
     x: (B, T, C) float32, contiguous. cos, sin: ([B,] T, n) float32. keys, values: the cache (B, Hkv, S, D), both
     float16 or both float32, or None. at: the position of the first query, and where the cache takes it. part: one of
-    PARTS. last: of how many last positions a whole block gives the output, while the cache gets all. Returns
-    (B, last or T, C) float32, or None where `kv_append` would refuse the keys or the values; nothing but the cache was
-    written then.
+    PARTS. last: of how many last positions a whole block gives the output, while the cache gets all. first: (B,) int64,
+    the first position that each row sees. Returns (B, last or T, C) float32, or None where `kv_append` would refuse
+    the keys or the values; nothing but the cache was written then.
     """
     shape = x.shape if last is None else (x.shape[0], last, x.shape[2])
     out = _empty(*shape, dtype=_float32, device=_CPU)
     if _exchange:
-        full = _native.block(out, x, cos, sin, keys, values, _threads(), part, *at, spec)
+        full = _native.block(out, x, cos, sin, keys, values, _threads(), part, *at, spec, first)
     else:
         views = [_describe(tensor) for tensor in (out, x, cos, sin, keys, values)]
-        full = _native.block(*views, _threads(), part, *at, _described(spec))
+        full = _native.block(*views, _threads(), part, *at, _described(spec), _describe(first))
     return None if full else out
 
 
@@ -297,10 +298,10 @@ def _described(spec: tuple[Any, ...]) -> tuple[Any, ...]:
 def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None = None) -> tuple[Tensor, int]:
     """Transformer blocks one after the other in one call, each as `block` has it.
 
-    x: (B, T, C) float32, contiguous. places: (start, write, cos, sin) each. blocks: (index of its place, keys or None,
-    values or None, BlockSpec) each. last: of how many last positions the last block gives the
-    output. Returns (output, number of blocks done). Fewer than there are, if `kv_append` would refuse keys or values of
-    the next one; the output is then what that one takes.
+    x: (B, T, C) float32, contiguous. places: (start, write, cos, sin, first or None) each. blocks: (index of its place,
+    keys or None, values or None, BlockSpec) each. last: of how many last positions the last block gives the output.
+    Returns (output, number of blocks done). Fewer than there are, if `kv_append` would refuse keys or values of the
+    next one; the output is then what that one takes.
     """
     odd, even = _empty(x.shape, dtype=_float32, device=_CPU), _empty(x.shape, dtype=_float32, device=_CPU)
     out = odd if len(blocks) % 2 else even  # what the one before does not write to

@@ -31,9 +31,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     def counting(name: str) -> None:
         call = getattr(native, name)
 
-        def counts(*args: Any) -> Any:
+        def counts(*args: Any, **options: Any) -> Any:
             found[name] += 1
-            return call(*args)
+            return call(*args, **options)
 
         monkeypatch.setattr(native, name, counts)
 
@@ -73,6 +73,17 @@ def test_few_positions_are_one_call_and_many_one_per_layer(rows: int, counted: d
         step(model, cache, IDS[:rows])
         step(model, cache, torch.full((rows, count), 9))
         assert counted == ({"block": 0, "blocks": 1} if rows * count <= 16 else {"block": 2, "blocks": 0})
+
+
+PADDED = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_of_a_padded_batch_is_one_call(kind: str, counted: dict[str, int]) -> None:
+    want, _ = generated(rounded(lively(kind)), attention_mask=PADDED)
+    got, _ = generated(upcast.patch(lively(kind)), attention_mask=PADDED)
+    assert counted == {"block": 0, "blocks": TOKENS - 1}
+    assert relative_error(got, want) < 1e-3
 
 
 # --- who looks between two layers -------------------------------------------------------------------------------------

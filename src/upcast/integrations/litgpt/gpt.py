@@ -221,7 +221,7 @@ class FusedGPT(LitGPTForward):
         angles = self._angles(start, idx.shape[1])
         last = 1 if idx.shape[1] > 1 and self._last_is_enough() else None
         if places is not None and stack.in_one_call(x):
-            at = tuple((*place, *angles[kind.rope]) for place, kind in zip(places, stack.kinds, strict=True))
+            at = tuple((*place, *angles[kind.rope], None) for place, kind in zip(places, stack.kinds, strict=True))
             return stack.run(x, at, last)
         for step, kind in zip(stack.steps, stack.kind_of, strict=True):
             place = places[kind] if places is not None else None

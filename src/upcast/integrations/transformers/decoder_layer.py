@@ -1,13 +1,14 @@
 """One native call per decoder layer: Transformers' layers of the Llama kind over a float16 cache that holds something.
 
-A token, drafted tokens to be verified, a further chunk of a prompt. The first chunk, a batch that is padded, a layer
-that someone watches, and all that trains or traces run the forwards of `modules`, one by one, which give the same.
+A token, drafted tokens to be verified, a further chunk of a prompt, of rows that may be padded on the left. The first
+chunk, a layer that someone watches, and all that trains or traces run the forwards of `modules`, one by one, which give
+the same.
 """
 
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ running = threading.local()  # .run: what this thread's forward of a model knows
 
 
 class FusedDecoderLayer(TransformersForward):
-    """LlamaDecoderLayer for new positions after those of a cache, under SDPA, each of which sees all before it."""
+    """LlamaDecoderLayer for new positions after those of a cache, under SDPA, which see all before them but padding."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
@@ -88,13 +89,13 @@ class FusedDecoderLayer(TransformersForward):
     def _in_one_call(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
         spec = self._current_spec()
-        rooms = None if spec is None else rooms_for(x, given, [self.module.self_attn.layer_idx])
-        if spec is None or rooms is None:
+        room = None if spec is None else rooms_for(x, given, [self.module.self_attn.layer_idx])
+        if spec is None or room is None:
             return None
-        [layer], rows, [(keys, values)] = rooms
+        [layer], rows, [(keys, values)], first = room
         cos, sin = given["position_embeddings"]
         try:
-            y = native.block(x, cos, sin, keys, values, spec, (rows, rows))
+            y = native.block(x, cos, sin, keys, values, spec, (rows, rows), first=first)
         except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
         if y is not None:
@@ -114,13 +115,19 @@ class FusedDecoderLayer(TransformersForward):
         return spec if not members.watched() and code.intact() else None
 
 
-def rooms_for(
-    x: Tensor, given: dict[str, Any], indices: Sequence[int]
-) -> tuple[list[Any], int, list[tuple[Tensor, Tensor]]] | None:
-    """Return what layers of a cache, by their indices, have for the positions of x (B, T, C), which see all before.
+class Room(NamedTuple):
+    """What layers of a cache have for new positions."""
 
-    That is the layers, how many positions each holds, and their float16 keys and values with room for those of x. None
-    if one of them has none of it, or if the mask says that a position does not see all before it.
+    layers: list[Any]
+    rows: int  # that each of them holds
+    buffers: list[tuple[Tensor, Tensor]]  # float16 keys and values with room for more
+    first: Tensor | None  # (B,) the first position that each row of the batch sees; None: all of them all
+
+
+def rooms_for(x: Tensor, given: dict[str, Any], indices: Sequence[int]) -> Room | None:
+    """Return what layers of a cache, by their indices, have for the positions of x (B, T, C).
+
+    None if one of them holds nothing yet or is not ours, or if a position does not see all before it but padding.
     """
     cache, count = given.get(cache_name()), x.shape[1]
     if cache is None or not _own(cache):
@@ -132,38 +139,41 @@ def rooms_for(
     rows: int = rooms[0][2]
     if any(keys.shape[0] != x.shape[0] or held != rows for keys, _, held in rooms):
         return None
-    if not _causal(given.get("attention_mask"), count, rows):
-        return None
-    return layers, rows, [(keys, values) for keys, values, _ in rooms]
+    seen = _seen(given.get("attention_mask"), x.shape[0], count, rows)
+    return None if seen is None else Room(layers, rows, [(keys, values) for keys, values, _ in rooms], *seen)
 
 
-def _causal(mask: Tensor | None, count: int, rows: int) -> bool:
-    """Whether each of ``count`` positions after ``rows`` ones sees all before it and itself.
+Seen = tuple[Tensor | None] | None  # the first position that each row of the batch sees; None: something else is masked
+
+
+def _seen(mask: Tensor | None, batch: int, count: int, rows: int) -> Seen:
+    """Return which of ``rows`` positions before them ``count`` ones see first, if each sees all from there to itself.
 
     The layers of a model ask about the same mask one after the other.
     """
-    if mask is None or count == 1:  # None over several: Transformers would count them from the first row
-        return mask is None and count == 1
+    if mask is None:  # over several: Transformers would count them from the first row
+        return (None,) if count == 1 else None
     if mask.is_inference():  # such a tensor does not count what is written into it
-        return _is_causal(mask, count, rows)
+        return _look(mask, batch, count, rows)
     last, version, at, answer = _asked[0]
-    if last() is not mask or version != mask._version or at != rows:
-        answer = _is_causal(mask, count, rows)
-        _asked[0] = weakref.ref(mask), mask._version, rows, answer
+    if last() is not mask or version != mask._version or at != (batch, rows):
+        answer = _look(mask, batch, count, rows)
+        _asked[0] = weakref.ref(mask), mask._version, (batch, rows), answer
     return answer
 
 
-def _is_causal(mask: Tensor, count: int, rows: int) -> bool:
-    if mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[-2:] != (count, rows + count):
-        return False
-    return bool(mask[..., :rows].all()) and bool((mask[..., rows:] == _triangle(count)).all())
+def _look(mask: Tensor, batch: int, count: int, rows: int) -> Seen:
+    if mask.dtype is not torch.bool or mask.dim() != 4 or mask.shape[1:] != (1, count, rows + count):
+        return None
+    first = rows + count - mask[:, 0, -1].sum(-1)  # what a row's last query does not see comes before all that it sees
+    positions = torch.arange(rows + count)
+    sees = (positions >= first[:, None, None]) & (positions <= torch.arange(rows, rows + count)[:, None])
+    if mask.shape[0] not in (1, batch) or bool((first > rows).any()) or not torch.equal(mask[:, 0], sees):
+        return None
+    return (first.expand(batch).contiguous() if bool(first.any()) else None,)
 
 
-def _triangle(count: int) -> Tensor:
-    return torch.ones(count, count, dtype=torch.bool).tril()
-
-
-_asked: list[tuple[Any, int, int, bool]] = [(lambda: None, 0, 0, False)]  # replaced whole: threads share it
+_asked: list[tuple[Any, int, tuple[int, int], Seen]] = [(lambda: None, 0, (0, 0), None)]  # replaced whole, for threads
 
 
 def layer_roots(*kinds: type) -> list[Root]:

@@ -116,17 +116,16 @@ class _Run:
 
     def _all(self, stack: Stack, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         cos, sin = given["position_embeddings"]
-        rooms = rooms_for(x, given, stack.indices)
-        if rooms is None:
+        room = rooms_for(x, given, stack.indices)
+        if room is None:
             return None
-        layers, rows, buffers = rooms
-        blocks = tuple([(0, *pair, spec) for pair, spec in zip(buffers, stack.specs, strict=True)])
+        blocks = tuple([(0, *pair, spec) for pair, spec in zip(room.buffers, stack.specs, strict=True)])
         try:
-            y, done = native.blocks(x, ((rows, rows, cos, sin),), blocks)
+            y, done = native.blocks(x, ((room.rows, room.rows, cos, sin, room.first),), blocks)
         except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
-        for layer in layers[:done]:
-            layer.advance(rows + x.shape[1])
+        for layer in room.layers[:done]:
+            layer.advance(room.rows + x.shape[1])
         if not done:
             return None
         self._output, self._left = y, done - 1
