@@ -25,6 +25,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for variable in [name for name in os.environ if name.startswith("UPCAST") and name != "UPCAST_CACHE"]:
         monkeypatch.delenv(variable)
+    monkeypatch.setenv("UPCAST_TUNING", "off")  # what was measured of this machine is none of a test's business
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,7 +127,7 @@ def python(tmp_path: Path) -> Run:
         clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
         return subprocess.run(
             [sys.executable, *arguments],
-            env={**clean, **variables},
+            env={**clean, "UPCAST_TUNING": "off", **variables},
             cwd=tmp_path,
             capture_output=True,
             text=True,

@@ -78,7 +78,32 @@ PyObject *py_levels(PyObject *, PyObject *) {
 
 PyObject *py_level(PyObject *, PyObject *) { return PyUnicode_FromString(current_level().name); }
 
-PyObject *py_torch_rows(PyObject *, PyObject *) { return PyLong_FromLongLong(tuning(current_level().isa).torch_rows); }
+constexpr int64_t MOST_ROWS = int64_t(1) << 40;
+
+// tuning() -> (reading, torch_rows) of the level in use
+PyObject *py_tuning(PyObject *, PyObject *) {
+    const Tuning found = tuning(current_level().isa);
+    return Py_BuildValue("(iL)", static_cast<int>(found.reading), static_cast<long long>(found.torch_rows));
+}
+
+// tune(reading, torch_rows): what was measured of the level in use; tune(None, 0): what the table has
+PyObject *py_tune(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    int64_t reading, rows;
+    if (!take_count("tune", count, 2)) return nullptr;
+    const Isa isa = current_level().isa;
+    if (args[0] == Py_None) {
+        set_tuning(isa, nullptr);
+        Py_RETURN_NONE;
+    }
+    if (!read_integer(args[0], reading) || !read_integer(args[1], rows)) return nullptr;
+    if (reading < 0 || reading > static_cast<int64_t>(Reading::far_streams) || rows < 0 || rows > MOST_ROWS) {
+        PyErr_SetString(error_class(), "a reading goes from 0 to 2, and torch_rows from 0 to 2^40. Run upcast tune again.");
+        return nullptr;
+    }
+    const Tuning measured = {static_cast<Reading>(reading), rows};
+    set_tuning(isa, &measured);
+    Py_RETURN_NONE;
+}
 
 PyObject *py_force_level(PyObject *, PyObject *name) {
     PyObject *bytes = PyUnicode_AsUTF8String(name);
@@ -133,7 +158,8 @@ PyMethodDef METHODS[] = {
     {"pool", py_pool, METH_NOARGS, nullptr},
     {"levels", py_levels, METH_NOARGS, nullptr},
     {"level", py_level, METH_NOARGS, nullptr},
-    {"torch_rows", py_torch_rows, METH_NOARGS, nullptr},
+    {"tuning", py_tuning, METH_NOARGS, nullptr},
+    {"tune", fast(py_tune), METH_FASTCALL, nullptr},
     {"force_level", py_force_level, METH_O, nullptr},
     {"compiler", py_compiler, METH_NOARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},

@@ -1,10 +1,10 @@
 // y = x W^T: each output is a dot product of a row of x and a row of weights, widened in registers.
 //
 // A tile is R rows of weights times COLS rows of x, with its sums in registers. How the weights are read from
-// memory is measured per processor, and stands in runtime/tuning.cpp. AMD's with AVX-512 take one row of weights at a time and prefetch
-// nothing: a single sequential stream is what the hardware prefetcher follows best, and hints cost it a fifth
-// of the bandwidth. AMD's with AVX2 want several streams, far apart: see linear_far.hpp. Intel's follow a stream
-// no further than its page: there several rows at once, with hints, are read a third faster. More rows of x
+// memory is measured per processor, and stands in runtime/tuning.cpp. One row of weights at a time, and nothing prefetched,
+// is a single sequential stream, which hardware prefetchers follow well; hints cost AMD's a fifth of the bandwidth.
+// AMD's want several streams, far apart: see linear_far.hpp. Intel's follow a stream no further than its page: there
+// several rows at once, with hints, are read a third faster. More rows of x
 // share each widened weight; there the next tile's weights are fetched meanwhile. Nothing is packed or
 // transposed, which is why this beats panels of widened weights for every number of rows of x.
 #pragma once

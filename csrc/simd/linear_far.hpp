@@ -1,4 +1,4 @@
-// y = x W^T where AMD's processors with AVX2 wait for memory: few rows of x.
+// y = x W^T where AMD's processors wait for memory: few rows of x.
 //
 // A task's rows of weights are cut into equal parts, and a tile takes one row of each: every part is a sequential
 // stream of its own. Four of them are read a fifth faster than one with two threads, and half as fast again with
@@ -12,7 +12,7 @@
 namespace upcast {
 namespace UPCAST_NS {
 
-constexpr bool HAS_FAR_ROWS = UPCAST_LEVEL == 3; // other levels were not measured to gain by it
+constexpr bool HAS_FAR_ROWS = UPCAST_LEVEL == 3 || UPCAST_LEVEL == 4;
 constexpr int64_t FAR_BLOCKS = 4;    // of x, at most: with more it is not memory that takes the time
 constexpr int64_t FAR_AHEAD = 256;   // halves between those in use and those being fetched
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import _upcast_startup
 from upcast.cli import analysis as commands_on_models
-from upcast.cli import check, generate
+from upcast.cli import check, generate, tune
 from upcast.core.about import DISTRIBUTION, VERSION
 from upcast.core.errors import UpcastError
 
@@ -72,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("--json", action="store_true", help="as JSON, for a bug report")
     status.set_defaults(command=_status)
 
+    tune.add(commands)
     commands_on_models.add(commands)
     return parser
 

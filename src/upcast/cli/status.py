@@ -31,6 +31,7 @@ def facts() -> dict[str, Any]:
         "start-up file": _startup_file(),
         "loaders": {target: _loader(target) for target in _upcast_startup.TARGETS},
         "kernels": f"{kernels.describe()}, UPCAST_KERNELS={settings.kernels}",
+        "reading weights": kernels.tuning.describe(),
         "threads": torch.get_num_threads(),
         "fused forwards": _fused(),
         "libraries": {name: _version(name) for name in LIBRARIES},

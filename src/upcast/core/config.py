@@ -35,6 +35,13 @@ VARIABLES = (
     Variable("UPCAST_POLICY", POLICIES, "safe", "which op classes run in float32", checked=True),
     Variable("UPCAST_KERNELS", KERNELS, "auto", "native: compiled kernels or an error; portable: torch's own ops"),
     Variable("UPCAST_ISA", ISAS, "auto", "the instruction set of the native kernels, at most what the machine has"),
+    Variable(
+        "UPCAST_TUNING",
+        (),
+        "",
+        "the file of what upcast tune measured here, or off",
+        free=True,
+    ),
     Variable("UPCAST_KV_CACHE", KV_CACHES, "float16", "the KV cache of LitGPT models; float32: twice the bytes, exact"),
     Variable("UPCAST_KEEP", (), "", "patterns of what stays in float32, such as lm_head,*.gate", free=True),
     Variable("UPCAST_TRAINABLE", (), "", "patterns of what learns and stays in float32, such as classifier", free=True),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from upcast.core import config, memory_layout
 from upcast.core.errors import UpcastError
-from upcast.kernels import gradients, native, portable, reference, transforms
+from upcast.kernels import gradients, native, portable, reference, transforms, tuning
 from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
@@ -63,6 +63,8 @@ def _as_the_environment_asks() -> ModuleType:
     settings = config.read()
     if settings.isa != "auto":
         native.set_isa(settings.isa)
+    if native.available():
+        tuning.load()
     return use(settings.kernels)
 
 

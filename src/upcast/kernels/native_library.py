@@ -33,11 +33,11 @@ _module, _load_error = _load()
 native: Any = _module
 exchange = False
 torch_rows = 0
-"""Rows of x from which torch's own product on upcast tiles is faster than ours; 0: never (csrc/runtime/tuning.cpp)."""
+"""Rows of x from which torch's own product on upcast tiles is faster than ours; 0: never. See `tuning`."""
 if _module is not None:
     exchange = _module.setup(KernelError, getattr(torch.Tensor, "__dlpack_c_exchange_api__", None))
     _attach_pool(_module)
-    torch_rows = _module.torch_rows()
+    torch_rows = _module.tuning()[1]
 
 
 def prefers_torch(rows: int) -> bool:
