@@ -147,6 +147,37 @@ def _offer(quantizers: "Any") -> None:
             return quantizer.UpcastConfig.from_dict(fields, **kwargs)
 
     quantizers.register_quantization_config("upcast")(UpcastConfig)
+    let_arguments_win(quantizers.AutoHfQuantizer)
+
+
+def let_arguments_win(auto: "Any") -> None:
+    """Have the quantization_config that a program gives win over a folder's that only names upcast.
+
+    Transformers would ignore it, or refuse it if it is of another kind; the folder holds plain float16 weights.
+    """
+    import threading
+
+    merge, make, chosen = auto.merge_quantization_configs, auto.from_config, threading.local()
+    if merge.__module__ == __name__:
+        return
+
+    def merged(_: "Any", quantization_config: "Any", quantization_config_from_args: "Any") -> "Any":
+        if quantization_config_from_args is None or not _names_upcast(quantization_config):
+            return merge(quantization_config, quantization_config_from_args)
+        chosen.config = quantization_config_from_args
+        return chosen.config
+
+    def made(_: "Any", quantization_config: "Any", **kwargs: "Any") -> "Any":
+        if chosen.__dict__.pop("config", None) is quantization_config is not None:
+            kwargs["pre_quantized"] = False
+        return make(quantization_config, **kwargs)
+
+    auto.merge_quantization_configs, auto.from_config = classmethod(merged), classmethod(made)
+
+
+def _names_upcast(quantization_config: "Any") -> bool:
+    fields = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
+    return bool(fields.get("quant_method") == "upcast")
 
 
 def _activate(module: "ModuleType") -> None:
