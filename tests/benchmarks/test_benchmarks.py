@@ -17,12 +17,13 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from rich.console import Console
 
+import upcast
 from benchmarks import run
-from benchmarks.harness import chart, memory, quality, record, report, serving, stress, subject
+from benchmarks.harness import chart, memory, quality, record, report, roofline, serving, stress, subject
 from benchmarks.harness.job import Loading, Sample, StressOutcome, next_tokens
 from benchmarks.harness.session import QUICK, Effort, Result, job_for, measure, started
 from benchmarks.harness.summary import summarise
-from benchmarks.harness.variants import BASELINE, VARIANTS, weight_bytes
+from benchmarks.harness.variants import BASELINE, VARIANTS, bytes_per_token, weight_bytes
 from benchmarks.suites import serve as serve_suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -211,7 +212,7 @@ def fabricated(variant: str, **changes: Any) -> Result:
     result = Result(
         variant,
         threads=2,
-        loading=Loading(651306240, 722235392),
+        loading=Loading(651306240, 722235392, 538e6),
         steady_bytes=695033856,
         samples=[Sample(0.3 + 0.01 * index, 0.06, 0.1, (5, 6, 7)) for index in range(3)],
         quality=quality.Quality(128, 0.0, 1.3e-3, 0.1, 1.6e-5, 0.99, 27.285),
@@ -286,6 +287,27 @@ def test_record_keeps_every_sample_and_survives_json() -> None:
     assert variants["upcast"]["ratios"] == dict.fromkeys(variants["upcast"]["ratios"], 1.0)
 
 
+def test_roofline_divides_the_bytes_that_a_token_reads_by_the_rate_of_the_rounds(tmp_path: Path) -> None:
+    content = record.record(SUBJECT, QUICK, RESULTS, None, 1.0, [9e9, 30e9, 10e9])
+    bars = [(name, 60.0, pytest.approx(53.8)) for name in ("float32", "float16", "upcast")]  # not what has failed
+    assert roofline.bars(content) == bars
+    assert "at 10.0 GB/s takes of them: float32 60.0 of at least 53.8; float16" in roofline.in_words(content)
+    drawn = roofline.draw(content, roofline.beside(tmp_path / "tiny.json"))
+    assert drawn is not None
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    assert roofline.draw(content | {"read_rates": []}, tmp_path / "no.png") is None
+
+
+def test_bytes_per_token_leave_out_an_embedding_that_is_only_looked_up() -> None:
+    model = tiny()
+    assert bytes_per_token(model) == weight_bytes(model) - 4 * 64 * 32
+    model.lm_head.weight = model.transformer.wte.weight
+    assert bytes_per_token(model) == weight_bytes(model)
+    assert bytes_per_token(upcast.patch(model)) == weight_bytes(model)
+    experts = {"mlp_class_name": "LLaMAMoE", "n_expert": 2, "n_expert_per_token": 1}
+    assert bytes_per_token(tiny(**experts)) is None
+
+
 def test_chart_draws_failures_and_nonfinite_results(tmp_path: Path) -> None:
     path = chart.draw(record.record(SUBJECT, QUICK, RESULTS, None, 1.0), tmp_path / "chart.png")
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -302,7 +324,7 @@ def test_a_failed_variant_fails_the_run_after_the_report(
     results = {"float32": fabricated("float32"), "upcast": fabricated("upcast", failure=failure)}
     monkeypatch.setattr(subject, "resolve", lambda *_: SUBJECT)
     monkeypatch.setattr(Config, "from_checkpoint", lambda *_: Config(name="tiny", **TINY, **LLAMA))
-    monkeypatch.setattr(run, "run_variants", lambda *_: results)
+    monkeypatch.setattr(run, "run_variants", lambda *_: (results, [1e10]))
     monkeypatch.setattr(subject.Subject, "decode", lambda *_: "an answer")
     assert run.main(["--output", str(tmp_path)]) == code
     assert ("upcast FAILED: load: no" in capsys.readouterr().out) == (failure is not None)
@@ -346,7 +368,8 @@ def test_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     assert "stress test skipped: pythia-14m uses LayerNorm" in outcome.stdout
     content = json.loads((tmp_path / "pythia-14m.json").read_text())
-    assert (tmp_path / "pythia-14m.png").stat().st_size > 10_000
+    assert min((tmp_path / f"pythia-14m{end}.png").stat().st_size for end in ("", "-roofline")) > 10_000
+    assert len(content["read_rates"]) == 2
     float32, float16 = content["variants"]
     assert (float32["variant"], float16["variant"]) == ("float32", "float16")
     assert 0.49 < float16["ratios"]["weight_bytes"] < 0.51

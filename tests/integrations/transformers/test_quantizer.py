@@ -102,8 +102,8 @@ def test_what_was_asked_for_comes_back_with_a_plain_load(folder: Path, tmp_path:
 def test_what_patch_patched_is_remembered_until_it_is_unpatched(
     tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    library = transformers.PreTrainedModel
-    monkeypatch.setattr(library, "save_pretrained", inspect.unwrap(library.save_pretrained))  # as before the first patch
+    library = transformers.PreTrainedModel  # as it is before the first patch:
+    monkeypatch.setattr(library, "save_pretrained", inspect.unwrap(library.save_pretrained))
     model = upcast.patch(llama(), policy=policy, keep=["lm_head"])
     model.save_pretrained(tmp_path / "patched")
     assert config_of(tmp_path / "patched")["quantization_config"] == {
