@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
+LIGHT := $(VENV)/.installed-to-try
 JOBS ?= 2
 # A worker per core, each with its files' fixtures; threads that wait give their core to the other worker.
 PARALLEL := --numprocesses $(JOBS) --dist loadfile
@@ -12,9 +13,10 @@ include kernels.mk
 include platforms.mk
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table docs check format clean
+.PHONY: help setup try bench bench-quick test test-fast test-slow test-versions coverage-table docs check format clean
 
 help:
+	@echo "make try          set up what it takes, and have a patched SmolLM2-135M answer; ARGS='--prompt \"...\"'"
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
 	@echo "make bench-quick  the same in under a minute"
 	@echo "make test         set up, then lint, types, layers and tests (what CI runs; JOBS=2 tests at a time)"
@@ -41,6 +43,18 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) uninstall --yes upcast # its name until it was published; or the other project of that name
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Less is installed for it than for the rest, and nothing again once the rest is there.
+try: $(if $(wildcard $(STAMP)),setup,$(LIGHT))
+	@model=$$($(BIN)/python -m benchmarks.models.smollm2_transformers --prepare) && \
+		$(BIN)/python examples/inference.py --model "$$model" $(ARGS)
+
+$(LIGHT): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): torch for the CPU, LitGPT, Transformers, and upcast's kernels, compiled here."
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[litgpt,transformers]' gguf rich
 	touch $@
 
 bench: setup

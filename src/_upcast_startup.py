@@ -161,13 +161,13 @@ def let_arguments_win(auto: "Any") -> None:
     if merge.__module__ == __name__:
         return
 
-    def merged(_: "Any", quantization_config: "Any", quantization_config_from_args: "Any") -> "Any":
+    def merged(_: "Any", /, quantization_config: "Any", quantization_config_from_args: "Any") -> "Any":
         if quantization_config_from_args is None or not _names_upcast(quantization_config):
             return merge(quantization_config, quantization_config_from_args)
         chosen.config = quantization_config_from_args
         return chosen.config
 
-    def made(_: "Any", quantization_config: "Any", **kwargs: "Any") -> "Any":
+    def made(_: "Any", /, quantization_config: "Any", **kwargs: "Any") -> "Any":
         if chosen.__dict__.pop("config", None) is quantization_config is not None:
             kwargs["pre_quantized"] = False
         return make(quantization_config, **kwargs)

@@ -79,7 +79,7 @@ def unwrap(model: object) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise UpcastError(
             f"a {type(model).__name__}; upcast patches a torch.nn.Module, or an object whose .model is one "
-            "(such as a Transformers pipeline). Pass the module itself."
+            "(such as a Transformers pipeline). Pass the module itself; of several, one after the other."
         )
     return unwrap(inner)
 
