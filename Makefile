@@ -81,6 +81,7 @@ test-slow: setup
 docs: setup
 	$(BIN)/python tools/errors_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html; to search in it: $(BIN)/python -m http.server --directory build/site"
 
 coverage-table: setup
 	$(BIN)/python -m tests.coverage_table
