@@ -162,8 +162,10 @@ def let_arguments_win(auto: "Any") -> None:
         return
 
     def merged(_: "Any", /, quantization_config: "Any", quantization_config_from_args: "Any") -> "Any":
-        if quantization_config_from_args is None or not _names_upcast(quantization_config):
+        if quantization_config_from_args is None or _fields(quantization_config).get("quant_method") != "upcast":
             return merge(quantization_config, quantization_config_from_args)
+        if _fields(quantization_config) == _fields(quantization_config_from_args):
+            return quantization_config  # a program that has read the folder's: it asks for nothing else
         chosen.config = quantization_config_from_args
         return chosen.config
 
@@ -175,9 +177,9 @@ def let_arguments_win(auto: "Any") -> None:
     auto.merge_quantization_configs, auto.from_config = classmethod(merged), classmethod(made)
 
 
-def _names_upcast(quantization_config: "Any") -> bool:
-    fields = quantization_config if isinstance(quantization_config, dict) else vars(quantization_config)
-    return bool(fields.get("quant_method") == "upcast")
+def _fields(quantization_config: "Any") -> "dict[str, Any]":
+    fields = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+    return {name: value for name, value in fields.items() if name != "upcast_version"}
 
 
 def _activate(module: "ModuleType") -> None:

@@ -215,6 +215,14 @@ def test_an_argument_wins_over_what_the_folder_says(tmp_path: Path, kind: str) -
     assert str(record(AUTO.from_pretrained(tmp_path)).policy) == "sensitive"
 
 
+def test_an_argument_that_was_read_from_the_folder_asks_for_nothing_else(tmp_path: Path) -> None:
+    """lm-eval hands a folder's own config to from_pretrained: it gives way as it does in the folder."""
+    upcast.patch(llama(), policy="norm", keep=["lm_head"]).save_pretrained(tmp_path)
+    read = auto.AutoQuantizationConfig.from_dict(config_of(tmp_path)["quantization_config"])
+    assert record(AUTO.from_pretrained(tmp_path, quantization_config=read)).keep == ("lm_head",)
+    assert not half_weights(AUTO.from_pretrained(tmp_path, quantization_config=read, dtype=torch.float64))
+
+
 def test_a_config_of_another_kind_finds_ordinary_float16_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
