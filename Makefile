@@ -9,6 +9,11 @@ JOBS ?= 2
 PARALLEL := --numprocesses $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# An environment that was begun and not finished, for want of Debian's python3-venv, is made again.
+READY := $(BIN)/python -m pip --version > /dev/null 2>&1
+OLD := upcast needs Python 3.10 or newer, and $(PYTHON) is older. Name another one: make PYTHON=python3.12 ...
+RECENT := $(PYTHON) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 10) else 0)'
+
 include kernels.mk
 include platforms.mk
 
@@ -39,7 +44,7 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start csrc/* csrc/*/*)
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(READY) || { $(RECENT) && $(PYTHON) -m venv $(VENV); }
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) uninstall --yes upcast # its name until it was published; or the other project of that name
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
@@ -52,7 +57,7 @@ try: $(if $(wildcard $(STAMP)),setup,$(LIGHT))
 
 $(LIGHT): pyproject.toml constraints.txt
 	@echo "Setting up $(VENV): torch for the CPU, LitGPT, Transformers, and upcast's kernels, compiled here."
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(READY) || { $(RECENT) && $(PYTHON) -m venv $(VENV); }
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) install --constraint constraints.txt --editable '.[litgpt,transformers]' gguf rich
 	touch $@

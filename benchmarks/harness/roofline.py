@@ -70,7 +70,7 @@ def _rows(axis: Axes, found: list[Bar]) -> None:
         axis.barh(row, ms, BAR, color=color, alpha=0.35, lw=0)
         axis.barh(row, min(bound, ms), BAR, color=color, lw=0)
         axis.plot([bound] * 2, [row - 0.4, row + 0.4], color=INK, lw=1.8)
-        text = f"{ms:.1f} ms, {100 * bound / ms:.0f} % of it reading"
+        text = f"{ms:.1f} ms, reading: {100 * bound / ms:.0f} %"
         place: dict[str, Any] = {"xytext": (6, 0), "textcoords": "offset points", "va": "center"}
         axis.annotate(text, (max(ms, bound), row), color=ink, weight=weight, fontsize=9, **place)
 
