@@ -81,6 +81,13 @@ def test_the_status_that_is_shown_has_the_topics_of_status(capsys: pytest.Captur
     assert [line[:18] for line in capsys.readouterr().out.splitlines()[: len(topics)]] == topics
 
 
+def test_the_check_that_is_shown_has_the_topics_of_check() -> None:
+    _, _, shown = CLI.partition("\n## check\n")[2].partition("```text\n")
+    topics = [line[:15].strip() for line in shown.partition("```")[0].splitlines()]
+    source = (ROOT / "src" / "upcast" / "cli" / "check.py").read_text("utf-8")
+    assert re.findall(r'\(\s*"([a-z][a-z0-9 ]+)",\s', source.partition("def _rows")[2]) == [*filter(None, topics)]
+
+
 @pytest.mark.parametrize("page", [*PAGES, *TOP], ids=name_of)
 def test_links_exist(page: Path) -> None:
     """The site's strict build looks at those of docs/, in the site; this at how they are seen in the repository."""
