@@ -17,13 +17,12 @@ from litgpt.config import Config
 from litgpt.model import GPT
 from rich.console import Console
 
-import upcast
 from benchmarks import run
-from benchmarks.harness import chart, memory, quality, record, report, roofline, serving, stress, subject
+from benchmarks.harness import chart, memory, quality, record, report, serving, stress, subject
 from benchmarks.harness.job import Loading, Sample, StressOutcome, next_tokens
 from benchmarks.harness.session import QUICK, Effort, Result, job_for, measure, started
 from benchmarks.harness.summary import summarise
-from benchmarks.harness.variants import BASELINE, VARIANTS, bytes_per_token, weight_bytes
+from benchmarks.harness.variants import BASELINE, VARIANTS, weight_bytes
 from benchmarks.suites import serve as serve_suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -285,27 +284,6 @@ def test_record_keeps_every_sample_and_survives_json() -> None:
     assert variants["quantize_dynamic"]["status"] == "failed"
     assert variants["quantize_dynamic"]["timings"]["decode_seconds"] is None
     assert variants["upcast"]["ratios"] == dict.fromkeys(variants["upcast"]["ratios"], 1.0)
-
-
-def test_roofline_divides_the_bytes_that_a_token_reads_by_the_rate_of_the_rounds(tmp_path: Path) -> None:
-    content = record.record(SUBJECT, QUICK, RESULTS, None, 1.0, [9e9, 30e9, 10e9])
-    bars = [(name, 60.0, pytest.approx(53.8)) for name in ("float32", "float16", "upcast")]  # not what has failed
-    assert roofline.bars(content) == bars
-    assert "at 10.0 GB/s takes of them: float32 60.0 of at least 53.8; float16" in roofline.in_words(content)
-    drawn = roofline.draw(content, roofline.beside(tmp_path / "tiny.json"))
-    assert drawn is not None
-    assert drawn.read_bytes().startswith(b"\x89PNG")
-    assert roofline.draw(content | {"read_rates": []}, tmp_path / "no.png") is None
-
-
-def test_bytes_per_token_leave_out_an_embedding_that_is_only_looked_up() -> None:
-    model = tiny()
-    assert bytes_per_token(model) == weight_bytes(model) - 4 * 64 * 32
-    model.lm_head.weight = model.transformer.wte.weight
-    assert bytes_per_token(model) == weight_bytes(model)
-    assert bytes_per_token(upcast.patch(model)) == weight_bytes(model)
-    experts = {"mlp_class_name": "LLaMAMoE", "n_expert": 2, "n_expert_per_token": 1}
-    assert bytes_per_token(tiny(**experts)) is None
 
 
 def test_chart_draws_failures_and_nonfinite_results(tmp_path: Path) -> None:
