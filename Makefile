@@ -3,18 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
+LIGHT := $(VENV)/.installed-to-try
 JOBS ?= 2
 # A worker per core, each with its files' fixtures; threads that wait give their core to the other worker.
 PARALLEL := --numprocesses $(JOBS) --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
+# An environment that was begun and not finished, for want of Debian's python3-venv, is made again.
+READY := $(BIN)/python -m pip --version > /dev/null 2>&1
+OLD := upcast needs Python 3.10 or newer, and $(PYTHON) is older. Name another one: make PYTHON=python3.12 ...
+RECENT := $(PYTHON) -c 'import sys; sys.exit("$(OLD)" if sys.version_info < (3, 10) else 0)'
+
 include kernels.mk
 include platforms.mk
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench bench-quick test test-fast test-slow test-versions coverage-table docs check format clean
+.PHONY: help setup try bench bench-quick test test-fast test-slow test-versions coverage-table docs check format clean
 
 help:
+	@echo "make try          set up what it takes, and have a patched SmolLM2-135M answer; ARGS='--prompt \"...\"'"
 	@echo "make bench        set up, run the benchmark, write its table, JSON and picture to benchmarks/results"
 	@echo "make bench-quick  the same in under a minute"
 	@echo "make test         set up, then lint, types, layers and tests (what CI runs; JOBS=2 tests at a time)"
@@ -37,10 +44,22 @@ help:
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start csrc/* csrc/*/*)
-	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(READY) || { $(RECENT) && $(PYTHON) -m venv $(VENV); }
 	$(PIP) install --constraint constraints.txt torch
 	$(PIP) uninstall --yes upcast # its name until it was published; or the other project of that name
 	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Less is installed for it than for the rest, and nothing again once the rest is there.
+try: $(if $(wildcard $(STAMP)),setup,$(LIGHT))
+	@model=$$($(BIN)/python -m benchmarks.models.smollm2_transformers --prepare) && \
+		$(BIN)/python examples/inference.py --model "$$model" $(ARGS)
+
+$(LIGHT): pyproject.toml constraints.txt
+	@echo "Setting up $(VENV): torch for the CPU, LitGPT, Transformers, and upcast's kernels, compiled here."
+	@$(READY) || { $(RECENT) && $(PYTHON) -m venv $(VENV); }
+	$(PIP) install --constraint constraints.txt torch
+	$(PIP) install --constraint constraints.txt --editable '.[litgpt,transformers]' gguf rich
 	touch $@
 
 bench: setup
@@ -67,6 +86,7 @@ test-slow: setup
 docs: setup
 	$(BIN)/python tools/errors_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html; to search in it: $(BIN)/python -m http.server --directory build/site"
 
 coverage-table: setup
 	$(BIN)/python -m tests.coverage_table

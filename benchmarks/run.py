@@ -21,11 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: make `benchmarks` importable
 
+import torch
 from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.harness import chart, machine, record, report, stress, subject
+from benchmarks.harness import chart, machine, record, report, roofline, stress, subject
 from benchmarks.harness.session import FULL, QUICK, Effort, Result, job_for, measure, started
 from benchmarks.harness.variants import BASELINE, VARIANTS
 from benchmarks.models import smollm2
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 parser.error(f"--peers: {'; '.join(missing)}")
             print(*(f"--peers: {each}" for each in missing), sep="\n", end="\n" * bool(missing), file=sys.stderr)
             options.variants = [*options.variants, *found]
-        results = run_variants(measured, options, effort, skipped, Path(scratch))
-        content = record.record(measured, effort, results, skipped, time.perf_counter() - begin)
+        results, rates = run_variants(measured, options, effort, skipped, Path(scratch))
+        content = record.record(measured, effort, results, skipped, time.perf_counter() - begin, rates)
     show(measured, effort, results, skipped)
     write(options.output, content)
     return int(any(result.failure for result in results.values()))
@@ -121,7 +122,10 @@ def chosen_effort(options: argparse.Namespace) -> Effort:
 
 def run_variants(
     measured: subject.Subject, options: argparse.Namespace, effort: Effort, skipped: str | None, scratch: Path
-) -> dict[str, Result]:
+) -> tuple[dict[str, Result], list[float]]:
+    """Return the results, and how fast memory was read in each round, in bytes per second."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     jobs = [job_for(measured, name, options.threads, scratch) for name in options.variants]
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
@@ -131,7 +135,7 @@ def run_variants(
             progress.update(task, description=description, completed=share)
 
         with started(jobs) as session:
-            return measure(session, effort, skipped is None, notice)
+            return measure(session, effort, skipped is None, notice), session.read_rates
 
 
 def show(measured: subject.Subject, effort: Effort, results: dict[str, Result], skipped: str | None) -> None:
@@ -204,7 +208,8 @@ def write(output: Path, content: dict[str, object]) -> None:
     model = content["subject"]["model"]  # type: ignore[index]
     path = output / f"{model}.json"
     path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    print(f"\n{path}\n{chart.draw(content, path.with_suffix('.png'))}")
+    pictures = [chart.draw(content, path.with_suffix(".png")), roofline.draw(content, roofline.beside(path))]
+    print("", path, *filter(None, pictures), sep="\n")
 
 
 if __name__ == "__main__":

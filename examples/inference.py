@@ -30,7 +30,11 @@ def main() -> None:
         model = upcast.from_pretrained(AutoModelForCausalLM, options.model)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
 
-    inputs = tokenizer(options.prompt, return_tensors="pt")
+    if tokenizer.chat_template:
+        asked = [{"role": "user", "content": options.prompt}]
+        inputs = tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(options.prompt, return_tensors="pt")
     begin = time.perf_counter()
     with torch.inference_mode():
         tokens = model.eval().generate(**inputs, max_new_tokens=options.tokens, do_sample=False)

@@ -147,6 +147,39 @@ def _offer(quantizers: "Any") -> None:
             return quantizer.UpcastConfig.from_dict(fields, **kwargs)
 
     quantizers.register_quantization_config("upcast")(UpcastConfig)
+    let_arguments_win(quantizers.AutoHfQuantizer)
+
+
+def let_arguments_win(auto: "Any") -> None:
+    """Have the quantization_config that a program gives win over a folder's that only names upcast.
+
+    Transformers would ignore it, or refuse it if it is of another kind; the folder holds plain float16 weights.
+    """
+    import threading
+
+    merge, make, chosen = auto.merge_quantization_configs, auto.from_config, threading.local()
+    if merge.__module__ == __name__:
+        return
+
+    def merged(_: "Any", /, quantization_config: "Any", quantization_config_from_args: "Any") -> "Any":
+        if quantization_config_from_args is None or _fields(quantization_config).get("quant_method") != "upcast":
+            return merge(quantization_config, quantization_config_from_args)
+        if _fields(quantization_config) == _fields(quantization_config_from_args):
+            return quantization_config  # a program that has read the folder's: it asks for nothing else
+        chosen.config = quantization_config_from_args
+        return chosen.config
+
+    def made(_: "Any", /, quantization_config: "Any", **kwargs: "Any") -> "Any":
+        if chosen.__dict__.pop("config", None) is quantization_config is not None:
+            kwargs["pre_quantized"] = False
+        return make(quantization_config, **kwargs)
+
+    auto.merge_quantization_configs, auto.from_config = classmethod(merged), classmethod(made)
+
+
+def _fields(quantization_config: "Any") -> "dict[str, Any]":
+    fields = quantization_config if isinstance(quantization_config, dict) else quantization_config.to_dict()
+    return {name: value for name, value in fields.items() if name != "upcast_version"}
 
 
 def _activate(module: "ModuleType") -> None:

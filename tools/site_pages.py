@@ -32,9 +32,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
-    """Let links from docs/ to the top of the repository lead to the site's pages."""
+    """Let links from docs/ to the top of the repository lead to the site's pages; no menu beside the front page."""
+    if page.is_homepage:
+        page.meta["hide"] = ["navigation"]
     up = "../" * page.file.src_uri.count("/")
     return re.sub(rf"\]\((?:\.\./)+({'|'.join(TOP)})", rf"]({up}{PROJECT}/\1", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Let a click on a picture show it in its full size."""
+    return re.sub(r'(<img [^>]*src="([^"]+)"[^>]*>)', r'<a class="picture" href="\2">\1</a>', html)
 
 
 def seen_from(text: str, folder: str) -> str:
@@ -67,12 +74,12 @@ def notebook(path: Path, uri: str) -> dict[str, str | bytes]:
 def _output(output: dict[str, Any], name: str, alt: str) -> tuple[str, bytes]:
     """Return the Markdown of one output of a cell, and its picture."""
     if output["output_type"] == "stream":
-        return _text("".join(output["text"])), b""
+        return _text("".join(output["text"]), "text" if output["name"] == "stdout" else "{.text .said}"), b""
     data = output["data"]
     if "image/png" in data:
         return f"![{alt}]({name})", base64.b64decode(data["image/png"])
     return _text("".join(data["text/plain"])), b""
 
 
-def _text(text: str) -> str:
-    return f"```text\n{TERMINAL.sub('', text).rstrip()}\n```"
+def _text(text: str, language: str = "text") -> str:
+    return f"```{language}\n{TERMINAL.sub('', text).rstrip()}\n```"

@@ -25,10 +25,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Loading:
-    """Memory is above what the process held with all libraries imported; None where it cannot be told."""
+    """Memory is above what the process held with all libraries imported; None where it cannot be told.
+
+    `bytes_per_token`: of the weights that a decoded token reads; None where that depends on the token.
+    """
 
     weight_bytes: int
     peak_bytes: int | None
+    bytes_per_token: int | None = None
 
 
 @dataclass(frozen=True)

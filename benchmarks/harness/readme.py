@@ -10,10 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: make `benchmarks` importable
+
+from benchmarks.harness import roofline
+
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- benchmark: begin (written by benchmarks/harness/readme.py) -->"
 END = "<!-- benchmark: end -->"
-PICTURE = Path("docs/benchmark.png")
+PICTURE, ROOFLINE = Path("docs/benchmark.png"), Path("docs/roofline.png")
 
 HEADERS = (
     "",
@@ -26,26 +30,39 @@ HEADERS = (
     "NaN in the stress test",
 )
 SHORT = (0, 1, 4, 5, 7)  # the columns that the README has room for
-PAGES = {Path("README.md"): SHORT, Path("docs/performance.md"): tuple(range(len(HEADERS)))}
+MANUAL = Path("docs/performance.md")
+PAGES = {Path("README.md"): SHORT, MANUAL: tuple(range(len(HEADERS)))}
 """Page -> the columns of its table."""
+BEGIN_ROOFLINE, END_ROOFLINE = (mark.replace("benchmark:", "roofline:") for mark in (BEGIN, END))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Write a benchmark run into README.md and docs/performance.md.")
     parser.add_argument("record", type=Path, help="the JSON file of a run; its PNG lies beside it")
-    path = parser.parse_args().record
+    parser.add_argument("--roofline", action="store_true", help="only the picture of decode beside its bound")
+    options = parser.parse_args()
+    path = options.record
     if not path.is_file():
         print(f"no file {path}; run benchmarks/run.py first, it prints where its JSON file is.", file=sys.stderr)
         return 2
     record = json.loads(path.read_text())
-    for page, columns in PAGES.items():
-        before, _, rest = (ROOT / page).read_text().partition(BEGIN)
-        _, _, after = rest.partition(END)
-        written = section(record, columns, PICTURE.relative_to(page.parent))
-        (ROOT / page).write_text(f"{before}{BEGIN}\n{written}\n{END}{after}")
-    (ROOT / PICTURE).parent.mkdir(exist_ok=True)
-    shutil.copyfile(path.with_suffix(".png"), ROOT / PICTURE)
+    if not options.roofline:
+        for page, columns in PAGES.items():
+            _replace(page, BEGIN, END, section(record, columns, PICTURE.relative_to(page.parent)))
+        shutil.copyfile(path.with_suffix(".png"), ROOT / PICTURE)
+    drawn = roofline.beside(path)
+    if drawn.is_file():
+        text = f"\n![{roofline.in_words(record)}]({ROOFLINE.relative_to(MANUAL.parent)})\n"
+        _replace(MANUAL, BEGIN_ROOFLINE, END_ROOFLINE, text)
+        shutil.copyfile(drawn, ROOT / ROOFLINE)
     return 0
+
+
+def _replace(page: Path, begin: str, end: str, written: str) -> None:
+    """Write between the marks of a page."""
+    before, _, rest = (ROOT / page).read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    (ROOT / page).write_text(f"{before}{begin}\n{written}\n{end}{after}")
 
 
 def section(record: dict[str, Any], columns: tuple[int, ...], picture: Path) -> str:

@@ -15,9 +15,14 @@ TIMINGS = ("prefill", "decode", "first_token")
 
 
 def record(
-    subject: Subject, effort: Effort, results: dict[str, Result], skipped_stress: str | None, seconds: float
+    subject: Subject,
+    effort: Effort,
+    results: dict[str, Result],
+    skipped_stress: str | None,
+    seconds: float,
+    read_rates: Sequence[float] = (),
 ) -> dict[str, Any]:
-    """Return the content of the JSON file; `seconds` is what the whole run took."""
+    """Return the content of the JSON file; `seconds` is what the whole run took, `read_rates` of each round, B/s."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -36,6 +41,7 @@ def record(
         },
         "effort": dataclasses.asdict(effort),
         "run_seconds": seconds,
+        "read_rates": list(read_rates),
         "stress_skipped": skipped_stress,
         "variants": [variant_record(result, results.get(BASELINE), subject) for result in results.values()],
     }
@@ -51,6 +57,7 @@ def variant_record(result: Result, baseline: Result | None, subject: Subject) ->
         "failure": result.failure,
         "traceback": result.details or None,
         "weight_bytes": loading.get("weight_bytes"),
+        "bytes_per_token": loading.get("bytes_per_token"),
         "peak_loading_bytes": loading.get("peak_bytes"),
         "steady_bytes": result.steady_bytes,
         "timings": {f"{name}_seconds": _summary(result, name) for name in TIMINGS},

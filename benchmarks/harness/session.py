@@ -14,6 +14,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import bandwidth
 from benchmarks.harness.child import serve
 from benchmarks.harness.job import Failure, Job, Loading, Sample, StressOutcome
 from benchmarks.harness.quality import Quality
@@ -127,6 +128,7 @@ class Session:
     def __init__(self, workers: dict[str, Connected]) -> None:
         self.workers = workers
         self.results = {name: Result(name) for name in workers}
+        self.read_rates: list[float] = []  # bytes per second, one for each round
 
     def alive(self) -> list[str]:
         return [name for name, result in self.results.items() if result.failure is None]
@@ -194,9 +196,12 @@ def measure(session: Session, effort: Effort, stressed: bool, notice: Notice) ->
     for share, name in _shares(names, 0.15, 0.25):
         notice(f"Warming up {name}", share)
         session.results[name].steady_bytes = session.ask(name, "warm_up")
+    memory = bandwidth.Memory()
     for share, index in _shares(range(effort.rounds), 0.25, 0.65):
         notice(f"Round {index + 1} of {effort.rounds}", share)
+        session.read_rates.append(memory.rate())
         _round(session, effort, index)
+    del memory
     # float32 leaves the reference that the others are compared with: it goes first.
     for share, name in _shares(sorted(names, key=lambda name: name != BASELINE), 0.65, 1.0):
         notice(f"Logits of {name}", share)

@@ -131,10 +131,27 @@ def weight_bytes(model: GPT) -> int:
     storages: dict[int, int] = {}
     packed = 0
     for parameter in model.parameters():
-        storage = getattr(parameter, "stored", parameter).untyped_storage()  # a HalfWeight's float16 tensor
+        storage = _storage(parameter)
         storages[storage.data_ptr()] = storage.nbytes()
     for module in model.modules():
         if isinstance(module, torch.ao.nn.quantized.dynamic.Linear):
             weight, bias = module._packed_params._weight_bias()
             packed += 2 * weight.numel() + (4 * bias.numel() if bias is not None else 0)
     return sum(storages.values()) + packed
+
+
+def bytes_per_token(model: GPT) -> int | None:
+    """Bytes of the weights that one decoded token reads: all but the embedding, of which it takes a row.
+
+    A head that shares the embedding's memory reads it as a whole. None for experts, which a token chooses.
+    """
+    if model.config.n_expert:
+        return None
+    embedding = _storage(model.transformer.wte.weight)
+    others = [p for name, p in model.named_parameters(remove_duplicate=False) if name != "transformer.wte.weight"]
+    shared = any(_storage(each).data_ptr() == embedding.data_ptr() for each in others)
+    return weight_bytes(model) - (0 if shared else embedding.nbytes())
+
+
+def _storage(parameter: torch.Tensor) -> torch.UntypedStorage:
+    return getattr(parameter, "stored", parameter).untyped_storage()  # a HalfWeight's float16 tensor

@@ -76,17 +76,26 @@ def decode(model: Any) -> tuple[float, list[int]]:
 
 
 def main() -> None:
-    """Print one line per variant."""
+    """Print one line per variant, or only make the checkpoint."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
+    parser.add_argument("--prepare", action="store_true", help="only make the folder, and print where it is")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = prepare_transformers()
+    if arguments.prepare:
+        print(folder)
+        return
+    compare(folder, arguments.rounds)
+
+
+def compare(folder: Path, rounds: int) -> None:
+    """Decode with each variant in turns, and print one line for each."""
     from transformers import AutoModelForCausalLM
 
     import upcast
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
-    parser.add_argument("--threads", type=int, default=2, help="threads (default 2)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    folder = prepare_transformers()
     models = {
         "float32, eager": AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager"
@@ -96,7 +105,7 @@ def main() -> None:
     }
     times: dict[str, list[float]] = {name: [] for name in models}
     texts = {}
-    for _ in range(arguments.rounds):
+    for _ in range(rounds):
         for name, model in models.items():
             seconds, texts[name] = decode(model)
             times[name].append(seconds)

@@ -78,7 +78,14 @@ class PeerWorker:
             memory.reset_peak()
         self.model = self.open_model(path, self.threads())
         peak = self._above_imports(memory.peak_bytes()) if memory.supported() else None
-        return Loading(self.weight_bytes(path), peak)
+        size = self.weight_bytes(path)
+        return Loading(size, peak, size - self._embedding_bytes())
+
+    def _embedding_bytes(self) -> int:
+        """Of a token's embedding only a row is read; where the head shares its memory, the head reads all of it."""
+        state = self.state()
+        table, head = state["transformer.wte.weight"], state.get("lm_head.weight")
+        return 0 if head is None or torch.equal(head, table) else 2 * table.numel()
 
     def _above_imports(self, level: int) -> int | None:
         return level - self.imported_bytes if self.imported_bytes is not None else None

@@ -211,7 +211,7 @@ def fabricated(variant: str, **changes: Any) -> Result:
     result = Result(
         variant,
         threads=2,
-        loading=Loading(651306240, 722235392),
+        loading=Loading(651306240, 722235392, 538e6),
         steady_bytes=695033856,
         samples=[Sample(0.3 + 0.01 * index, 0.06, 0.1, (5, 6, 7)) for index in range(3)],
         quality=quality.Quality(128, 0.0, 1.3e-3, 0.1, 1.6e-5, 0.99, 27.285),
@@ -302,7 +302,7 @@ def test_a_failed_variant_fails_the_run_after_the_report(
     results = {"float32": fabricated("float32"), "upcast": fabricated("upcast", failure=failure)}
     monkeypatch.setattr(subject, "resolve", lambda *_: SUBJECT)
     monkeypatch.setattr(Config, "from_checkpoint", lambda *_: Config(name="tiny", **TINY, **LLAMA))
-    monkeypatch.setattr(run, "run_variants", lambda *_: results)
+    monkeypatch.setattr(run, "run_variants", lambda *_: (results, [1e10]))
     monkeypatch.setattr(subject.Subject, "decode", lambda *_: "an answer")
     assert run.main(["--output", str(tmp_path)]) == code
     assert ("upcast FAILED: load: no" in capsys.readouterr().out) == (failure is not None)
@@ -346,7 +346,8 @@ def test_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
     assert outcome.returncode == 0, outcome.stderr
     assert "stress test skipped: pythia-14m uses LayerNorm" in outcome.stdout
     content = json.loads((tmp_path / "pythia-14m.json").read_text())
-    assert (tmp_path / "pythia-14m.png").stat().st_size > 10_000
+    assert min((tmp_path / f"pythia-14m{end}.png").stat().st_size for end in ("", "-roofline")) > 10_000
+    assert len(content["read_rates"]) == 2
     float32, float16 = content["variants"]
     assert (float32["variant"], float16["variant"]) == ("float32", "float16")
     assert 0.49 < float16["ratios"]["weight_bytes"] < 0.51

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.harness import readme
+from benchmarks.harness import readme, roofline
 from tests.docs.pages import ROOT
 
 TIMINGS = {"prefill_seconds": {"median": 0.5}, "decode_seconds": {"median": 0.02}}
 QUALITY = {"relative_error": 9e-7, "top1_agreement": 1.0}
 RATIOS = {"prefill_seconds": 0.5, "decode_seconds": 0.25}
-BYTES = {"weight_bytes": 269e6, "peak_loading_bytes": 285e6}
+BYTES = {"weight_bytes": 269e6, "peak_loading_bytes": 285e6, "bytes_per_token": 269e6}
 # what is measured -> its cells
 VARIANTS: list[tuple[dict[str, Any], list[str]]] = [
     (
@@ -29,6 +29,7 @@ RECORD = {
     "machine": {"cpu": "a processor"},
     "subject": {"model": "a model", "prompt_tokens": 100},
     "threads": 2,
+    "read_rates": [20e9, 20.1e9, 20.2e9],
     "versions": {"torch": "2.13.0"},
     "date": "2026-11-28T08:00:00",
     "variants": [{**BYTES, "ratios": RATIOS, **variant} for variant, _ in VARIANTS],
@@ -50,14 +51,19 @@ def test_a_run_is_written_into_both_pages(tmp_path: Path, monkeypatch: pytest.Mo
     record = tmp_path / "run.json"
     record.write_text(json.dumps(RECORD))
     record.with_suffix(".png").write_bytes(b"a picture")
+    roofline.beside(record).write_bytes(b"another")
     monkeypatch.setattr(sys, "argv", ["readme.py", str(record)])
     assert readme.main() == 0
     assert (tmp_path / readme.PICTURE).read_bytes() == b"a picture"
+    assert (tmp_path / readme.ROOFLINE).read_bytes() == b"another"
+    assert "upcast 20.0 of at least 13.4; float16" in (tmp_path / readme.MANUAL).read_text("utf-8")
     for page, columns in readme.PAGES.items():
         assert table(tmp_path / page)[1:] == [[cells[column] for column in columns] for _, cells in VARIANTS]
         before, after = (ROOT / page).read_text("utf-8"), (tmp_path / page).read_text("utf-8")
         assert before.partition(readme.BEGIN)[0] == after.partition(readme.BEGIN)[0]
-        assert before.partition(readme.END)[2] == after.partition(readme.END)[2]
+        before, after = (text.partition(readme.END)[2] for text in (before, after))
+        assert before.partition(readme.BEGIN_ROOFLINE)[0] == after.partition(readme.BEGIN_ROOFLINE)[0]
+        assert before.partition(readme.END_ROOFLINE)[2] == after.partition(readme.END_ROOFLINE)[2]
 
 
 def test_both_pages_say_the_same() -> None:

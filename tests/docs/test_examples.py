@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import urllib.request
@@ -73,13 +74,20 @@ def test_every_example_has_its_test_and_says_how_it_is_run() -> None:
         assert f'"{path.name}"' in tests
 
 
-def test_inference(models: Path, here: Callable[..., Any]) -> None:
+def test_inference(models: Path, tmp_path: Path, here: Callable[..., Any]) -> None:
     answers = {}
     for mode in ([], ["--float32"]):
         output = here("inference.py", "--model", models / "llama", "--prompt", QUESTION, "--tokens", "8", *mode)
         assert ("upcast: LlamaForCausalLM " in output.err) is not bool(mode)
         answers[bool(mode)] = output.out.splitlines()[0]
     assert answers[True] == answers[False]
+    chat = shutil.copytree(models / "llama", tmp_path / "chat")  # its template asks for the answer to another text
+    (chat / "chat_template.jinja").write_text("{{ messages[0].content[::-1] }}")
+    asked, told = (
+        here("inference.py", "--model", folder, "--prompt", prompt, "--tokens", "8").out.splitlines()[0]
+        for folder, prompt in ((chat, QUESTION), (models / "llama", QUESTION[::-1]))
+    )
+    assert asked == told != answers[False]
 
 
 def test_distributed(models: Path, here: Callable[..., Any]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import upcast
 from tests.docs.pages import DOCS, PAGES, README, ROOT, TOP, blocks, name_of
 from upcast.analysis.result import Result
-from upcast.cli.main import _parser
+from upcast.cli.main import _parser, main
 from upcast.core import config
 
 API = (DOCS / "api.md").read_text("utf-8")
@@ -71,6 +71,21 @@ def test_every_command_and_option_has_its_place(command: str) -> None:
     assert f"python -m upcast {command}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
     options = [option for action in COMMANDS[command]._actions for option in action.option_strings[-1:]]
     assert [option for option in options if option != "--help" and option not in section] == []
+
+
+def test_the_status_that_is_shown_has_the_topics_of_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status"]) == 0
+    _, _, shown = CLI.partition("\n## status\n")[2].partition("```text\n")
+    topics = [line[:18] for line in shown.partition("```")[0].splitlines()]
+    assert len(topics) > 5
+    assert [line[:18] for line in capsys.readouterr().out.splitlines()[: len(topics)]] == topics
+
+
+def test_the_check_that_is_shown_has_the_topics_of_check() -> None:
+    _, _, shown = CLI.partition("\n## check\n")[2].partition("```text\n")
+    topics = [line[:15].strip() for line in shown.partition("```")[0].splitlines()]
+    source = (ROOT / "src" / "upcast" / "cli" / "check.py").read_text("utf-8")
+    assert re.findall(r'\(\s*"([a-z][a-z0-9 ]+)",\s', source.partition("def _rows")[2]) == [*filter(None, topics)]
 
 
 @pytest.mark.parametrize("page", [*PAGES, *TOP], ids=name_of)

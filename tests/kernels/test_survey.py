@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from upcast import UpcastError, kernels
-from upcast.kernels import native, portable, reference
+from upcast.kernels import native, portable, reference, rounding
 from upcast.kernels.reference import Survey
 
 INF, NAN = math.inf, math.nan
@@ -177,3 +177,21 @@ def test_what_the_kernels_cannot_take_is_refused(case: str) -> None:
     call, message = REFUSED[case]
     with pytest.raises(UpcastError, match=message):
         call()
+
+
+HALVES = {
+    "ordinary": torch.linspace(-3, 3, 63).view(7, 9),
+    "transposed": torch.linspace(-3, 3, 63).view(7, 9).t(),
+    "ends": torch.tensor([[0.0, -0.0, 6e-8, 65504.0]]),
+    "not finite": torch.tensor([[float("nan"), float("inf"), 1.0]]),
+    "empty": torch.empty(0, 3),
+}
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_float16_is_measured_as_if_it_were_rounded_again(name: str) -> None:
+    """It is only looked at, which says the same of it."""
+    half = HALVES[name].half()
+    found = reference.survey(half, rounds=True)
+    assert found.nonfinite or (found.max_error, found.flushed) == (0, 0)
+    assert rounding.measure(half) == rounding.Rounding(out_of_range=found.out_of_range, nonfinite=found.nonfinite)

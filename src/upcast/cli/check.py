@@ -159,7 +159,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("checkpoint", found["checkpoint"]),
         ("plain float16", _overflow(found)),
         ("with upcast", f"float32 math; {rounding}"),
-        ("memory", f"{sizes[2]} with upcast, {sizes[0]} in float32, {sizes[1]} as saved; float32 stay: {kept}"),
+        ("memory", f"{sizes[2]} with upcast, {sizes[0]} in float32, {sizes[1]} as saved; tensors in float32: {kept}"),
         (
             "speed here",
             f"{1e3 * found['seconds_per_token']:,.1f} ms per token, prompts at "

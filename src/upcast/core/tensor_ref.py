@@ -16,6 +16,7 @@ class TensorRef:
     owners: list[tuple[nn.Module, str]]
     learns: bool = False  # it gets gradients, and stays the float32 parameter that it is
     wants_grad: bool = False  # it requires grad, and goes to float16 until something trains it
+    freezes: bool = False  # it requires grad, and the program has named others to learn
 
     @property
     def is_weight(self) -> bool:

@@ -79,7 +79,7 @@ def unwrap(model: object) -> nn.Module:
     if not isinstance(inner, nn.Module):
         raise UpcastError(
             f"a {type(model).__name__}; upcast patches a torch.nn.Module, or an object whose .model is one "
-            "(such as a Transformers pipeline). Pass the module itself."
+            "(such as a Transformers pipeline). Pass the module itself; of several, one after the other."
         )
     return unwrap(inner)
 
@@ -142,7 +142,8 @@ def _stays(ref: TensorRef, keep: Sequence[str]) -> bool:
     """Whether the parameter is the same object afterwards."""
     if ref.tensor.dtype != torch.float32:
         return not ref.tensor.is_floating_point()
-    return not ref.is_weight or ref.learns or any(matches(ref.name, pattern) for pattern in keep)
+    kept = not ref.is_weight or ref.learns or any(matches(ref.name, pattern) for pattern in keep)
+    return kept and not ref.freezes
 
 
 def _refuse_optimizer(ref: TensorRef, optimizer: str) -> NoReturn:
@@ -151,7 +152,7 @@ def _refuse_optimizer(ref: TensorRef, optimizer: str) -> NoReturn:
             f"a {optimizer} optimizer holds {ref.name}, which is frozen: it would keep the weight's old numbers in "
             "memory beside float16's. Build it from [p for p in model.parameters() if p.requires_grad]."
         )
-    becomes = "float32, as a new parameter" if ref.learns else "float16 and is frozen"
+    becomes = "float32, as a new parameter" if ref.learns or not ref.is_weight else "float16 and is frozen"
     raise UpcastError(
         f"{ref.name} requires grad and a {optimizer} optimizer holds it; patching stores it in {becomes}. Delete the "
         "optimizer, or patch the model before creating one for the parameters that still require grad."

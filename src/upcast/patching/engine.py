@@ -249,7 +249,8 @@ class _Weights:
         if action == UPCAST:
             return _upcast(ref)
         if action == KEEP:
-            return None
+            plain = type(ref.tensor) is nn.Parameter
+            return nn.Parameter(ref.tensor.detach(), requires_grad=False) if ref.freezes and plain else None
         if alias is not None:
             half = self._made[alias.name].stored
         elif half is None:
@@ -322,7 +323,7 @@ def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> 
 
 def _upcast(ref: TensorRef) -> Tensor:
     wide = to_float32(ref.tensor.detach())
-    return nn.Parameter(wide, ref.tensor.requires_grad) if ref.is_parameter else wide
+    return nn.Parameter(wide, ref.tensor.requires_grad and not ref.freezes) if ref.is_parameter else wide
 
 
 def _assignments(ref: TensorRef, new: Tensor) -> Assignments:

@@ -21,7 +21,7 @@ _INFERENCE = (
 
 
 def mark(root: nn.Module, found: Sequence[TensorRef], trainable: Sequence[str]) -> None:
-    """Set ``learns`` of the refs. With patterns, what matches and requires grad learns; else `_for_inference` decides.
+    """Set ``learns`` of the refs. With patterns what matches learns, the rest freezes; else `_for_inference` decides.
 
     Raises:
         UpcastError: patterns that name no parameter that requires grad.
@@ -31,6 +31,7 @@ def mark(root: nn.Module, found: Sequence[TensorRef], trainable: Sequence[str]) 
         wanted = not trainable or any(matches(ref.name, pattern) for pattern in trainable)
         ref.learns = ref.is_parameter and ref.tensor.requires_grad and wanted and not inference
         ref.wants_grad = ref.is_parameter and ref.tensor.requires_grad and inference
+        ref.freezes = ref.is_parameter and ref.tensor.requires_grad and not wanted
     if trainable and not any(ref.learns for ref in found):
         raise UpcastError(
             f"trainable={list(trainable)!r} leaves nothing to train in {type(root).__name__}: none of these parameters "

@@ -1,5 +1,6 @@
 """Transformers' own door: UpcastConfig as quantization_config, saved in config.json, and read there by a plain load."""
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -97,12 +98,17 @@ def test_what_was_asked_for_comes_back_with_a_plain_load(folder: Path, tmp_path:
         assert relative_error(again(IDS).logits, first(IDS).logits) < 1e-5
 
 
-def test_what_patch_patched_is_remembered_until_it_is_unpatched(tmp_path: Path) -> None:
-    model = upcast.patch(llama(), keep=["lm_head"])
+@pytest.mark.parametrize("policy", ["safe", "norm"])
+def test_what_patch_patched_is_remembered_until_it_is_unpatched(
+    tmp_path: Path, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = transformers.PreTrainedModel  # as it is before the first patch:
+    monkeypatch.setattr(library, "save_pretrained", inspect.unwrap(library.save_pretrained))
+    model = upcast.patch(llama(), policy=policy, keep=["lm_head"])
     model.save_pretrained(tmp_path / "patched")
     assert config_of(tmp_path / "patched")["quantization_config"] == {
         "quant_method": "upcast",
-        "policy": "safe",
+        "policy": policy,
         "keep": ["lm_head"],
         "upcast_version": upcast.__version__,
     }
@@ -191,6 +197,59 @@ def test_a_config_that_names_a_file_as_its_policy_is_refused(tmp_path: Path) -> 
 def test_upcast_from_pretrained_overrides_what_the_checkpoint_says(tmp_path: Path) -> None:
     upcast.patch(llama(), policy="sensitive").save_pretrained(tmp_path)
     assert str(record(upcast.from_pretrained(AUTO, tmp_path)).policy) == "safe"
+
+
+ARGUMENTS: dict[str, Any] = {
+    "ours": upcast.UpcastConfig(policy="norm", keep=["lm_head"]),
+    "dictionary": {"quant_method": "upcast", "policy": "norm", "keep": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("kind", ARGUMENTS)
+def test_an_argument_wins_over_what_the_folder_says(tmp_path: Path, kind: str) -> None:
+    upcast.patch(llama(), policy="sensitive").save_pretrained(tmp_path)
+    got = AUTO.from_pretrained(tmp_path, quantization_config=ARGUMENTS[kind])  # a warning would be an error
+    assert (str(record(got).policy), record(got).keep) == ("norm", ("lm_head",))
+    with pytest.raises(upcast.UpcastError, match="Leave one of them out"):  # and gives way to nothing
+        AUTO.from_pretrained(tmp_path, quantization_config=ARGUMENTS[kind], dtype=torch.float64)
+    assert str(record(AUTO.from_pretrained(tmp_path)).policy) == "sensitive"
+
+
+def test_an_argument_that_was_read_from_the_folder_asks_for_nothing_else(tmp_path: Path) -> None:
+    """lm-eval hands a folder's own config to from_pretrained: it gives way as it does in the folder."""
+    upcast.patch(llama(), policy="norm", keep=["lm_head"]).save_pretrained(tmp_path)
+    read = auto.AutoQuantizationConfig.from_dict(config_of(tmp_path)["quantization_config"])
+    assert record(AUTO.from_pretrained(tmp_path, quantization_config=read)).keep == ("lm_head",)
+    assert not half_weights(AUTO.from_pretrained(tmp_path, quantization_config=read, dtype=torch.float64))
+
+
+def test_a_config_of_another_kind_finds_ordinary_float16_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitsandbytes, torchao and the like quantize them, as they do where upcast is not installed."""
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.utils.quantization_config import QuantizationConfigMixin
+
+    class Config(QuantizationConfigMixin):
+        def __init__(self, **_: Any) -> None:
+            self.quant_method = "other"
+
+    class Quantizer(HfQuantizer):
+        def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+            seen.append((self.pre_quantized, type(model.lm_head.weight), model.lm_head.weight.dtype))
+            return model
+
+        def is_serializable(self, *_: Any) -> bool:
+            return True
+
+        is_trainable = True
+
+    seen: list[Any] = []
+    monkeypatch.setitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "other", Config)
+    monkeypatch.setitem(auto.AUTO_QUANTIZER_MAPPING, "other", Quantizer)
+    upcast.patch(make("LlamaForCausalLM", "LlamaConfig", TEXT)).save_pretrained(tmp_path)
+    AUTO.from_pretrained(tmp_path, quantization_config=Config())
+    assert seen == [(False, torch.nn.Parameter, torch.float16)]
 
 
 def test_generation_takes_it(folder: Path) -> None:

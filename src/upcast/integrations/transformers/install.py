@@ -57,6 +57,11 @@ class TransformersModels(Extension):
             if kv_cache == "float16" and not any(map(_is_ours, model._forward_pre_hooks.values())):
                 model.register_forward_pre_hook(hook, with_kwargs=True)
 
+    def install_caches(self, root: nn.Module, kv_cache: str) -> None:
+        """Caches stay the library's own; what is saved says how it was patched, under every policy."""
+        if library := sys.modules.get("transformers.modeling_utils"):
+            saving.install(library)
+
     def remarks(self, root: nn.Module) -> list[str]:
         """Return why no module of a model of Transformers in ``root`` is fused, if none can be."""
         library = sys.modules.get("transformers.modeling_utils")

@@ -16,6 +16,7 @@ from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+import _upcast_startup
 from upcast.core.about import VERSION
 from upcast.core.errors import UpcastError
 from upcast.core.module_tree import modules
@@ -32,7 +33,8 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Weights (parameters of two dimensions and more) are stored in float16, and the model computes in float32, as
     `upcast.patch` has it. ``save_pretrained`` writes float16 weights and this config with them: the folder gives a
-    patched model again where upcast is installed, and an ordinary float16 one where it is not.
+    patched model again where upcast is installed, and an ordinary float16 one where it is not. Given for such a folder,
+    this config takes the place of the folder's.
 
     Args:
         policy: which op classes run in float32, as for `upcast.patch`; kept as a policy string.
@@ -206,6 +208,7 @@ def register() -> None:
         if table.get(METHOD) is not kind:
             table.pop(METHOD, None)
             register_as(METHOD)(kind)
+    _upcast_startup.let_arguments_win(auto.AutoHfQuantizer)
 
 
 register()
