@@ -74,6 +74,7 @@ coverage-table: setup
 # ROWS=litgpt-0.4.11 for one, ROWS="litgpt peft" for two libraries; those of torch take 6 GB each while they run.
 test-versions: setup
 	$(BIN)/python -m tests.versions $(ROWS)
+	$(TOOK)
 
 format: setup
 	$(BIN)/ruff check --fix .
