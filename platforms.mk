@@ -14,6 +14,10 @@ EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py 
   tests/integrations/test_kv_cache_rule.py tests/integrations/transformers/test_layer.py \
   tests/integrations/transformers/test_models.py tests/integrations/transformers/test_cache.py
 
+# What runs without a GIL, and needs neither LitGPT nor Transformers.
+THREADED := -m "not real and not slow" --ignore tests/core/test_hostile.py tests/core tests/kernels tests/patching \
+  tests/policy tests/tensor
+
 .PHONY: workflows wheels check-macos test-aarch64 test-free-threaded
 
 # GitHub's workflows cannot run here: actionlint reads them.
@@ -36,9 +40,11 @@ test-aarch64: $(TOOLS)/.installed
 	$(PYTHON) tools/aarch64.py $(PLATFORMS)/dist/$(ABI3)-manylinux_2_28_aarch64.whl $(or $(ARGS),$(EMULATED))
 	$(TOOK)
 
-# The native module without a GIL, from many threads.
+# Without a GIL: the native module from many threads, then the package with torch, as far as libraries have wheels.
 test-free-threaded: $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
 	$(TOOLS)/bin/python tools/wheels.py free-threaded
+	$(PYTHON) tools/without_gil.py $(or $(FREE_THREADED),$(PLATFORMS)/python3.13t/bin/python3.13t) \
+	  $(PLATFORMS)/dist/torch_upcast-*-cp313-cp313t-manylinux_2_28_x86_64.whl $(or $(ARGS),$(THREADED))
 	$(TOOK)
 
 $(PLATFORMS)/python3.13t/bin/python3.13t:
