@@ -37,7 +37,7 @@ help:
 	@echo "make workflows    read the GitHub workflows with actionlint"
 	@echo "make test-aarch64 the whole package on aarch64, under qemu (half an hour)"
 	@echo "make check-macos  compile and link for Apple silicon, and look at the result"
-	@echo "make test-free-threaded  the native module under a Python without a GIL"
+	@echo "make test-free-threaded  under a Python without a GIL: the native module, and the package with torch"
 	@echo "make fuzz         random shapes, strides and values for a minute, damaged files for another"
 	@echo "make format       format and sort imports"
 
@@ -94,6 +94,7 @@ coverage-table: setup
 # ROWS=litgpt-0.4.11 for one, ROWS="litgpt peft" for two libraries; those of torch take 6 GB each while they run.
 test-versions: setup
 	$(BIN)/python -m tests.versions $(ROWS)
+	$(TOOK)
 
 format: setup
 	$(BIN)/ruff check --fix .

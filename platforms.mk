@@ -3,6 +3,8 @@ PLATFORMS := build/platforms
 TOOLS := $(PLATFORMS)/tools
 ABI3 := torch_upcast-*-cp310-abi3
 RELEASE ?=
+BEGAN := $(shell date +%s)
+TOOK = @echo "make $@ took $$(( $$(date +%s) - $(BEGAN) )) seconds"
 
 # What runs under emulation: the story, kernels, fused forwards, Transformers, training and the KV cache.
 EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py tests/kernels/test_linear.py tests/kernels/test_fused.py \
@@ -11,6 +13,10 @@ EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py 
   tests/patching/test_training.py tests/integrations/test_fused.py tests/integrations/test_fused_cache.py \
   tests/integrations/test_kv_cache_rule.py tests/integrations/transformers/test_layer.py \
   tests/integrations/transformers/test_models.py tests/integrations/transformers/test_cache.py
+
+# What runs without a GIL, and needs neither LitGPT nor Transformers.
+THREADED := -m "not real and not slow" --ignore tests/core/test_hostile.py tests/core tests/kernels tests/patching \
+  tests/policy tests/tensor
 
 .PHONY: workflows wheels check-macos test-aarch64 test-free-threaded
 
@@ -21,19 +27,25 @@ workflows: $(TOOLS)/.installed
 # The sdist, a wheel for each platform out of it, their checks; each that this machine runs is installed and tried.
 wheels: setup workflows $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
 	$(TOOLS)/bin/python tools/wheels.py --page docs/platforms.md $(RELEASE)
+	$(TOOK)
 
 # Compiles and links everything for Apple silicon, and looks at the result; nothing of it runs here.
 check-macos: $(TOOLS)/.installed
 	$(TOOLS)/bin/python tools/wheels.py macos-arm64
+	$(TOOK)
 
 # The whole package on an emulated aarch64.
 test-aarch64: $(TOOLS)/.installed
 	$(TOOLS)/bin/python tools/wheels.py linux-aarch64
 	$(PYTHON) tools/aarch64.py $(PLATFORMS)/dist/$(ABI3)-manylinux_2_28_aarch64.whl $(or $(ARGS),$(EMULATED))
+	$(TOOK)
 
-# The native module without a GIL, from many threads.
+# Without a GIL: the native module from many threads, then the package with torch, as far as libraries have wheels.
 test-free-threaded: $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3.13t
 	$(TOOLS)/bin/python tools/wheels.py free-threaded
+	$(PYTHON) tools/without_gil.py $(or $(FREE_THREADED),$(PLATFORMS)/python3.13t/bin/python3.13t) \
+	  $(PLATFORMS)/dist/torch_upcast-*-cp313-cp313t-manylinux_2_28_x86_64.whl $(or $(ARGS),$(THREADED))
+	$(TOOK)
 
 $(PLATFORMS)/python3.13t/bin/python3.13t:
 	mkdir -p $(PLATFORMS)

@@ -39,15 +39,25 @@ def kept(dicts: list[dict[str, Any]], owners: list[dict[str, Any]]) -> list[Any]
     return [*(value for each in dicts for value in each.values()), *(owner.get("forward") for owner in owners)]
 
 
+@pytest.fixture(params=["native", "portable"])
+def _each(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what is asked where there is no native library."""
+    for name in ("unchanged", "all_empty"):
+        monkeypatch.setattr(native, name, getattr(native, f"_{name}" if request.param == "portable" else name))
+
+
+@pytest.mark.usefixtures("_each")
 def test_the_same_objects_are_unchanged() -> None:
     dicts, owners = state()
     assert native.unchanged(kept(dicts, owners), dicts, owners, ["forward"] * 2)
 
 
+@pytest.mark.usefixtures("_each")
 def test_nothing_is_unchanged() -> None:
     assert native.unchanged([], [], [], [])
 
 
+@pytest.mark.usefixtures("_each")
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_change_is_seen(name: str) -> None:
     dicts, owners = state()
@@ -56,6 +66,7 @@ def test_a_change_is_seen(name: str) -> None:
     assert not native.unchanged(before, dicts, owners, ["forward"] * 2)
 
 
+@pytest.mark.usefixtures("_each")
 def test_more_than_there_is_was_kept() -> None:
     dicts, owners = state()
     assert not native.unchanged([*kept(dicts, owners), None], dicts, owners, ["forward"] * 2)
@@ -74,6 +85,7 @@ def test_fewer_names_than_owners_are_refused() -> None:
         native.unchanged([None], [], [{}], [])
 
 
+@pytest.mark.usefixtures("_each")
 @pytest.mark.parametrize("count", [1, 7, 8, 9, 16, 17, 100])
 def test_the_last_of_many_is_seen(count: int) -> None:
     """Dictionaries are fetched ahead of their turn: small and large ones, with and without shared keys."""
@@ -89,6 +101,7 @@ def test_the_last_of_many_is_seen(count: int) -> None:
     assert not native.unchanged(before, dicts, owners, names)
 
 
+@pytest.mark.usefixtures("_each")
 @pytest.mark.parametrize("count", [0, 1, 7, 16, 17, 100])
 def test_all_empty(count: int) -> None:
     dicts: list[dict[Any, Any]] = [{} if i % 2 else OrderedDict() for i in range(count)]
@@ -102,9 +115,9 @@ def test_all_empty(count: int) -> None:
 
 def test_all_empty_takes_a_list() -> None:
     with pytest.raises(TypeError, match="lists"):
-        native.all_empty(())  # type: ignore[arg-type]
+        native.all_empty(())
     with pytest.raises(SystemError):  # what is no dictionary
-        native.all_empty([1])  # type: ignore[list-item]
+        native.all_empty([1])
 
 
 class Wrong(Exception):

@@ -208,8 +208,9 @@ model = upcast.patch(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
 model(torch.ones(1, 3))
 upcast.diagnose(model, torch.ones(1, 3))
 upcast.unpatch(model)
-ours = [f"upcast.integrations.{{name}}.install" for name in ("litgpt", "transformers")]
-print([name for name in [*{LIBRARIES}, *ours] if name in sys.modules])
+dear = [f"upcast.integrations.{{name}}.install" for name in ("litgpt", "transformers")]
+dear += ["torch.utils.flop_counter"]  # brings triton where it is installed, and with it the GIL
+print([name for name in [*{LIBRARIES}, *dear] if name in sys.modules])
 """
     result = python("-c", code)
     assert result.stdout.strip() == "[]", result.stderr

@@ -13,6 +13,9 @@ pytest.importorskip("litgpt")
 HIDE = """
 import importlib.abc, mmap, os, sys, types
 import litgpt, torch, transformers  # these know where they are
+import torch.distributed
+if hasattr(torch.distributed, "HashStore"):
+    del torch.distributed.HashStore, torch._C._distributed_c10d.HashStore
 
 class Hidden(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
@@ -47,6 +50,13 @@ upcast.unpatch(model)
 model = upcast.load_litgpt("checkpoint")
 assert type(model.lm_head.weight) is upcast.HalfWeight
 model(torch.arange(5).view(1, 5))
+model = upcast.load_litgpt("experts")
+with torch.inference_mode():
+    model(torch.arange(5).view(1, 5))
+llm = litgpt.LLM.load("checkpoint")
+upcast.patch(llm.model)
+for _ in range(2):
+    llm.generate("What do Llamas eat?", max_new_tokens=3)
 """,
     "convert": """
 from upcast.cli.main import main
@@ -71,5 +81,6 @@ assert main(["status"]) == 0
 @pytest.mark.parametrize("use", USES)
 def test_nothing_of_posix_is_needed(python: Run, tmp_path: Path, use: str) -> None:
     write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"), torch.float32)
+    write_checkpoint(tmp_path / "experts", small_config("Mixtral-8x7B-v0.1"))
     result = python("-c", HIDE + USES[use] + "print('finished')")
     assert result.stdout.endswith("finished\n"), result.stderr

@@ -11,8 +11,9 @@ HEAD = """# Versions
 
 What `make test-versions` found, each version in an environment of its own; this page is written by that run. Small
 models are run patched and not, on the same rounded weights: logits of a prompt and of single tokens after it, over
-float32 caches (where the difference is taken) and float16 ones, gradients of adapters, loading under `UPCAST=1`. For
-LitGPT the story's script runs too, unmodified, beside a synthetic checkpoint that has no finite logits in float16.
+float32 caches (where the difference is taken) and float16 ones, gradients of adapters, loading under `UPCAST=1`, and
+loading again what was saved, whose config names upcast. For LitGPT the story's script runs too, unmodified, beside a
+synthetic checkpoint that has no finite logits in float16.
 
 *Fused* says what ran on the native kernels: whole models or layers in one call, or their parts one by one. What a
 version does not have costs that, never the program; `upcast.plan(model)` says why. Versions newer than the last one
@@ -21,6 +22,7 @@ here run unfused.
 The ranges that `pyproject.toml` declares are from the first to the last version of each library here.
 
 """
+FOOT = "The {rows} rows took {minutes} minutes, one after the other; that includes what pip downloads for each."
 COLUMNS = ("library", "version", "what ran", "fused", "largest relative difference", "seconds")
 # A fused forward -> what ran in one call.
 WHOLE = {"FusedGPT": "models", "FusedDecoderLayer": "decode layers"}
@@ -44,7 +46,8 @@ def table(results: Mapping[str, Any]) -> str:
 
 def write(results: Mapping[str, Any]) -> None:
     """Write the page."""
-    PAGE.write_text(f"{HEAD}{table(results)}\n")
+    minutes = sum(results[row.name]["whole"] for row in ROWS if row.name in results) / 60
+    PAGE.write_text(f"{HEAD}{table(results)}\n\n{FOOT.format(rows=len(results), minutes=round(minutes))}\n")
 
 
 def _line(library: str, version: str, result: Mapping[str, Any]) -> tuple[str, ...]:

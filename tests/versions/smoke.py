@@ -181,7 +181,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
 
 
 def transformers(result: Result) -> None:
-    """Logits, greedy generation over both caches, loading under UPCAST=1, and saving."""
+    """Logits, greedy generation over both caches, loading under UPCAST=1, and again what was saved."""
     for family, changes in TRANSFORMERS.items():
         model = _family(family, changes)
         plain = rounded(model)
@@ -194,6 +194,7 @@ def transformers(result: Result) -> None:
             result.count(patched)
         result.ran.append(family)
     _loaded(result)
+    _saved(result)
 
 
 def _family(family: str, changes: dict[str, Any]) -> Any:
@@ -232,6 +233,19 @@ def _loaded(result: Result) -> None:
             with torch.inference_mode():
                 result.compare(f"{kind}, loaded", model(IDS).logits, rounded(plain)(IDS).logits)
     result.ran.append("from_pretrained")
+
+
+def _saved(result: Result) -> None:
+    """The config of what was saved names upcast, and a plain load patches again."""
+    import transformers as library
+
+    model = upcast.patch(_family("Llama", {}))
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        model.save_pretrained(folder)
+        again = library.AutoModelForCausalLM.from_pretrained(folder)
+        assert_patched(again)
+        result.compare("Llama, saved", again(IDS).logits, model(IDS).logits)
+    result.ran.append("UpcastConfig")
 
 
 # --- Diffusers, PEFT, torch -------------------------------------------------------------------------------------------

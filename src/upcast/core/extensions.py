@@ -93,12 +93,12 @@ def expect(library: str, module: str) -> None:
 
 def registered() -> tuple[Extension, ...]:
     """Return the extensions, in the order in which they came."""
-    for library in [library for library in _expected if library in sys.modules]:
+    for library in [library for library in list(_expected) if library in sys.modules]:  # a thread may take one out
         module = _expected.get(library)
         if module is not None:  # else another thread has done it since
             import_module(module)
             _expected.pop(library, None)
-    return tuple(_registered.values())
+    return tuple(_registered.copy().values())  # copied in one step, also without a GIL
 
 
 def remarks(root: nn.Module) -> tuple[str, ...]:

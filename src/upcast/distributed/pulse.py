@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore
 
+stores: Any = dist  # has its classes of stores, but HashStore on Windows, and none where torch was built without them
 BEAT = 0.5  # seconds from one count to the next
 _LEAST = 4 * BEAT  # of grace: to miss a rank takes several counts that did not come
 _POLL = 0.05
@@ -101,7 +101,7 @@ class Pulse:
         given, self._given = self._given, None  # held for longer, it would keep rank 0's port
         own = given.clone() if hasattr(given, "clone") else given  # torch 2.7 has none: it waits while others wait
         time_of_it = own.add(f"upcast/pulses/{self.rank}", 1)
-        self._store = PrefixStore(f"upcast/pulse/{time_of_it}", own)
+        self._store = stores.PrefixStore(f"upcast/pulse/{time_of_it}", own)
         self._open.set()
         return self._store
 

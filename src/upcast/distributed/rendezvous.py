@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch.distributed as dist
-from torch._C._distributed_c10d import HashStore, PrefixStore, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from upcast.core import config
 from upcast.core.errors import UpcastError
 from upcast.distributed import pulse
 from upcast.distributed.collectives import Group, RankError
+from upcast.distributed.pulse import stores
 
 _JOINED = "upcast/joined"
 _MISSING = "upcast/missing"
@@ -43,7 +43,7 @@ def join(timeout: float = 60.0, environ: Mapping[str, str] = os.environ) -> Devi
         return init_device_mesh("cpu", (dist.get_world_size(),))
     span = datetime.timedelta(seconds=timeout)
     if place.ranks == 1:
-        dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1, timeout=span)
+        dist.init_process_group("gloo", store=_own_store(span), rank=0, world_size=1, timeout=span)
         return init_device_mesh("cpu", (1,))
     store = _connect(place, span)
     _wait_for_all(store, place, timeout)
@@ -118,23 +118,30 @@ def abandon(mesh: DeviceMesh) -> None:
     getattr(mesh, "_pg_registry", {}).clear()  # torch keeps it there; older ones know groups by name
 
 
+def _own_store(span: datetime.timedelta) -> Any:
+    """Return a store for a process that is alone; on Windows torch has none that needs no port."""
+    if hasattr(stores, "HashStore"):
+        return stores.HashStore()
+    return stores.TCPStore("127.0.0.1", 0, 1, True, span, wait_for_workers=False, use_libuv=False)
+
+
 def _connect(place: config.Rank, span: datetime.timedelta) -> Any:
     """Open the store: of torchrun, where it serves one to each join in turn, or of rank 0, a new one each time."""
     if place.served:
-        return PrefixStore(f"upcast/{place.attempt}/{next(_joins)}", _opened(place, False, span))
+        return stores.PrefixStore(f"upcast/{place.attempt}/{next(_joins)}", _opened(place, False, span))
     end = time.monotonic() + span.total_seconds()
     while True:
         store = _opened(place, place.rank == 0, span)
         with contextlib.suppress(RuntimeError):  # it went while it was asked
             if place.rank == 0 or not store.check([_CLOSING]) or time.monotonic() > end:
-                return PrefixStore(f"upcast/{place.attempt}", store)
+                return stores.PrefixStore(f"upcast/{place.attempt}", store)
         time.sleep(_POLL)
 
 
 def _opened(place: config.Rank, host: bool, span: datetime.timedelta) -> Any:
     listening = _listening(place) if host else None
     try:
-        return TCPStore(
+        return stores.TCPStore(
             place.address,
             place.port,
             place.ranks,
@@ -153,7 +160,7 @@ def _opened(place: config.Rank, host: bool, span: datetime.timedelta) -> Any:
 
 def _base(store: Any) -> Any:
     """Return the store that ``store`` gives its keys a prefix for."""
-    while isinstance(store, PrefixStore):
+    while isinstance(store, stores.PrefixStore):
         store = store.underlying_store
     return store
 

@@ -11,7 +11,6 @@ import torch
 import wrapt
 from torch import Tensor
 from torch._decomp import register_decomposition
-from torch.utils.flop_counter import register_flop_formula
 
 from upcast import kernels
 from upcast.core.errors import UpcastError
@@ -52,11 +51,6 @@ def _(info: object, dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bia
             "upcast.unpatch(model) gives."
         )
     return torch.ops.upcast.linear(x.movedim(dims[0], 0), weight, bias), 0
-
-
-@register_flop_formula(torch.ops.upcast.linear)
-def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
-    return 2 * math.prod(x) * weight[0]
 
 
 @register_decomposition(torch.ops.upcast.linear.default)  # for ONNX, which asks torch's table of decompositions
@@ -109,9 +103,17 @@ def _experts_backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) ->
 grouped_linear.register_autograd(_experts_backward, setup_context=_keep_experts)
 
 
-@register_flop_formula(torch.ops.upcast.grouped_linear)
-def _(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+def _linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _experts_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[2]
+
+
+def _counted(counter: Any) -> None:
+    counter.register_flop_formula(torch.ops.upcast.linear)(_linear_flops)
+    counter.register_flop_formula(torch.ops.upcast.grouped_linear)(_experts_flops)
 
 
 def _opaque(lowering: Any) -> None:
@@ -122,3 +124,4 @@ def _opaque(lowering: Any) -> None:
 
 
 wrapt.register_post_import_hook(_opaque, "torch._inductor.lowering")
+wrapt.register_post_import_hook(_counted, "torch.utils.flop_counter")  # it imports triton, which needs a GIL

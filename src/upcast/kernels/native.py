@@ -7,6 +7,8 @@ registers. Nothing here records gradients. Whatever a kernel cannot take is refu
 
 import functools
 from collections.abc import Callable
+from itertools import chain
+from operator import is_
 from typing import Any, TypeVar
 
 import torch
@@ -56,6 +58,7 @@ _CPU = torch.device("cpu")
 _empty = torch.empty
 _float32 = torch.float32
 _threads = torch.get_num_threads
+Namespace = dict[str, Any]
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
@@ -356,28 +359,26 @@ def digest(tensors: list[Tensor]) -> int:
     return found
 
 
-def unchanged(kept: list[Any], dicts: list[dict[str, Any]], owners: list[dict[str, Any]], names: list[str]) -> bool:
+def _unchanged(kept: list[Any], dicts: list[Namespace], owners: list[Namespace], names: list[str]) -> bool:
     """Return whether ``kept`` holds the values of all ``dicts``, then ``owners[i].get(names[i])``: the same objects."""
-    same: bool = _native.unchanged(kept, dicts, owners, names)
-    return same
+    found = [*chain.from_iterable(map(dict.values, dicts)), *map(dict.get, owners, names)]
+    return len(found) == len(kept) and all(map(is_, found, kept))
 
 
-def _quiet(
-    questions: list[Callable[[], object]], kept: list[Any], owners: list[dict[str, Any]], names: list[str]
-) -> bool:
+def _quiet(questions: list[Callable[[], object]], kept: list[Any], owners: list[Namespace], names: list[str]) -> bool:
     """Return whether no question answers with something true, and ``owners[i].get(names[i])`` is ``kept[i]``."""
-    return not any(question() for question in questions) and all(
-        owner.get(name) is value for value, owner, name in zip(kept, owners, names, strict=True)
-    )
+    return not any(question() for question in questions) and _unchanged(kept, [], owners, names)
 
 
-quiet: Any = _quiet if _native is None else _native.quiet  # natively: this is asked for every product
-
-
-def all_empty(dicts: list[dict[Any, Any]]) -> bool:
+def _all_empty(dicts: list[Namespace]) -> bool:
     """Return whether nothing is in any of ``dicts``."""
-    empty: bool = _native.all_empty(dicts)
-    return empty
+    return not any(dicts)
+
+
+# Asked for every product and token, with any kernels: natively, where there is a native library.
+unchanged: Any = _unchanged if _native is None else _native.unchanged
+quiet: Any = _quiet if _native is None else _native.quiet
+all_empty: Any = _all_empty if _native is None else _native.all_empty
 
 
 def meet(counters: Tensor, rank: int, turn: int, nanoseconds: int) -> int:

@@ -147,11 +147,7 @@ def calls(*kinds: type) -> list[Root]:
     return [*forwards(*kinds), *inside, *((kind, "__call__") for kind in kinds)]
 
 
-def _portably(kept: list[Any], _: list[Namespace], owners: list[Namespace], names: list[str]) -> bool:
-    return all(owner.get(name) is value for value, owner, name in zip(kept, owners, names, strict=True))
-
-
-_unchanged = native.unchanged if native.available() else _portably
+_unchanged = native.unchanged
 _NEVER, _NO_DICTS = object(), list[Namespace]()
 
 

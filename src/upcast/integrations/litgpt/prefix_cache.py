@@ -93,7 +93,8 @@ def rows_of(caches: Sequence[Any]) -> list[Tensor]:
 def content(tensors: Sequence[Tensor]) -> Any:
     """Return what tells whether ``tensors`` differ, in any bit; None where that is not known."""
     plain = [*tensors]
-    if not all(type(each) in (Tensor, nn.Parameter) and each.dtype in _KNOWN and each.is_cpu for each in plain):
+    known = all(type(each) in (Tensor, nn.Parameter) and each.dtype in _KNOWN and each.is_cpu for each in plain)
+    if not known or not native.available():
         return None
     return native.digest([each.detach() for each in plain]), [(each.shape, each.dtype) for each in plain]
 
