@@ -26,7 +26,7 @@ def test_a_row_equals_itself_alone(first: list[int], window: int, dtype: torch.d
     for row, at in enumerate(first):
         start = (ROWS - at, ROWS - at)
         want = native.block(x[row : row + 1], cos, sin, *alone[row], spec, start)
-        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(keys[row : row + 1, :, at:], alone[row][0], rtol=1e-2, atol=1e-3)
 
 
@@ -38,7 +38,7 @@ def test_blocks_in_one_call_take_it_too() -> None:
     want = native.block(x, cos, sin, *one, spec, (ROWS, ROWS), first=first)
     got, done = native.blocks(x, ((ROWS, ROWS, cos, sin, first),), ((0, *all_at_once, spec),))
     assert done == 1
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 REFUSED = {

@@ -38,8 +38,9 @@ def test_a_cache_gets_every_position(last: int, batch: int, dtype: torch.dtype) 
         out = native.block(x, cos, sin, keys, values, spec, (3, 3), last=count)
         assert out is not None
         seen.append((out[:, -last:], keys, values))
+    rounding = 1e-5 if dtype is torch.float32 else 1e-3  # a sum in another order may round to the next float16
     for some, whole in zip(seen[1], seen[0], strict=True):
-        torch.testing.assert_close(some, whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(some, whole, rtol=rounding, atol=rounding)
     assert not torch.equal(seen[1][1], caches(batch, dtype)[0])
 
 

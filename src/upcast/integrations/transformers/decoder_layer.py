@@ -82,15 +82,17 @@ class FusedDecoderLayer(TransformersForward):
             return False
         if type(x) is not Tensor or x.dtype is not torch.float32 or x.dim() != 3 or not x.shape[1]:
             return False
-        if native.prefers_torch(x.shape[0] * x.shape[1]) or not turns(angles, x, self.module.self_attn.head_dim):
+        if native.prefers_torch(x.shape[0] * x.shape[1]):
             return False
         return x.is_cpu and x.is_contiguous() and not self.module.training and kernels.active() is native
 
     def _in_one_call(self, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         """Return the layer's output, or None where the native call does not cover it; nothing has changed then."""
         spec = self._current_spec()
-        room = None if spec is None else rooms_for(x, given, [self.module.self_attn.layer_idx])
-        if spec is None or room is None:
+        if spec is None or not turns(given["position_embeddings"], x, spec.head_width):
+            return None
+        room = rooms_for(x, given, [self.module.self_attn.layer_idx])
+        if room is None:
             return None
         [layer], rows, [(keys, values)], first = room
         cos, sin = given["position_embeddings"]

@@ -22,7 +22,7 @@ from upcast.integrations.transformers.decoder_layer import (
     running,
     spec_of,
 )
-from upcast.integrations.transformers.modules import TransformersForward
+from upcast.integrations.transformers.modules import TransformersForward, turns
 from upcast.kernels import native
 from upcast.kernels.block_spec import BlockSpec
 from upcast.tensor.genuine import originals
@@ -70,7 +70,8 @@ class Stack:
         found = [spec_of(layer) if fuses(layer, FusedDecoderLayer) else None for layer in self.layers]
         alike = len({getattr(layer, "attention_type", None) for layer in self.layers}) == 1  # under one mask, then
         self.specs: list[BlockSpec] = [spec for spec in found if spec is not None]
-        if not alike or len(self.specs) < len(found):
+        widths = {spec.head_width for spec in self.specs}  # under the same angles, too
+        if not alike or len(widths) != 1 or len(self.specs) < len(found):
             self.specs = []
         attentions = [layer.self_attn for layer in self.layers if self.specs]
         self.indices = [attention.layer_idx for attention in attentions]
@@ -116,7 +117,7 @@ class _Run:
 
     def _all(self, stack: Stack, x: Tensor, given: dict[str, Any]) -> Tensor | None:
         cos, sin = given["position_embeddings"]
-        room = rooms_for(x, given, stack.indices)
+        room = rooms_for(x, given, stack.indices) if turns((cos, sin), x, stack.specs[0].head_width) else None
         if room is None:
             return None
         blocks = tuple([(0, *pair, spec) for pair, spec in zip(room.buffers, stack.specs, strict=True)])
