@@ -4,6 +4,7 @@ the results are.
 usage: collectives_worker.py RANK RANKS STORE_FILE
 """
 
+import gc
 import json
 import sys
 import warnings
@@ -145,4 +146,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     print(json.dumps({program.__name__: difference(program, rank) for program in PROGRAMS}))
+    gc.collect()  # DistributedDataParallel holds the group in cycles: it ends before the group does,
+    dist.barrier()  # and no rank leaves another one's messages behind
     dist.destroy_process_group()
