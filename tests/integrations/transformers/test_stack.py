@@ -15,6 +15,7 @@ from tests.integrations.transformers.test_cache import generated
 from tests.integrations.transformers.test_layer import KINDS, TOKENS, calls, lively
 from tests.transformers_models import IDS
 from upcast.integrations.transformers.layer_stack import FusedModel
+from upcast.integrations.transformers.versions import cache_name
 from upcast.kernels import native
 
 transformers = pytest.importorskip("transformers")
@@ -156,14 +157,14 @@ def test_a_model_that_runs_other_layers(change: Callable[[Any], None]) -> None:
     assert relative_error(results[1], results[0]) < 1e-3
 
 
-def adds_between(self: Any, input_ids: Any, past_key_values: Any = None, **_: Any) -> Any:
+def adds_between(self: Any, input_ids: Any, **given: Any) -> Any:
     """A forward of the user's: what it adds between two layers must count."""
-    x = self.embed_tokens(input_ids)
-    positions = torch.arange(x.shape[1])[None] + past_key_values.get_seq_length()
+    x, cache = self.embed_tokens(input_ids), given[cache_name()]
+    positions = torch.arange(x.shape[1])[None] + cache.get_seq_length()
     angles = self.rotary_emb(x, position_ids=positions)
     for layer in self.layers:
-        x = 1.5 * layer(x, attention_mask=None, position_embeddings=angles, past_key_values=past_key_values)
-    return transformers.modeling_outputs.BaseModelOutputWithPast(self.norm(x), past_key_values)
+        x = 1.5 * layer(x, attention_mask=None, position_embeddings=angles, **{cache_name(): cache})
+    return transformers.modeling_outputs.BaseModelOutputWithPast(self.norm(x), cache)
 
 
 @pytest.mark.parametrize("when", ["before the patch", "after it"])
@@ -199,7 +200,7 @@ def test_layers_that_the_program_calls_itself() -> None:
         angles = each.model.rotary_emb(x, position_ids=torch.tensor([[7]]))
         with torch.no_grad():
             for layer in each.model.layers:
-                x = layer(x, position_embeddings=angles, past_key_values=cache)
+                x = layer(x, attention_mask=None, position_embeddings=angles, **{cache_name(): cache})
                 results.append(x)
     assert relative_error(results[2], results[0]) < 1e-3
     assert relative_error(results[3], results[1]) < 1e-3
@@ -225,7 +226,7 @@ def only_keys(layer: Any) -> None:
 
 
 def crops(layer: Any) -> None:
-    layer.crop(6)
+    layer.crop(6 - layer.get_seq_length())  # the one way that all versions have: how many to take away
 
 
 def repeats(layer: Any) -> None:
