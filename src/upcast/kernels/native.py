@@ -1,8 +1,7 @@
 """The native kernels: tensors in, tensors out, over the limited-API module `_native`.
 
-Activations are float32 and weights float16, all on the CPU; weights are read in place and upcast in
-registers. Nothing here records gradients. Whatever a kernel cannot take is refused with an
-`KernelError` before any memory is touched.
+Activations are float32 and weights float16, all on the CPU; weights are read in place and upcast in registers. Nothing
+here records gradients. Whatever a kernel cannot take is refused with a `KernelError` before any memory is touched.
 """
 
 import functools

@@ -146,7 +146,11 @@ def a_layer_that_does_nothing(model: Any) -> None:
     model.model.layers[0].forward = lambda x, **_: x
 
 
-@pytest.mark.parametrize("change", [fewer_layers, another_order, a_layer_that_does_nothing])
+def one_layer_twice(model: Any) -> None:
+    model.model.layers[1] = model.model.layers[0]
+
+
+@pytest.mark.parametrize("change", [fewer_layers, another_order, a_layer_that_does_nothing, one_layer_twice])
 def test_a_model_that_runs_other_layers(change: Callable[[Any], None]) -> None:
     results = []
     for each in (rounded(lively()), upcast.patch(lively())):

@@ -75,6 +75,8 @@ class Stack:
             self.specs = []
         attentions = [layer.self_attn for layer in self.layers if self.specs]
         self.indices = [attention.layer_idx for attention in attentions]
+        if len({*self.indices}) < len(self.indices):  # layers that share a cache append to it one after the other
+            self.specs = []
         self.configs = [*{id(each.config): each.config for each in attentions}.values()]
 
     def current(self, model: Any) -> bool:
