@@ -63,5 +63,6 @@ PyObject *py_drop_part(PyObject *self, PyObject *part);
 PyObject *py_before_fork(PyObject *self, PyObject *none);
 PyObject *py_after_fork(PyObject *self, PyObject *is_child);
 Fast py_digest;                                                 // bind_digest.cpp
+Fast py_multiply_adds, py_read_memory;                          // bind_limits.cpp
 
 } // namespace upcast

@@ -148,6 +148,8 @@ PyMethodDef METHODS[] = {
     {"all_empty", py_all_empty, METH_O, nullptr},
     {"meet", fast(py_meet), METH_FASTCALL, nullptr},
     {"add_up", fast(py_add_up), METH_FASTCALL, nullptr},
+    {"multiply_adds", fast(py_multiply_adds), METH_FASTCALL, nullptr},
+    {"read_memory", fast(py_read_memory), METH_FASTCALL, nullptr},
     {"hold_file", fast(py_hold_file), METH_FASTCALL, nullptr},
     {"own", fast(py_own), METH_FASTCALL, nullptr},
     {"drop_part", py_drop_part, METH_O, nullptr},

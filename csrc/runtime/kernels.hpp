@@ -129,7 +129,9 @@ struct Attention {
 };
 
 struct AttentionPlan {
-    int64_t parts;    // of the positions, each joined in the second phase
+    int64_t rows;     // queries of a unit, at most
+    int64_t span;     // positions with a softmax of their own
+    int64_t parts;    // of the positions: all of them, or one span each; joined in the second phase
     int units;        // of work in the first phase
     int64_t work;     // multiply-adds
     int64_t own;      // floats of scratch per task of the first phase
@@ -167,6 +169,9 @@ struct Level {
     void (*attention)(const Attention &, const AttentionPlan &, float *scratch, float *partials, int unit);
     void (*attention_join)(const Attention &, const AttentionPlan &, float *partials, int64_t begin, int64_t end);
     Surveyed (*survey)(const Survey &, int64_t begin, int64_t end);
+    // What the processor does at most, for benchmarks: simd/limits.hpp.
+    int64_t (*multiply_adds)(int64_t rounds);
+    int32_t (*read_memory)(const float *data, int64_t count, int64_t streams);
 };
 
 // Defined by the levels that were built; which ones is told to dispatch.cpp by UPCAST_HAVE_*.

@@ -114,11 +114,15 @@ struct AttentionCall {
     int tasks;
 };
 
-// Units are dealt out in turn: under a causal mask later ones have more to do.
+// Units are dealt out in turn: under a causal mask later ones have more to do. Parts lie one after the other in memory.
 void attention_task(void *context, int index) {
     const AttentionCall &call = *static_cast<const AttentionCall *>(context);
     float *own = call.own + index * call.plan.own;
-    for (int unit = index; unit < call.plan.units; unit += call.tasks) {
+    const bool in_turn = call.plan.parts == 1;
+    const int64_t units = call.plan.units;
+    const int begin = in_turn ? index : static_cast<int>(units * index / call.tasks);
+    const int end = in_turn ? call.plan.units : static_cast<int>(units * (index + 1) / call.tasks);
+    for (int unit = begin; unit < end; unit += in_turn ? call.tasks : 1) {
         call.level.attention(call.args, call.plan, own, call.partials, unit);
     }
 }

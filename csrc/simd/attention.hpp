@@ -1,44 +1,57 @@
 // Attention of new queries over a cache: scores, softmax and sums in float32, whatever the cache holds.
 //
-// A unit is a handful of queries that share one head of the cache, over one part of its positions. Their
-// scores over SPAN positions are kept whole, so each span has an ordinary softmax; spans are joined by
-// rescaling to the larger maximum. A second phase joins the parts of one query.
+// A unit is a group of queries that share one head of the cache. Their scores over a span of positions are kept
+// whole, so each span has an ordinary softmax; spans are joined, from the first to the last, by rescaling to the larger
+// maximum. Where there are few units each span is a task of its own, and a second phase joins them in the same order.
+// Spans are counted from the first position that a row of the batch sees, and are equally long for up to FEW queries:
+// so neither the other rows, nor padding, nor the number of threads or of drafted tokens changes a bit of a result.
 #pragma once
 
-#include "simd/exponential.hpp"
 #include "runtime/kernels.hpp"
-#include "simd/linear_dot.hpp"
+#include "simd/attention_few.hpp"
+#include "simd/attention_many.hpp"
+#include "simd/exponential.hpp"
 #include "simd/rowwise.hpp"
-#include "simd/simd.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
 
-constexpr int64_t SPAN = 480; // positions; a multiple of STRETCH
-
-// What one unit works in: all queries of the unit, one span of scores, and the running softmax.
-struct AttentionScratch {
-    float *queries; // [DOT_COLS][width of a key]
-    float *scores;  // [DOT_COLS][SPAN]
-    float *sums;    // [DOT_COLS][width of a value], of the present span
-};
-
-static int64_t attention_units(const Attention &a) { return (a.group * a.time + DOT_COLS - 1) / DOT_COLS; }
+constexpr int64_t FEW = 8; // new positions
+constexpr int64_t SPAN_OF_FEW = 96;
+// Floats that parts may take, all together.
+constexpr int64_t MOST_PARTIALS = 4 << 20;
 
 // Per query of a unit's part: the weighted sum, the maximum and the total weight.
 static int64_t attention_partial(const Attention &a) { return a.value_width + 2; }
 
+// Queries of one unit, at most.
+static int64_t attention_rows(const Attention &a, int threads) {
+    const int64_t total = a.group * a.time;
+    if (a.time <= FEW || total < FEWEST_OF_MANY) return DOT_COLS;
+    const int64_t fair = total * a.batch * a.kv_heads / (4 * threads) / TILE_ROWS * TILE_ROWS;
+    return least(MANY_ROWS, most(FEWEST_OF_MANY, fair));
+}
+
+static int64_t attention_units(const Attention &a, const AttentionPlan &plan) {
+    return (a.group * a.time + plan.rows - 1) / plan.rows;
+}
+
 static AttentionPlan plan_attention(const Attention &a, int threads) {
     AttentionPlan plan = {};
-    const int64_t units = a.batch * a.kv_heads * attention_units(a);
+    plan.rows = attention_rows(a, threads);
+    const bool many = plan.rows > DOT_COLS;
+    plan.span = many ? SPAN_OF_MANY : SPAN_OF_FEW;
+    const int64_t units = a.batch * a.kv_heads * attention_units(a, plan);
     const int64_t positions = a.start + a.time;
-    // Enough units to share evenly; parts shorter than a cache line of scores are not worth joining.
-    const int64_t wanted = threads > 1 ? (4 * threads + units - 1) / units : 1;
-    plan.parts = most<int64_t>(1, least<int64_t>(wanted, positions / 64));
+    const int64_t seen = a.window > 0 ? least(positions, a.window + a.time + plan.span) : positions;
+    const int64_t spans = most<int64_t>(1, (seen + plan.span - 1) / plan.span);
+    const int64_t partials = a.batch * a.kv_heads * a.group * a.time * attention_partial(a);
+    // Few units are not shared evenly by the threads.
+    plan.parts = threads > 1 && units < 4 * threads && partials * spans <= MOST_PARTIALS ? spans : 1;
     plan.units = static_cast<int>(units * plan.parts);
-    plan.work = units * DOT_COLS * positions * (a.width + a.value_width);
-    plan.own = DOT_COLS * (a.width + SPAN + a.value_width);
-    plan.partials = a.batch * a.kv_heads * a.group * a.time * plan.parts * attention_partial(a);
+    plan.work = units * plan.rows * positions * (a.width + a.value_width);
+    plan.own = plan.rows * (a.width + plan.span + X_PAD + a.value_width) + (many ? many_wide(a) : 0);
+    plan.partials = partials * plan.parts;
     return plan;
 }
 
@@ -55,26 +68,15 @@ UPCAST_INLINE Seen seen_by(const Attention &a, int64_t row, int64_t time) {
     return seen;
 }
 
-// scores[r][j - begin] = scaled, capped q_r . k_j for j in [begin, end).
-template <class Element>
-static void attention_scores(const Attention &a, const Element *keys, int64_t begin, int64_t end, int rows,
-                             const AttentionScratch &own) {
-    Linear product = {};
-    product.x = own.queries;
-    product.ldx = product.K = a.width;
-    DotSums sums;
-    for (int64_t n = begin; n < end; n += STRETCH) {
-        const int64_t next = least(end, n + STRETCH);
-        const Rows<Element> block = {keys + n * a.key_stride, a.key_stride};
-        dot_tiles_for<DOT_COLS, false, Element>(rows)(product, block, n, next, 0, sums);
-        for (int r = 0; r < rows; ++r) {
-            float *scores = own.scores + r * SPAN + (n - begin);
-            each_vector(next - n, [&](int64_t i, int count) {
-                vf s = load_upto(sums[r] + i, count) * a.scale;
-                if (a.softcap > 0) s = a.softcap * vtanh(s / a.softcap);
-                store_upto(scores + i, s, count);
-            });
-        }
+// The scores of `count` positions, scaled and capped.
+static void scale_scores(const Attention &a, int64_t count, int rows, const AttentionScratch &own) {
+    for (int r = 0; r < rows; ++r) {
+        each_vector(count, [&](int64_t i, int part) {
+            float *scores = own.scores + r * own.ld + i;
+            vf s = load_upto(scores, part) * a.scale;
+            if (a.softcap > 0) s = a.softcap * vtanh(s / a.softcap);
+            store_upto(scores, s, part);
+        });
     }
 }
 
@@ -97,41 +99,6 @@ UPCAST_INLINE float weigh(float *scores, int64_t begin, int64_t end, Seen seen, 
         total += count == LANES ? weight : keep_part(weight, vf{}, count);
     });
     return sum(total);
-}
-
-// sums[r] = sum_j weights[r][j] * v_j, two vectors of a value at a time.
-template <int ROWS, class Element>
-static void attention_values(const Attention &a, const Element *values, int64_t count, const AttentionScratch &own) {
-    for (int64_t d = 0; d < a.value_width; d += 2 * LANES) {
-        const int left = static_cast<int>(least<int64_t>(LANES, a.value_width - d));
-        const int right = static_cast<int>(least<int64_t>(LANES, a.value_width - d - LANES));
-        vf sums[ROWS][2];
-        for (int r = 0; r < ROWS; ++r) sums[r][0] = sums[r][1] = vf{};
-        for (int64_t j = 0; j < count; ++j) {
-            const Element *v = values + j * a.value_stride + d;
-            const vf v0 = left == LANES ? load(v) : load_part(v, left);
-            vf v1 = {};
-            if (right > 0) v1 = right == LANES ? load(v + LANES) : load_part(v + LANES, right);
-            for (int r = 0; r < ROWS; ++r) {
-                const vf weight = splat(own.scores[r * SPAN + j]);
-                sums[r][0] += weight * v0;
-                sums[r][1] += weight * v1;
-            }
-        }
-        for (int r = 0; r < ROWS; ++r) {
-            float *out = own.sums + r * a.value_width + d;
-            store_upto(out, sums[r][0], left);
-            if (right > 0) store_upto(out + LANES, sums[r][1], right);
-        }
-    }
-}
-
-template <class Element>
-using AttentionValues = void (*)(const Attention &, const Element *, int64_t, const AttentionScratch &);
-template <int ROWS, class Element> static AttentionValues<Element> attention_values_for(int rows) {
-    if constexpr (ROWS == 0) return nullptr;
-    else if (rows == ROWS) return attention_values<ROWS, Element>;
-    else return attention_values_for<ROWS - 1, Element>(rows);
 }
 
 // into = into * keep + from * add, for the sums of one query.
@@ -157,9 +124,10 @@ UPCAST_INLINE void join_softmax(float *into, const float *sums, float top, float
 }
 
 template <class Element>
-static void attention_part(const Attention &a, const AttentionPlan &plan, AttentionScratch own, float *partials,
+static void attention_part(const Attention &a, const AttentionPlan &plan, const AttentionScratch &own, float *partials,
                            int index) {
-    const int64_t units = attention_units(a);
+    const bool many = plan.rows > DOT_COLS;
+    const int64_t units = attention_units(a, plan);
     const int64_t part = index % plan.parts, unit = index / plan.parts % units, head = index / plan.parts / units;
     const int64_t b = head / a.kv_heads, kv = head % a.kv_heads, total = a.group * a.time;
     const int64_t first = total * unit / units;
@@ -167,10 +135,11 @@ static void attention_part(const Attention &a, const AttentionPlan &plan, Attent
     const Element *keys = static_cast<const Element *>(a.keys) + b * a.key_batch + kv * a.key_head;
     const Element *values = static_cast<const Element *>(a.values) + b * a.value_batch + kv * a.value_head;
 
-    Seen all = seen_by(a, b, first / a.group);
-    all.end = seen_by(a, b, (first + rows - 1) / a.group).end;
-    const int64_t length = all.end - all.begin;
-    const int64_t begin = all.begin + length * part / plan.parts, end = all.begin + length * (part + 1) / plan.parts;
+    const int64_t origin = a.first ? a.first[b] : 0;
+    const int64_t last = seen_by(a, b, (first + rows - 1) / a.group).end;
+    const int64_t earliest = seen_by(a, b, first / a.group).begin;
+    int64_t begin = earliest - (earliest - origin) % plan.span, end = last;
+    if (plan.parts > 1) begin += part * plan.span, end = least(last, begin + plan.span);
     float *joined = partials + ((head * total + first) * plan.parts + part) * attention_partial(a);
     const int64_t step = plan.parts * attention_partial(a);
     for (int r = 0; r < rows; ++r) {
@@ -180,14 +149,24 @@ static void attention_part(const Attention &a, const AttentionPlan &plan, Attent
         joined[r * step + a.value_width] = -__builtin_inff();
         joined[r * step + a.value_width + 1] = 0.0f;
     }
-    for (int64_t n = begin; n < end; n += SPAN) {
-        const int64_t next = least(end, n + SPAN);
-        float tops[DOT_COLS], totals[DOT_COLS];
-        attention_scores(a, keys, n, next, rows, own);
+    for (int64_t n = begin; n < end; n += plan.span) {
+        const int64_t next = least(end, n + plan.span);
+        float tops[MANY_ROWS], totals[MANY_ROWS];
+        const Soon<Element> values_soon = {values + n * a.value_stride, a.value_stride, a.value_width};
+        if (many) many_scores(a, keys + n * a.key_stride, next - n, rows, own);
+        else few_scores(a, keys + n * a.key_stride, next - n, rows, own, values_soon);
+        scale_scores(a, next - n, rows, own);
         for (int r = 0; r < rows; ++r) {
-            totals[r] = weigh(own.scores + r * SPAN, n, next, seen_by(a, b, (first + r) / a.group), tops[r]);
+            totals[r] = weigh(own.scores + r * own.ld, n, next, seen_by(a, b, (first + r) / a.group), tops[r]);
         }
-        attention_values_for<DOT_COLS, Element>(rows)(a, values + n * a.value_stride, next - n, own);
+        // What no query of the unit sees is not read: it need not be finite.
+        const int64_t from = least(next, most(n, earliest));
+        AttentionScratch weights = own;
+        weights.scores += from - n;
+        const bool more = next + (next - from) <= last;
+        const Soon<Element> keys_soon = {more ? keys + next * a.key_stride : nullptr, a.key_stride, a.width};
+        if (many) many_values(a, values + from * a.value_stride, next - from, rows, weights);
+        else few_values(a, values + from * a.value_stride, next - from, rows, weights, keys_soon);
         for (int r = 0; r < rows; ++r) {
             join_softmax(joined + r * step, own.sums + r * a.value_width, tops[r], totals[r], a.value_width);
         }
@@ -195,7 +174,10 @@ static void attention_part(const Attention &a, const AttentionPlan &plan, Attent
 }
 
 static void attention(const Attention &a, const AttentionPlan &plan, float *scratch, float *partials, int index) {
-    AttentionScratch own = {scratch, scratch + DOT_COLS * a.width, scratch + DOT_COLS * (a.width + SPAN)};
+    AttentionScratch own = {};
+    own.ld = plan.span + X_PAD;
+    own.queries = scratch, own.scores = own.queries + plan.rows * a.width;
+    own.sums = own.scores + plan.rows * own.ld, own.wide = own.sums + plan.rows * a.value_width;
     if (a.wide) attention_part<float>(a, plan, own, partials, index);
     else attention_part<uint16_t>(a, plan, own, partials, index);
 }

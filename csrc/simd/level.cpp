@@ -1,6 +1,7 @@
 // One instruction set's kernels: this file is compiled once per level, with that level's flags.
 #include "simd/attention.hpp"
 #include "runtime/kernels.hpp"
+#include "simd/limits.hpp"
 #include "simd/linear.hpp"
 #include "simd/rowwise.hpp"
 #include "simd/simd.hpp"
@@ -12,6 +13,7 @@ namespace UPCAST_NS {
 static const Level LEVEL = {
     static_cast<Isa>(UPCAST_LEVEL), UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
     rope,              refuses,   append, plan_attention, attention, attention_join, survey,
+    multiply_adds,     read_memory,
 };
 
 } // namespace UPCAST_NS

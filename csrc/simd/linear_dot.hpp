@@ -21,15 +21,14 @@ constexpr int DOT_COLS = REGISTERS == 32 ? 8 : 4;
 // With more rows than one tile holds, seven by four uses the registers best; on aarch64 six by four.
 constexpr int DOT_COLS_MANY = UPCAST_LEVEL == 64 ? 6 : REGISTERS == 32 ? 7 : 4;
 
-// Rows of weights per tile for each number of rows of x: as many as the registers hold.
+// Rows of weights per tile for each number of rows of x: as many as the registers hold, with what a product reads.
 constexpr int dot_rows(int cols) {
-    if (cols == 1) return 1;
     if (UPCAST_LEVEL == 64) return cols <= 6 ? 4 : 3; // no product reads memory: seven by four need 33 registers
     return REGISTERS == 32 ? (cols <= 7 ? 4 : 3) : (cols <= 3 ? 4 : 3);
 }
 
-// Rows of weights at once for one row of x, where the processor likes several streams.
-constexpr int STREAMS = 4;
+// Rows of weights at once for one row of x, where the processor likes a single stream; aarch64 needs as many sums in flight as hide the latency of a multiply-add.
+constexpr int ONE_STREAM = UPCAST_LEVEL == 64 ? 8 : 1;
 // AVX-512 takes two rows of x with single rows of weights up to so many columns.
 constexpr int64_t LONG_ROW = 1280;
 
@@ -40,13 +39,6 @@ template <int R, int COLS> UPCAST_INLINE int64_t dot_tiles_ahead(int64_t K) {
     return COLS == 1 ? 2 : 1;
 }
 
-// Sums needed in flight to hide the latency of a fused multiply-add; small tiles unroll along K. A single row of
-// weights from memory is read an eighth faster with two sums (AVX-512): the next row's hide the latency, too.
-constexpr int dot_unroll(int rows, int cols) {
-    if (UPCAST_LEVEL == 4 && rows == 1) return 2;
-    return rows * cols >= 8 ? 1 : rows * cols >= 4 ? 2 : 8 / (rows * cols);
-}
-
 // Rows of weights, as stored or widened.
 template <class Element> struct Rows {
     const Element *data;
@@ -54,20 +46,38 @@ template <class Element> struct Rows {
     const Element *row(int64_t n) const { return data + n * ld; }
 };
 
+// Whatever the shape of the tile, a dot product adds in the same order: lane by lane along K, then the tree of
+// `sum_each`. So a row of x gives the same bits alone, in a batch and between drafted tokens.
 template <int R, int COLS, bool FETCH> struct DotTile {
-    static constexpr int COUNT = R * COLS, UNROLL = dot_unroll(R, COLS), STEP = UNROLL * LANES;
+    static constexpr int COUNT = R * COLS;
     // Additions in a row to one sum: more would let rounding errors grow beyond those of a blocked product.
-    static constexpr int64_t CHAIN = (LANES > 4 ? 256 : 128) * STEP;
+    static constexpr int64_t CHAIN = (LANES > 4 ? 256 : 128) * LANES;
     static constexpr int PADDED = (COUNT + LANES - 1) / LANES * LANES;
 
     template <class Element>
     UPCAST_INLINE void step(const Element *w, int64_t ldw, const float *x, int64_t ldx, vf *sums) {
-        vf wide[R];
-        for (int r = 0; r < R; ++r) wide[r] = load(w + r * ldw);
-        for (int c = 0; c < COLS; ++c) {
-            vf xs = load(x + c * ldx);
-            UPCAST_KEEP(xs);
-            for (int r = 0; r < R; ++r) sums[c * R + r] += wide[r] * xs;
+        if constexpr (R <= COLS) {
+            vf wide[R];
+            UPCAST_UNROLL
+            for (int r = 0; r < R; ++r) wide[r] = load(w + r * ldw);
+            UPCAST_UNROLL
+            for (int c = 0; c < COLS; ++c) {
+                vf xs = load(x + c * ldx);
+                UPCAST_KEEP(xs);
+                UPCAST_UNROLL
+                for (int r = 0; r < R; ++r) sums[c * R + r] += wide[r] * xs;
+            }
+        } else {
+            vf xs[COLS];
+            UPCAST_UNROLL
+            for (int c = 0; c < COLS; ++c) xs[c] = load(x + c * ldx);
+            UPCAST_UNROLL
+            for (int r = 0; r < R; ++r) {
+                vf wide = load(w + r * ldw);
+                UPCAST_KEEP(wide);
+                UPCAST_UNROLL
+                for (int c = 0; c < COLS; ++c) sums[c * R + r] += wide * xs[c];
+            }
         }
     }
 
@@ -85,33 +95,32 @@ template <int R, int COLS, bool FETCH> struct DotTile {
     template <class Element>
     static void stretch(int64_t ldx, int64_t K, const Element *w, int64_t ldw, const float *x, int64_t ahead,
                         float *dots) {
-        vf sums[UNROLL][PADDED];
-        for (int u = 0; u < UNROLL; ++u)
-            for (int i = 0; i < PADDED; ++i) sums[u][i] = vf{};
+        vf sums[PADDED];
+        UPCAST_UNROLL
+        for (int i = 0; i < PADDED; ++i) sums[i] = vf{};
         int64_t k = 0;
-        for (; k + STEP <= K; k += STEP) {
-            for (int u = 0; u < UNROLL; ++u) {
-                if (FETCH && u % 2 == 0)
-                    for (int r = 0; r < R; ++r) prefetch(w + r * ldw + k + u * LANES + ahead);
-                step(w + k + u * LANES, ldw, x + k + u * LANES, ldx, sums[u]);
+        for (; k + LANES <= K; k += LANES) {
+            if (FETCH) {
+                UPCAST_UNROLL
+                for (int r = 0; r < R; ++r) prefetch(w + r * ldw + k + ahead);
             }
-        }
-        for (int u = 0; u + 1 < UNROLL; ++u) {
-            if (k + LANES > K) break;
-            step(w + k, ldw, x + k, ldx, sums[u]);
-            k += LANES;
+            step(w + k, ldw, x + k, ldx, sums);
         }
         if (k < K) {
             const int count = static_cast<int>(K - k);
+            UPCAST_UNROLL
             for (int c = 0; c < COLS; ++c) {
                 const vf xs = load_part(x + c * ldx + k, count);
-                for (int r = 0; r < R; ++r) sums[0][c * R + r] += load_part(w + r * ldw + k, count) * xs;
+                UPCAST_UNROLL
+                for (int r = 0; r < R; ++r) sums[c * R + r] += load_part(w + r * ldw + k, count) * xs;
             }
         }
-        for (int u = 1; u < UNROLL; ++u)
-            for (int i = 0; i < COUNT; ++i) sums[0][i] += sums[u][i];
-        if (COUNT == 1) dots[0] = sum(sums[0][0]);
-        else for (int i = 0; i < PADDED; i += LANES) store(dots + i, sum_each(sums[0] + i));
+        if (COUNT == 1) {
+            dots[0] = sum(sums[0]);
+            return;
+        }
+        UPCAST_UNROLL
+        for (int i = 0; i < PADDED; i += LANES) store(dots + i, sum_each(sums + i));
     }
 };
 
@@ -130,7 +139,7 @@ static void dot_tiles(const Linear &a, Rows<Element> w, int64_t begin, int64_t e
     for (; n + R <= end; n += R) {
         const int64_t ahead = n + (tiles_ahead + 1) * R <= a.N ? tiles_ahead * R * w.ld : 0;
         Full::run(a, w.row(n - begin), w.ld, x, ahead, dots);
-        for (int c = 0; c < COLS; ++c) memcpy(&sums[c][n - begin], dots + c * R, sizeof(float) * (R == 1 ? 1 : 4));
+        for (int c = 0; c < COLS; ++c) memcpy(&sums[c][n - begin], dots + c * R, sizeof(float) * (R == 1 ? 1 : R <= 4 ? 4 : R));
     }
     if constexpr (R > 1) {
         for (; n < end; ++n) {
@@ -145,15 +154,15 @@ using DotTiles = void (*)(const Linear &, Rows<Element>, int64_t begin, int64_t 
 
 template <int COLS, bool FETCH, class Element> static DotTiles<Element> dot_tiles_for(int cols) {
     if constexpr (COLS == 0) return nullptr;
-    else if (cols == COLS) return dot_tiles<dot_rows(COLS), COLS, FETCH && (COLS > 1), Element>;
+    else if (cols == COLS) return dot_tiles<dot_rows(COLS), COLS, FETCH, Element>;
     else return dot_tiles_for<COLS - 1, FETCH, Element>(cols);
 }
 
-static void finish_dots(const Linear &a, int64_t begin, int64_t end, int64_t m, int cols, const DotSums &sums) {
-    const int64_t count = end - begin;
-    for (int c = 0; c < cols; ++c) {
+// y[m + c][begin + i] from sums[c * ld + i].
+static void finish_dots(const Linear &a, int64_t begin, int64_t count, int64_t m, int cols, const float *sums, int64_t ld) {
+    for (int c = 0; c < cols; ++c, sums += ld) {
         float *y = a.y + (m + c) * a.ldy + begin;
-        for (int64_t i = 0; i < count; ++i) y[i] = a.bias ? sums[c][i] + a.bias[begin + i] : sums[c][i];
+        for (int64_t i = 0; i < count; ++i) y[i] = a.bias ? sums[i] + a.bias[begin + i] : sums[i];
         if (!a.residual) continue;
         const float *residual = a.residual + (m + c) * a.ldr + begin;
         for (int64_t i = 0; i < count; ++i) y[i] += residual[i];
@@ -167,10 +176,10 @@ static void dot_block(const Linear &a, Rows<Element> w, int64_t begin, int64_t e
     DotSums sums;
     const int cols = static_cast<int>(next - m);
     const bool short_pair = UPCAST_LEVEL == 4 && cols == 2 && a.K < LONG_ROW; // a third faster by single rows, too
-    if (FETCH && cols == 1 && reading == Reading::near_streams) dot_tiles<STREAMS, 1, true, Element>(a, w, begin, end, m, sums);
+    if (cols == 1 && reading != Reading::near_streams) dot_tiles<ONE_STREAM, 1, false, Element>(a, w, begin, end, m, sums);
     else if (short_pair) dot_tiles<1, 2, false, Element>(a, w, begin, end, m, sums);
     else dot_tiles_for<DOT_COLS, FETCH, Element>(cols)(a, w, begin, end, m, sums);
-    finish_dots(a, begin, end, m, cols, sums);
+    finish_dots(a, begin, end - begin, m, cols, sums[0], STRETCH + 3);
 }
 
 static LinearPlan plan_dot(const Linear &a, int threads) {
@@ -194,7 +203,8 @@ struct RowBlocks {
     RowBlocks(const Linear &a, const LinearPlan &plan, int task) {
         const int64_t tm = task / plan.grid_n;
         first = a.M * tm / plan.grid_m, rows = a.M * (tm + 1) / plan.grid_m - first;
-        count = rows <= DOT_COLS ? 1 : (rows + DOT_COLS_MANY - 1) / DOT_COLS_MANY;
+        const int64_t widest = rows <= 2 * DOT_COLS ? DOT_COLS : DOT_COLS_MANY;
+        count = (rows + widest - 1) / widest;
     }
     int64_t begin(int64_t block) const { return first + rows * block / count; }
 };

@@ -16,7 +16,7 @@ constexpr bool HAS_FAR_ROWS = UPCAST_LEVEL == 3 || UPCAST_LEVEL == 4;
 constexpr int64_t FAR_BLOCKS = 4;    // of x, at most: with more it is not memory that takes the time
 constexpr int64_t FAR_AHEAD = 256;   // halves between those in use and those being fetched
 
-constexpr int far_parts(int cols) { return cols == 1 ? 4 : dot_rows(cols); }
+
 
 static bool reads_far_rows(const Linear &a, const LinearPlan &plan) {
     if (!HAS_FAR_ROWS || plan.reading != Reading::far_streams) return false;
@@ -29,23 +29,24 @@ struct FarRows {
     int64_t begin, apart;
 };
 
-static void finish_dot(const Linear &a, int64_t n, int64_t m, float sum) {
-    if (a.bias) sum += a.bias[n];
-    a.y[m * a.ldy + n] = a.residual ? sum + a.residual[m * a.ldr + n] : sum;
-}
-
-// Rows [first, first + count) of every part against COLS rows of x from m on.
+// Rows [first, first + count) of every part against COLS rows of x from m on. Sums wait until there is a cache line of
+// them: the parts' places in y often lie where a nearest cache keeps but a few lines.
 template <int COLS> static void far_tiles(const Linear &a, const FarRows &far, int64_t first, int64_t count, int64_t m) {
-    constexpr int R = far_parts(COLS);
+    constexpr int R = dot_rows(COLS);
+    constexpr int64_t LINE = 16;
     typedef DotTile<R, COLS, true> Tile;
-    float dots[Tile::PADDED + 3];
+    float dots[Tile::PADDED + 3], sums[R][COLS][LINE];
     // Addresses stay inside the weights.
     const int64_t last_fetching = far.apart - FAR_AHEAD / most<int64_t>(a.K, 1) - 2;
-    for (int64_t i = first; i < first + count; ++i) {
-        const int64_t n = far.begin + i, ahead = i <= last_fetching ? FAR_AHEAD : 0;
-        Tile::run(a, a.w + n * a.ldw, far.apart * a.ldw, a.x + m * a.ldx, ahead, dots);
-        for (int c = 0; c < COLS; ++c)
-            for (int r = 0; r < R; ++r) finish_dot(a, n + r * far.apart, m + c, dots[c * R + r]);
+    for (int64_t i = first; i < first + count; i += LINE) {
+        const int64_t rows = least(LINE, first + count - i);
+        for (int64_t j = 0; j < rows; ++j) {
+            const int64_t n = far.begin + i + j, ahead = i + j <= last_fetching ? FAR_AHEAD : 0;
+            Tile::run(a, a.w + n * a.ldw, far.apart * a.ldw, a.x + m * a.ldx, ahead, dots);
+            for (int c = 0; c < COLS; ++c)
+                for (int r = 0; r < R; ++r) sums[r][c][j] = dots[c * R + r];
+        }
+        for (int r = 0; r < R; ++r) finish_dots(a, far.begin + r * far.apart + i, rows, m, COLS, sums[r][0], LINE);
     }
 }
 
@@ -62,7 +63,7 @@ static void far_task(const Linear &a, const LinearPlan &plan, int task) {
     const int64_t begin = a.N * tn / plan.grid_n, end = a.N * (tn + 1) / plan.grid_n;
     const RowBlocks x(a, plan, task);
     const int cols = static_cast<int>(x.begin(1) - x.first);
-    const int64_t parts = far_parts(cols), apart = (end - begin) / parts, left_over = begin + parts * apart;
+    const int64_t parts = dot_rows(cols), apart = (end - begin) / parts, left_over = begin + parts * apart;
     const FarTiles tiles = far_tiles_for<DOT_COLS>(cols);
     const auto near = [&](int64_t n, int64_t next, int64_t block) {
         const Rows<uint16_t> rows = {a.w + n * a.ldw, a.ldw};

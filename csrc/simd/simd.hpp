@@ -52,6 +52,13 @@
 #define UPCAST_KEEP(v) __asm__("" : "+v"(v))
 #endif
 
+// Before a loop over registers: it must be gone before gcc decides that its array lives in memory.
+#if defined(__clang__)
+#define UPCAST_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UPCAST_UNROLL _Pragma("GCC unroll 64")
+#endif
+
 // gcc before 12 knows only __builtin_shuffle, clang only __builtin_shufflevector.
 #if defined(__clang__)
 #define UPCAST_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -85,6 +92,8 @@ UPCAST_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 UPCAST_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 UPCAST_INLINE vf vabs(vf a) { return (vf)((vi)a & 0x7fffffff); }
 UPCAST_INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
+// Into the second-level cache: what the nearest one has no room for yet.
+UPCAST_INLINE void prefetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 
 #if UPCAST_AVX512
 
@@ -246,6 +255,7 @@ template <> struct Blocks<2> {
 // Lane i of the result is the sum of the lanes of parts[i]; destroys parts.
 template <int S = 1> UPCAST_INLINE vf sum_each(vf *parts) {
     constexpr int PAIRS = LANES / S / 2;
+    UPCAST_UNROLL
     for (int i = 0; i < PAIRS; ++i) {
         const vf a = parts[2 * i], b = parts[2 * i + 1];
         parts[i] = Blocks<S>::low(a, b) + Blocks<S>::high(a, b);
@@ -271,12 +281,11 @@ UPCAST_INLINE vf keep_part(vf v, vf rest, int count) {
     return select(lane < count, v, rest);
 }
 
-UPCAST_INLINE float sum(vf v) {
-    float lanes[LANES];
-    store(lanes, v);
-    for (int step = LANES / 2; step > 0; step /= 2)
-        for (int i = 0; i < step; ++i) lanes[i] += lanes[i + step];
-    return lanes[0];
+// In the order of sum_each, so that a number does not depend on how many others are summed beside it.
+template <int S = 1> UPCAST_INLINE float sum(vf v) {
+    const vf pairs = Blocks<S>::low(v, v) + Blocks<S>::high(v, v);
+    if constexpr (2 * S < LANES) return sum<2 * S>(pairs);
+    return pairs[0];
 }
 
 UPCAST_INLINE float maximum(vf v) {

@@ -298,7 +298,7 @@ void test_edges() {
     for (int64_t bytes : {int64_t(0), int64_t(64), PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 77}) test_digest(bytes);
     for (int64_t width : sizes) test_rows(3, width), test_rope(3, width, width / 2 * 2, false), test_rope(3, width, width / 4 * 2, true);
     for (int64_t width : {1, 16, 31, 64})
-        for (int64_t time : {1, 5, 20}) test_attention(3, time, 70, width, 0, 2), test_attention(1, time, 700, width, 33, 4);
+        for (int64_t time : {1, 5, 20, 45}) test_attention(3, time, 230, width, 0, 2), test_attention(1, time, 700, width, 33, 4);
 }
 
 void test_random() {
@@ -308,7 +308,7 @@ void test_random() {
     const int64_t width = 1 + below(90);
     test_block(1 + below(30), 1 + below(70), 1 + below(3), 1 + below(90), static_cast<int>(1 + below(3)));
     test_rope(below(20), width, below(width + 1) / 2 * 2, below(2));
-    test_attention(1 + below(5), 1 + below(20), below(600), width, below(2) * (1 + below(50)), static_cast<int>(1 + below(4)));
+    test_attention(1 + below(5), 1 + below(50), below(600), width, below(2) * (1 + below(50)), static_cast<int>(1 + below(4)));
 }
 
 } // namespace

@@ -5,11 +5,7 @@
 #include "runtime/tuning.hpp"
 
 namespace upcast {
-const Tuning &tuning(Isa) {
-    static Tuning drawn;
-    drawn.reading = static_cast<Reading>(below(3));
-    return drawn;
-}
+Tuning tuning(Isa) { return {static_cast<Reading>(below(3)), 0}; }
 } // namespace upcast
 
 namespace {

@@ -2,7 +2,7 @@
 
 The table (csrc/runtime/tuning.cpp) has a row per family of processors. What was measured stands in a file of the
 user's, by processor and instruction set, and counts from the next process on. A file that cannot be read costs nothing
-but itself. Readings add up in different orders: results differ by about 1e-7, as between two instruction sets.
+but itself. No reading changes a bit of a result.
 """
 
 import json

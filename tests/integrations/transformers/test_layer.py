@@ -95,7 +95,17 @@ def test_further_chunks_are_one_call_per_layer(kind: str, sizes: list[int], infe
     got = in_chunks(model, sizes, LONG, inference)
     assert calls(model) == [len(sizes) - 1] * 2
     assert relative_error(got, in_chunks(rounded(lively(kind)), sizes, LONG)) < 1e-3
-    assert relative_error(got, in_chunks(one_by_one(upcast.patch(lively(kind))), sizes, LONG)) < 1e-5
+    # Sums in another order may round a number of the float16 cache to its other neighbour.
+    assert relative_error(got, in_chunks(one_by_one(upcast.patch(lively(kind))), sizes, LONG)) < 1e-4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_drafted_tokens_and_batches_get_the_bits_of_single_tokens(kind: str) -> None:
+    model, sizes = upcast.patch(lively(kind)), [12, 6, 2]
+    single = in_chunks(model, [12, *[1] * 8], LONG)
+    assert torch.equal(in_chunks(model, sizes, LONG), single)
+    assert torch.equal(in_chunks(model, sizes, LONG[1:]), single[1:])
+    assert calls(model)[0] >= 8
 
 
 MASKED = {  # which positions of a row of 20, which come as 8 and 6 and 6; how many of the last two are native calls
