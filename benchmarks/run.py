@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.harness import chart, machine, record, report, roofline, stress, subject
-from benchmarks.harness.session import FULL, QUICK, Effort, Result, job_for, measure, started
+from benchmarks.harness.session import FULL, QUICK, Effort, Rates, Result, job_for, measure, started
 from benchmarks.harness.variants import BASELINE, VARIANTS
 from benchmarks.models import smollm2
 from benchmarks.peers import registry as peers
@@ -122,8 +122,8 @@ def chosen_effort(options: argparse.Namespace) -> Effort:
 
 def run_variants(
     measured: subject.Subject, options: argparse.Namespace, effort: Effort, skipped: str | None, scratch: Path
-) -> tuple[dict[str, Result], list[float]]:
-    """Return the results, and how fast memory was read in each round, in bytes per second."""
+) -> tuple[dict[str, Result], Rates]:
+    """Return the results, and what the machine did at most in each round."""
     if options.threads:
         torch.set_num_threads(options.threads)
     columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -135,7 +135,7 @@ def run_variants(
             progress.update(task, description=description, completed=share)
 
         with started(jobs) as session:
-            return measure(session, effort, skipped is None, notice), session.read_rates
+            return measure(session, effort, skipped is None, notice), session.rates
 
 
 def show(measured: subject.Subject, effort: Effort, results: dict[str, Result], skipped: str | None) -> None:

@@ -27,12 +27,14 @@ class Job:
 class Loading:
     """Memory is above what the process held with all libraries imported; None where it cannot be told.
 
-    `bytes_per_token`: of the weights that a decoded token reads; None where that depends on the token.
+    `bytes_per_token`: of the weights that a decoded token reads; `prompt_operations`: multiplications and additions of
+    the weights' products in a prefill that wants the last position's logits. None where these depend on the tokens.
     """
 
     weight_bytes: int
     peak_bytes: int | None
     bytes_per_token: int | None = None
+    prompt_operations: int | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from benchmarks.harness import machine
-from benchmarks.harness.session import Effort, Result
+from benchmarks.harness.session import Effort, Rates, Result
 from benchmarks.harness.subject import QUESTION, Subject, fingerprint
 from benchmarks.harness.variants import BASELINE, about
 
@@ -20,9 +20,9 @@ def record(
     results: dict[str, Result],
     skipped_stress: str | None,
     seconds: float,
-    read_rates: Sequence[float] = (),
+    rates: Rates | None = None,
 ) -> dict[str, Any]:
-    """Return the content of the JSON file; `seconds` is what the whole run took, `read_rates` of each round, B/s."""
+    """Return the content of the JSON file; `seconds` is what the whole run took, `rates` those of each round."""
     return {
         "schema": SCHEMA,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -41,7 +41,8 @@ def record(
         },
         "effort": dataclasses.asdict(effort),
         "run_seconds": seconds,
-        "read_rates": list(read_rates),
+        "read_rates": rates.read if rates else [],
+        "multiply_rates": rates.multiply if rates else [],
         "stress_skipped": skipped_stress,
         "variants": [variant_record(result, results.get(BASELINE), subject) for result in results.values()],
     }
@@ -58,6 +59,7 @@ def variant_record(result: Result, baseline: Result | None, subject: Subject) ->
         "traceback": result.details or None,
         "weight_bytes": loading.get("weight_bytes"),
         "bytes_per_token": loading.get("bytes_per_token"),
+        "prompt_operations": loading.get("prompt_operations"),
         "peak_loading_bytes": loading.get("peak_bytes"),
         "steady_bytes": result.steady_bytes,
         "timings": {f"{name}_seconds": _summary(result, name) for name in TIMINGS},

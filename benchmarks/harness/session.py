@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from benchmarks.harness import bandwidth
+from benchmarks.harness import limits
 from benchmarks.harness.child import serve
 from benchmarks.harness.job import Failure, Job, Loading, Sample, StressOutcome
 from benchmarks.harness.quality import Quality
@@ -122,13 +122,20 @@ class Connected:
         self.process.close()
 
 
+class Rates(NamedTuple):
+    """What this machine did at most in each round: bytes read per second, and float32 operations per second."""
+
+    read: list[float]
+    multiply: list[float]
+
+
 class Session:
     """Asks the variants that are still alive, and keeps what they answer or died of."""
 
     def __init__(self, workers: dict[str, Connected]) -> None:
         self.workers = workers
         self.results = {name: Result(name) for name in workers}
-        self.read_rates: list[float] = []  # bytes per second, one for each round
+        self.rates = Rates([], [])
 
     def alive(self) -> list[str]:
         return [name for name, result in self.results.items() if result.failure is None]
@@ -196,10 +203,12 @@ def measure(session: Session, effort: Effort, stressed: bool, notice: Notice) ->
     for share, name in _shares(names, 0.15, 0.25):
         notice(f"Warming up {name}", share)
         session.results[name].steady_bytes = session.ask(name, "warm_up")
-    memory = bandwidth.Memory()
+    memory = limits.Memory()
     for share, index in _shares(range(effort.rounds), 0.25, 0.65):
         notice(f"Round {index + 1} of {effort.rounds}", share)
-        session.read_rates.append(memory.rate())
+        session.rates.read.append(memory.rate())
+        if multiplied := limits.multiply_rate():
+            session.rates.multiply.append(multiplied)
         _round(session, effort, index)
     del memory
     # float32 leaves the reference that the others are compared with: it goes first.

@@ -153,5 +153,14 @@ def bytes_per_token(model: GPT) -> int | None:
     return weight_bytes(model) - (0 if shared else embedding.nbytes())
 
 
+def prompt_operations(model: GPT, tokens: int) -> int | None:
+    """Multiplications and additions of a prefill's products: every matrix for every token, the head for the last."""
+    if model.config.n_expert:
+        return None
+    layers: int = sum(each.numel() for each in model.transformer.h.parameters() if each.dim() == 2)
+    head: int = model.lm_head.weight.numel()
+    return 2 * (layers * tokens + head)
+
+
 def _storage(parameter: torch.Tensor) -> torch.UntypedStorage:
     return getattr(parameter, "stored", parameter).untyped_storage()  # a HalfWeight's float16 tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.harness import memory, quality, stress
 from benchmarks.harness.job import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
-from benchmarks.harness.variants import BASELINE, VARIANTS, bytes_per_token, weight_bytes
+from benchmarks.harness.variants import BASELINE, VARIANTS, bytes_per_token, prompt_operations, weight_bytes
 
 
 class Worker:
@@ -43,7 +43,9 @@ class Worker:
             memory.reset_peak()
         self.model = self.variant.load(self.job.checkpoint)
         peak = self._above_imports(memory.peak_bytes()) if memory.supported() else None
-        return Loading(weight_bytes(self.model), peak, bytes_per_token(self.model))
+        return Loading(
+            weight_bytes(self.model), peak, bytes_per_token(self.model), prompt_operations(self.model, len(self.prompt))
+        )
 
     def _above_imports(self, level: int) -> int | None:
         return level - self.imported_bytes if self.imported_bytes is not None else None
