@@ -14,10 +14,10 @@ CROSS_RUN ?= qemu-aarch64-static
 
 .PHONY: sanitize sanitize-library fuzz driver-aarch64 check-libdispatch
 
-# Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan.
+# Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan. AMX also on tiles in software.
 sanitize: | $(KERNEL_BUILD)
-	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)"; do set -- $$level; number=$$1; shift; \
-	  echo "kernel driver, level $$number"; \
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)" "5 $(AMX) -DUPCAST_EMULATE_TILES"; do set -- $$level; number=$$1; shift; \
+	  echo "kernel driver, level $$*"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number || exit 1; done
 

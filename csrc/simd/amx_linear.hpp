@@ -2,7 +2,7 @@
 //
 // A half is the exact sum of two bfloat16 numbers and a float of three, by truncation: 11 = 8 + 3 and
 // 24 = 8 + 8 + 8 significant bits. Five of the six products of these pieces are added up; the sixth, of both
-// last pieces, is below the last bit of a float. (The idea of splitting is Dekker's, 1971; for bfloat16 units
+// last pieces, is below the last bit of a float. Weights that were bfloat16 have no second piece: three are left. (The idea of splitting is Dekker's, 1971; for bfloat16 units
 // see Henry, Tang and Heinecke, 2019, arXiv:1904.06376.)
 //
 // Rows of weights or of x go into tiles of 16 by 32 pieces, the second operand with pairs of k side by side.
@@ -64,6 +64,7 @@ static Ahead ahead_of(const Linear &a, const TileBlock &block, int64_t n, int64_
 }
 
 // One group of columns of y, [n, n + TILES_N), whose weights are packed at w, against the rows of x packed at x.
+template <bool SECOND>
 static void tile_group(const Linear &a, const TileBlock &block, const uint16_t *w, const uint16_t *x, int64_t begin,
                        int64_t end, int64_t n) {
     const int64_t steps = block.steps(), next_w = steps * W_PIECES * PIECE, next_x = steps * X_PIECES * PIECE;
@@ -73,12 +74,12 @@ static void tile_group(const Linear &a, const TileBlock &block, const uint16_t *
         const int64_t m = begin + 2 * TILE * i;
         const Ahead ahead = ahead_of(a, block, n, i, squares);
         if (m + TILE >= end) {
-            if (a.transposed) multiply_thin<false>(w, next_w, x, steps, ahead, sums);
-            else multiply_thin<true>(w, next_w, x, steps, ahead, sums);
+            if (a.transposed) multiply_thin<false, SECOND>(w, next_w, x, steps, ahead, sums);
+            else multiply_thin<true, SECOND>(w, next_w, x, steps, ahead, sums);
             finish_thin(a, block, sums, m, n);
         } else {
-            if (a.transposed) multiply_square<false>(x, next_x, w, next_w, steps, ahead, sums);
-            else multiply_square<true>(w, next_w, x, next_x, steps, ahead, sums);
+            if (a.transposed) multiply_square<false, SECOND>(x, next_x, w, next_w, steps, ahead, sums);
+            else multiply_square<true, SECOND>(w, next_w, x, next_x, steps, ahead, sums);
             finish_square(a, block, sums, m, n);
         }
     }
@@ -134,7 +135,9 @@ static bool multiply_block(const Linear &a, const TileBlock &block, int64_t m, i
             pack_rows(a, block, n, w, range);
             pack_rows(a, block, n + TILE, w + tile, range);
         }
-        tile_group(a, block, w, scratch, m, next, n);
+        if (range.needs_second()) tile_group<true>(a, block, w, scratch, m, next, n);
+        else tile_group<false>(a, block, w, scratch, m, next, n);
+        range.second = vi{};
     }
     return range.finite();
 }

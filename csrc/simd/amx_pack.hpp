@@ -15,15 +15,19 @@ constexpr int64_t PIECE = TILE * STEP;        // bfloat16 numbers in a tile
 constexpr int X_PIECES = 3, W_PIECES = 2;
 constexpr int64_t TILES_N = 2 * TILE;         // columns of y computed together
 
-// Writes the pieces of the pairs (a[i], b[i]), a's in the lower half of each 32 bits, PIECE numbers apart.
-template <int PIECES> UPCAST_INLINE void store_pieces(uint16_t *out, vf a, vf b) {
+// Writes the pieces of the pairs (a[i], b[i]), a's in the lower half of each 32 bits, PIECE numbers apart. Returns the
+// last pieces: without their signs they are zero where the first ones say everything.
+template <int PIECES> UPCAST_INLINE vi store_pieces(uint16_t *out, vf a, vf b) {
+    vu last = {};
     const vi upper = splat_bits(static_cast<int32_t>(0xffff0000u));
     for (int piece = 0; piece < PIECES; ++piece) {
         const vi top_a = (vi)a & upper, top_b = (vi)b & upper;
         const vu pair = (vu)top_a >> 16 | (vu)top_b;
         memcpy(out + piece * PIECE, &pair, sizeof pair);
         a -= (vf)top_a, b -= (vf)top_b;
+        last = pair;
     }
+    return (vi)last;
 }
 
 // A block of K: whether it is the first or the last one decides what joins its sums in y.
@@ -50,9 +54,15 @@ struct Range {
     }
 };
 
-// Whether any weight met while packing was not finite.
+// Whether any weight met while packing was not finite, and whether any of those of the group needs its second piece:
+// none does that was a bfloat16 number, whose 8 digits are the first.
 struct HalfRange {
-    vi found = {};
+    vi found = {}, second = {};
+    UPCAST_ALWAYS_INLINE bool needs_second() const {
+        int32_t any = 0;
+        for (int i = 0; i < LANES; ++i) any |= second[i];
+        return (any & 0x7fff7fff) != 0;
+    }
     // STEP halves: those whose exponent is full become negative when one is added to it.
     UPCAST_ALWAYS_INLINE void see(const uint16_t *w) {
         vi pairs;
@@ -131,14 +141,14 @@ static void pack_rows(const Linear &a, const TileBlock &block, int64_t n, uint16
     for (; k + STEP <= block.depth; k += STEP, out += W_PIECES * PIECE) {
         for (int64_t i = 0; i < TILE; ++i) {
             range.see(rows[i] + k);
-            store_pieces<W_PIECES>(out + i * STEP, load_half(rows[i] + k), load_half(rows[i] + k + TILE));
+            range.second |= store_pieces<W_PIECES>(out + i * STEP, load_half(rows[i] + k), load_half(rows[i] + k + TILE));
         }
     }
     for (int64_t i = 0; k < block.depth && i < TILE; ++i) {
         const vf first = load_some(rows[i] + k, block.depth - k);
         const vf second = load_some(rows[i] + k + TILE, block.depth - k - TILE);
         range.see(first), range.see(second);
-        store_pieces<W_PIECES>(out + i * STEP, first, second);
+        range.second |= store_pieces<W_PIECES>(out + i * STEP, first, second);
     }
     all = range;
 }
@@ -157,7 +167,7 @@ static void pack_stacked(const Linear &a, const TileBlock &block, int64_t n, uin
                 const vf upper = load_some(first + tile * TILE, in_first - tile * TILE);
                 const vf lower = load_some(second + tile * TILE, in_second - tile * TILE);
                 range.see(upper), range.see(lower);
-                store_pieces<W_PIECES>(out + tile * next + j * STEP, upper, lower);
+                range.second |= store_pieces<W_PIECES>(out + tile * next + j * STEP, upper, lower);
             }
         }
     }

@@ -91,18 +91,21 @@ static void store_sums(TileSums &sums) {
 }
 
 // sums[i][j] = tile i of the first operand times tile j of the second, over `steps` tiles along k. Small
-// products go first. WEIGHTS_FIRST: the first operand has the two pieces of weights, the second x's three.
-template <bool WEIGHTS_FIRST>
+// products go first. WEIGHTS_FIRST: the first operand has the two pieces of weights, the second x's three. SECOND: the
+// weights' second pieces are not all zero.
+template <bool WEIGHTS_FIRST, bool SECOND>
 static void multiply_square(const uint16_t *first, int64_t first_next, const uint16_t *second, int64_t second_next,
                             int64_t steps, const Ahead &ahead, TileSums &sums) {
     zero_sums();
     for (int64_t s = 0; s < steps; ++s) {
         ahead.fetch(s);
-        UPCAST_LOAD_W(1);
-        UPCAST_LOAD_X(1);
-        UPCAST_MULTIPLY_FOUR();
-        UPCAST_LOAD_X(0);
-        UPCAST_MULTIPLY_FOUR();
+        if constexpr (SECOND) {
+            UPCAST_LOAD_W(1);
+            UPCAST_LOAD_X(1);
+            UPCAST_MULTIPLY_FOUR();
+            UPCAST_LOAD_X(0);
+            UPCAST_MULTIPLY_FOUR();
+        }
         UPCAST_LOAD_W(0);
         UPCAST_LOAD_X(2);
         UPCAST_MULTIPLY_FOUR();
@@ -118,7 +121,7 @@ static void multiply_square(const uint16_t *first, int64_t first_next, const uin
 
 // As above for one tile of x. Two tiles of weights alone would wait for each other's sums: the products with
 // the second piece of the weights have sums of their own, in sums[1].
-template <bool WEIGHTS_FIRST>
+template <bool WEIGHTS_FIRST, bool SECOND>
 static void multiply_thin(const uint16_t *w, int64_t w_next, const uint16_t *x, int64_t steps, const Ahead &ahead,
                           TileSums &sums) {
     zero_sums();
@@ -135,6 +138,7 @@ static void multiply_thin(const uint16_t *w, int64_t w_next, const uint16_t *x, 
         UPCAST_TIMES_W(1, 6);
         UPCAST_TIMES_W(1, 5);
         UPCAST_TIMES_W(1, 4);
+        if constexpr (!SECOND) continue;
         _tile_loadd(7, w + PIECE, 64);
         UPCAST_TIMES_W(2, 5);
         UPCAST_TIMES_W(2, 4);

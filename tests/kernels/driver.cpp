@@ -1,6 +1,9 @@
 // The kernels of one level without Python: every operation against double precision, over edge sizes or, given
 // a number of seconds, over random ones. Inputs sit at the very end of exactly sized allocations, so that a
 // sanitizer sees any read beyond them. Exits with 1 at the first disagreement.
+#if UPCAST_EMULATE_TILES
+#include "emulated_tiles.hpp"
+#endif
 #include "simd/level.cpp"
 
 #include <initializer_list>
@@ -9,7 +12,7 @@
 #include <stdlib.h>
 #include <time.h>
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_LEVEL == 5 && !UPCAST_EMULATE_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -73,6 +76,25 @@ void run_linear(const Linear &a, int threads) {
         for (int task = 0; task < plan.tasks[phase]; ++task) LEVEL.linear(a, plan, aligned, phase, task);
 }
 
+// y of `a` against sums of double precision.
+void check_linear(const Linear &a) {
+    double error = 0, size = 0;
+    for (int64_t m = 0; m < a.M; ++m) {
+        for (int64_t n = 0; n < a.N; ++n) {
+            // Squares of the terms, not of their sum, which may be close to zero.
+            const double rest[] = {a.bias ? a.bias[n] : 0.0f, a.residual ? a.residual[m * a.ldr + n] : 0.0f};
+            double sum = rest[0] + rest[1];
+            size += rest[0] * rest[0] + rest[1] * rest[1];
+            for (int64_t k = 0; k < a.K; ++k) {
+                const double term = a.x[m * a.ldx + k] * half(a.w[a.transposed ? k * a.ldw + n : n * a.ldw + k]);
+                sum += term, size += term * term;
+            }
+            error += pow(a.y[m * a.ldy + n] - sum, 2);
+        }
+    }
+    expect(a.transposed ? "matmul" : "linear", error, size, a.M, a.N, a.K);
+}
+
 void test_linear(int64_t M, int64_t N, int64_t K, bool transposed, int threads) {
     const int64_t pad_x = below(3), pad_w = below(3), skip = below(3);
     const int64_t rows = transposed ? K : N, columns = transposed ? N : K;
@@ -85,21 +107,7 @@ void test_linear(int64_t M, int64_t N, int64_t K, bool transposed, int threads) 
     a.y = y.data, a.ldy = a.ldr = N, a.M = M, a.N = N, a.K = K;
     if (M == 0 || N == 0) return;
     run_linear(a, threads);
-    double error = 0, size = 0;
-    for (int64_t m = 0; m < M; ++m) {
-        for (int64_t n = 0; n < N; ++n) {
-            // Squares of the terms, not of their sum, which may be close to zero.
-            const double rest[] = {a.bias ? bias[n] : 0.0f, a.residual ? residual[m * N + n] : 0.0f};
-            double sum = rest[0] + rest[1];
-            size += rest[0] * rest[0] + rest[1] * rest[1];
-            for (int64_t k = 0; k < K; ++k) {
-                const double term = a.x[m * a.ldx + k] * half(a.w[transposed ? k * a.ldw + n : n * a.ldw + k]);
-                sum += term, size += term * term;
-            }
-            error += (y[m * N + n] - sum) * (y[m * N + n] - sum);
-        }
-    }
-    expect(transposed ? "matmul" : "linear", error, size, M, N, K);
+    check_linear(a);
 }
 
 void test_rows(int64_t rows, int64_t width) {
@@ -284,7 +292,32 @@ void test_pause() {
     if (!alone || !back) expect(alone ? "two threads again" : "one thread while another is starved", 1, 0, 0, 0, 0);
 }
 
+#if UPCAST_EMULATE_TILES
+// Weights that were bfloat16 take three products of tiles where others take five, and add up to the same.
+void test_second_pieces(bool transposed) {
+    long counts[2];
+    for (int digits : {7, 10}) {
+        const int64_t M = 40, N = 64, K = 96;
+        Buffer<float> x(M * K), y(M * N);
+        Buffer<uint16_t> w(N * K);
+        fill(x), fill(w);
+        for (int64_t i = 0; i < w.size; ++i) w[i] = static_cast<uint16_t>(w[i] >> (10 - digits) << (10 - digits));
+        Linear a = {};
+        a.x = x.data, a.ldx = K, a.w = w.data, a.ldw = transposed ? N : K, a.transposed = transposed;
+        a.y = y.data, a.ldy = N, a.M = M, a.N = N, a.K = K;
+        emulated::products = 0;
+        run_linear(a, 1);
+        counts[digits == 10] = emulated::products;
+        check_linear(a);
+    }
+    if (5 * counts[0] != 3 * counts[1]) printf("second pieces: %ld and %ld products\n", counts[0], counts[1]), exit(1);
+}
+#endif
+
 void test_edges() {
+#if UPCAST_EMULATE_TILES
+    test_second_pieces(false), test_second_pieces(true);
+#endif
     const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 129};
     for (int64_t M : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 65})
         for (int64_t N : sizes)
@@ -315,10 +348,10 @@ void test_random() {
 
 int main(int count, char **arguments) {
 #if defined(__x86_64__)
-#if UPCAST_LEVEL == 5
+#if UPCAST_LEVEL == 5 && !UPCAST_EMULATE_TILES
     if (syscall(SYS_arch_prctl, 0x1023L, 18L) != 0) return printf("skipped: no AMX here\n"), 0; // as in dispatch.cpp
 #endif
-    if (UPCAST_LEVEL == 4 && !__builtin_cpu_supports("avx512vl")) return printf("skipped: no AVX-512 here\n"), 0;
+    if (UPCAST_LEVEL >= 4 && !__builtin_cpu_supports("avx512vl")) return printf("skipped: no AVX-512 here\n"), 0;
     if (UPCAST_LEVEL == 3 && !__builtin_cpu_supports("avx2")) return printf("skipped: no AVX2 here\n"), 0;
 #endif
     const time_t end = time(nullptr) + (count > 1 ? atoi(arguments[1]) : 0);

@@ -1,0 +1,62 @@
+// AMX tiles in plain C++, where the processor has none: the driver of level 5 then runs on AVX-512.
+//
+// Sums are float32, added pair by pair as the instruction adds them; it reads subnormal pieces as zero, and so does this.
+#pragma once
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "runtime/kernels.hpp" // before the names below are taken
+
+namespace emulated {
+
+struct Tile {
+    unsigned char bytes[16][64];
+};
+static Tile tiles[8];
+static long products; // of two tiles
+
+static float piece(const unsigned char *bytes) {
+    uint16_t bits;
+    memcpy(&bits, bytes, sizeof bits);
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return fpclassify(value) == FP_SUBNORMAL ? 0.0f : value;
+}
+
+static void load(int tile, const void *from, long stride) {
+    for (int row = 0; row < 16; ++row) memcpy(tiles[tile].bytes[row], static_cast<const char *>(from) + row * stride, 64);
+}
+static void store(int tile, void *to, long stride) {
+    for (int row = 0; row < 16; ++row) memcpy(static_cast<char *>(to) + row * stride, tiles[tile].bytes[row], 64);
+}
+static void zero(int tile) { memset(&tiles[tile], 0, sizeof(Tile)); }
+
+static void multiply(int sum, int left, int right) {
+    ++products;
+    for (int m = 0; m < 16; ++m) {
+        float sums[16];
+        memcpy(sums, tiles[sum].bytes[m], 64);
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < 16; ++n)
+                for (int i = 0; i < 2; ++i)
+                    sums[n] += piece(&tiles[left].bytes[m][4 * k + 2 * i]) * piece(&tiles[right].bytes[k][4 * n + 2 * i]);
+        memcpy(tiles[sum].bytes[m], sums, 64);
+    }
+}
+
+} // namespace emulated
+
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbf16ps
+#define _tile_loadd(tile, from, stride) emulated::load(tile, from, stride)
+#define _tile_stored(tile, to, stride) emulated::store(tile, to, stride)
+#define _tile_zero(tile) emulated::zero(tile)
+#define _tile_dpbf16ps(sum, left, right) emulated::multiply(sum, left, right)
+#define _tile_loadconfig(config) static_cast<void>(config)
+#define _tile_release() static_cast<void>(0)
