@@ -14,11 +14,11 @@ EMULATED := -m "not real and not slow" tests/integrations/litgpt/test_models.py 
   tests/integrations/test_kv_cache_rule.py tests/integrations/transformers/test_layer.py \
   tests/integrations/transformers/test_models.py tests/integrations/transformers/test_cache.py
 
-# What runs without a GIL: no LitGPT, no Transformers, and nothing of torch that imports triton, which switches it on.
+# What runs without a GIL: no LitGPT, no Transformers, and nothing that torch.compile needs triton for.
 THREADED := -m "not real and not slow" tests/core tests/kernels tests/patching tests/policy tests/tensor \
   $(addprefix --ignore tests/,core/test_hostile.py tensor/test_compile.py tensor/test_tracers.py tensor/test_weight_property.py)
 
-.PHONY: workflows wheels check-macos test-aarch64 test-free-threaded
+.PHONY: workflows wheels check-macos check-windows test-aarch64 test-free-threaded
 
 # GitHub's workflows cannot run here: actionlint reads them.
 workflows: $(TOOLS)/.installed
@@ -32,6 +32,11 @@ wheels: setup workflows $(TOOLS)/.installed $(PLATFORMS)/python3.13t/bin/python3
 # Compiles and links everything for Apple silicon, and looks at the result; nothing of it runs here.
 check-macos: $(TOOLS)/.installed
 	$(TOOLS)/bin/python tools/wheels.py macos-arm64
+	$(TOOK)
+
+# The same for Windows, where the kernels are in no wheel yet.
+check-windows: $(TOOLS)/.installed
+	$(TOOLS)/bin/python tools/wheels.py windows-x86_64
 	$(TOOK)
 
 # The whole package on an emulated aarch64.

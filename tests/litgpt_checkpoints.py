@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 SMALL = {"n_layer": 3, "n_head": 4, "n_embd": 32, "block_size": 128, "padded_vocab_size": 320, "vocab_size": 320}
 
@@ -48,6 +47,7 @@ def write_tokenizer(folder: Path) -> None:
 
 def write_checkpoint(folder: Path, config: Any, dtype: torch.dtype = torch.float16, spoil: Any = None) -> Path:
     """Write model_config.yaml, lit_model.pth and a tokenizer; ``spoil(state_dict)`` may change the weights."""
+    import yaml
     from litgpt import GPT
 
     torch.manual_seed(0)

@@ -13,6 +13,7 @@ MUST = ("upcast/py.typed", "upcast.pth", "upcast.start", "_upcast_startup.py", "
 MUST_NOT = (".cpp", ".hpp", ".c", ".h", ".cmake", "CMakeLists.txt", "native_missing.txt", ".o")
 BEGIN, END = "<!-- wheels: begin (written by tools/wheels.py) -->", "<!-- wheels: end -->"
 OF_MACOS = ("/usr/lib/libSystem.B.dylib",)
+OF_WINDOWS = ("KERNEL32.dll", "python3.dll")
 OLDEST_MACOS, ARM64, DYLIB = (11, 0), 0x0100000C, 6
 
 
@@ -27,7 +28,7 @@ def look(wheel: Path, system: str) -> dict[str, str]:
         if missing or surplus or len(libraries) != 1:
             sys.exit(f"{wheel.name}: missing {missing}, not wanted {surplus}, native libraries {libraries}")
         library = Path(archive.extract(libraries[0], folder))
-        needs = of_macos(library) if system == "Darwin" else of_linux(wheel)
+        needs = {"Windows": of_windows, "Darwin": of_macos}[system](library) if system != "Linux" else of_linux(wheel)
     check_metadata(metadata, release=False)
     size = f"{wheel.stat().st_size / 1e6:.2f} MB"
     return {"wheel": f"`{wheel.name}`", "size": size, "needs": needs}
@@ -77,6 +78,16 @@ def of_macos(library: Path) -> str:
     if needed or wrong:
         sys.exit(f"{library.name}: {wrong}, needs {needed}")
     return f"macOS {'.'.join(map(str, OLDEST_MACOS))}, libSystem"
+
+
+def of_windows(library: Path) -> str:
+    """What a Windows library needs, if it is one that every Python from 3.10 on loads on x86-64."""
+    shown = subprocess.run(["objdump", "-p", str(library)], check=True, text=True, capture_output=True).stdout
+    needed = sorted(set(re.findall(r"DLL Name: (\S+)", shown)))
+    others = [name for name in needed if name not in OF_WINDOWS and not name.startswith("api-ms-win-crt-")]
+    if "pei-x86-64" not in shown or "python3.dll" not in needed or others or "PyInit__native" not in shown:
+        sys.exit(f"{library.name} needs {needed}:\n{shown}")
+    return "Windows 10, python3.dll"
 
 
 def _version(packed: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Build the sdist and, out of it, a wheel for every platform that can be built for here; check and try them.
 
-    python tools/wheels.py [linux-x86_64] [linux-aarch64] [macos-arm64] [free-threaded] [--page FILE] [--release]
+    python tools/wheels.py [linux-x86_64] [linux-aarch64] [macos-arm64] [free-threaded] [windows-x86_64]
+        [--page FILE] [--release]
 
 PyPI's ziglang compiles for all of them: its clang comes with the C libraries' symbols of old systems. Everything is
 written to build/platforms; `--page` puts the table of wheels into a page, `--release` insists on the project's address.
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import inspection
+import windows
 
 ROOT = Path(__file__).parents[1]
 WORK = ROOT / "build" / "platforms"
@@ -35,6 +37,7 @@ class Target:
     platform: str
     python: str = sys.executable
     abi: str = "cp310-abi3"
+    listed: bool = True  # built where nobody names a platform
 
 
 TARGETS = {
@@ -49,6 +52,8 @@ TARGETS = {
         os.environ.get("FREE_THREADED", str(WORK / "python3.13t" / "bin" / "python3.13t")),
         "cp313-cp313t",
     ),
+    # zig would compile a C++ library first, of which nothing is used.
+    "windows-x86_64": Target("x86_64-windows-gnu -nostdlib++", "Windows", "AMD64", "win_amd64", listed=False),
 }
 
 # No macOS linker of zig's makes bundles; Python loads a dylib as well. And zig's names of processors have no dashes.
@@ -73,7 +78,7 @@ def main() -> int:
     parser.add_argument("--release", action="store_true", help="fail where the metadata has no project address")
     options = parser.parse_args()
     began = time.monotonic()
-    names = options.names or list(TARGETS)
+    names = options.names or [name for name, target in TARGETS.items() if target.listed]
     source = sdist(WORK / "dist", options.release)
     rows = [one(name, source, WORK / "dist") for name in names]
     table = inspection.table(rows)
@@ -128,7 +133,7 @@ def cross(name: str, target: Target) -> dict[str, str]:
     folder = WORK / "zig" / name
     folder.mkdir(parents=True, exist_ok=True)
     scripts = {"c++": COMPILER.format(python=sys.executable, target=target.zig)}
-    scripts |= {tool: TOOL.format(python=sys.executable, name=tool) for tool in ("ar", "ranlib")}
+    scripts |= {tool: TOOL.format(python=sys.executable, name=tool) for tool in ("ar", "ranlib", "rc")}
     for script, text in scripts.items():
         (folder / script).write_text(text)
         (folder / script).chmod(0o755)
@@ -138,6 +143,7 @@ def cross(name: str, target: Target) -> dict[str, str]:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "UPCAST_ZIG": str(folder),
         "UPCAST_SYSTEM": target.system,
+        **({"UPCAST_WINDOWS_PYTHON": str(windows.prepare(WORK / "windows"))} if target.system == "Windows" else {}),
         "UPCAST_PROCESSOR": target.processor,
     }
 

@@ -9,5 +9,6 @@ endif()
 set(CMAKE_CXX_COMPILER $ENV{UPCAST_ZIG}/c++)
 set(CMAKE_AR $ENV{UPCAST_ZIG}/ar)
 set(CMAKE_RANLIB $ENV{UPCAST_ZIG}/ranlib)
+set(CMAKE_RC_COMPILER $ENV{UPCAST_ZIG}/rc) # CMake asks for one on Windows; there is nothing for it to do
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_INSTALL_NAME_TOOL true) # there are no names to change

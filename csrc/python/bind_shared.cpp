@@ -1,9 +1,8 @@
 // Ranks on one host wait for each other on counters in memory that they share, and add up what each has put there.
 #include "python/bind.hpp"
+#include "runtime/system.hpp"
 
-#include <sched.h>
 #include <string.h>
-#include <time.h>
 
 namespace upcast {
 namespace {
@@ -11,13 +10,7 @@ namespace {
 constexpr int64_t LINE = 8;                   // int64 in a cache line: each rank's counter has one of its own
 constexpr int64_t SPIN = INT64_C(50000);      // nanoseconds of spinning, before others may have the core
 constexpr int64_t YIELD = INT64_C(2000000);   // and of yielding it, before sleeping
-constexpr timespec NAP = {0, 50000};
-
-int64_t now() {
-    timespec time;
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
-}
+constexpr int64_t NAP = INT64_C(50000);
 
 void relax() {
 #if defined(__x86_64__)
@@ -36,16 +29,16 @@ int64_t first_late(const int64_t *counters, int64_t ranks, int64_t turn) {
 // What this rank wrote before is seen by every rank for which it is not late, and the other way round.
 int64_t meet(int64_t *counters, int64_t ranks, int64_t rank, int64_t turn, int64_t most) {
     __atomic_store_n(counters + rank * LINE, turn, __ATOMIC_RELEASE);
-    const int64_t start = now();
+    const int64_t start = nanoseconds();
     for (;;) {
         for (int i = 0; i < 32; ++i) {
             if (first_late(counters, ranks, turn) < 0) return -1;
             relax();
         }
-        const int64_t waited = now() - start;
+        const int64_t waited = nanoseconds() - start;
         if (waited > most) return first_late(counters, ranks, turn);
-        if (waited > YIELD) nanosleep(&NAP, nullptr);
-        else if (waited > SPIN) sched_yield();
+        if (waited > YIELD) nap(NAP);
+        else if (waited > SPIN) yield_core();
     }
 }
 

@@ -1,8 +1,8 @@
 #include "runtime/block.hpp"
 
+#include "runtime/system.hpp"
 #include "runtime/threads.hpp"
 
-#include <stdlib.h>
 #include <string.h>
 
 namespace upcast {
@@ -22,8 +22,7 @@ class Workspace {
         constexpr int count = sizeof parts / sizeof *parts;
         int64_t total = 0;
         for (int64_t part : parts) total += padded(part);
-        void *data = nullptr;
-        if (posix_memalign(&data, 64, sizeof(float) * static_cast<size_t>(total + LINE)) != 0) data = nullptr;
+        void *data = allocate_aligned(sizeof(float) * static_cast<size_t>(total + LINE));
         data_ = static_cast<float *>(data);
         int64_t at = 0;
         for (int i = 0; data && i < count; ++i) {
@@ -31,7 +30,7 @@ class Workspace {
             at += padded(parts[i]);
         }
     }
-    ~Workspace() { free(data_); }
+    ~Workspace() { free_aligned(data_); }
     Workspace(const Workspace &) = delete;
     Workspace &operator=(const Workspace &) = delete;
     bool failed() const { return !data_; }

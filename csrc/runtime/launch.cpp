@@ -1,9 +1,8 @@
 #include "runtime/launch.hpp"
 
+#include "runtime/system.hpp"
 #include "runtime/threads.hpp"
 #include "runtime/tuning.hpp"
-
-#include <stdlib.h>
 
 namespace upcast {
 namespace {
@@ -11,19 +10,16 @@ namespace {
 // Scratch of one call: calls from many threads never meet in it.
 class Scratch {
   public:
-    explicit Scratch(size_t bytes) {
-        if (bytes != 0 && posix_memalign(&data_, 64, bytes) != 0) data_ = nullptr;
-        failed_ = bytes != 0 && !data_;
-    }
-    ~Scratch() { free(data_); }
+    explicit Scratch(size_t bytes) : data_(bytes != 0 ? allocate_aligned(bytes) : nullptr), failed_(bytes != 0 && !data_) {}
+    ~Scratch() { free_aligned(data_); }
     Scratch(const Scratch &) = delete;
     Scratch &operator=(const Scratch &) = delete;
     bool failed() const { return failed_; }
     void *data() const { return data_; }
 
   private:
-    void *data_ = nullptr;
-    bool failed_ = false;
+    void *data_;
+    bool failed_;
 };
 
 struct LinearCall {

@@ -4,13 +4,11 @@
 // libomp is found; that path is compiled by the tests but has not been run.
 #include "runtime/threads.hpp"
 
-#include <dlfcn.h>
-#include <pthread.h>
-#include <sched.h>
+#include "runtime/system.hpp"
+
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <time.h>
 
 #if defined(__APPLE__) || defined(UPCAST_CHECK_LIBDISPATCH)
 #define UPCAST_LIBDISPATCH 1
@@ -27,18 +25,34 @@ struct Pool {
     int (*team_size)();
 };
 
+#if defined(_WIN32)
+// The library that torch has on Windows is LLVM's kind without GOMP_parallel: this is the same by its own entry points.
+struct Place {
+    int32_t reserved_1, flags, reserved_2, reserved_3;
+    const char *source;
+};
+constexpr int32_t OF_A_COMPILER = 2; // KMP_IDENT_KMPC
+Place place = {0, OF_A_COMPILER, 0, 0, ";unknown;unknown;0;0;;"};
+
+typedef void (*Body)(void *);
+void (*fork_call)(Place *, int32_t count, void (*microtask)(int32_t *, int32_t *, void *, void *), ...) = nullptr;
+void (*push_threads)(Place *, int32_t thread, int32_t threads) = nullptr;
+int32_t (*global_thread)(Place *) = nullptr;
+
+void microtask(int32_t *, int32_t *, void *body, void *data) { reinterpret_cast<Body>(body)(data); }
+
+void fork_parallel(Body body, void *data, unsigned threads, unsigned) {
+    push_threads(&place, global_thread(&place), static_cast<int32_t>(threads));
+    fork_call(&place, 2, microtask, reinterpret_cast<void *>(body), data);
+}
+#endif
+
 // Written once, under the interpreter's import lock, before any kernel runs.
 Pool pool = {};
 char description[512] = "none: one thread";
 
 // The threads of an OpenMP pool do not survive fork(), and waiting for them would hang the child.
 int forked = 0;
-
-int64_t nanoseconds() {
-    timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * INT64_C(1000000000) + now.tv_nsec;
-}
 
 struct Region {
     Task task;
@@ -98,7 +112,7 @@ thread_local Team *team_of_this_thread = nullptr;
 template <class Done> void wait_until(Done done) {
     constexpr int PATIENCE = 4096;
     for (int tries = 0; !done(); ++tries) {
-        if (tries >= PATIENCE) sched_yield();
+        if (tries >= PATIENCE) yield_core();
 #if defined(__x86_64__)
         else __builtin_ia32_pause();
 #elif defined(__aarch64__)
@@ -151,10 +165,20 @@ bool run_on_pool(Region &region) {
 
 void note_fork() { __atomic_store_n(&forked, 1, __ATOMIC_RELAXED); }
 
-// dlsym gives object pointers; POSIX guarantees that they hold functions.
-template <class Function> bool look_up(void *handle, const char *name, Function &function) {
-    function = reinterpret_cast<Function>(dlsym(handle, name));
+// Object pointers hold functions, on POSIX and on Windows.
+template <class Function> bool look_up(void *library, const char *name, Function &function) {
+    function = reinterpret_cast<Function>(find_symbol(library, name));
     return function != nullptr;
+}
+
+bool look_up_parallel(void *library, Pool &found) {
+#if defined(_WIN32)
+    found.parallel = fork_parallel;
+    return look_up(library, "__kmpc_fork_call", fork_call) && look_up(library, "__kmpc_push_num_threads", push_threads) &&
+           look_up(library, "__kmpc_global_thread_num", global_thread);
+#else
+    return look_up(library, "GOMP_parallel", found.parallel);
+#endif
 }
 
 #ifdef UPCAST_LIBDISPATCH
@@ -167,22 +191,22 @@ void dispatch_body(void *data, size_t index) {
 } // namespace
 
 bool attach_pool(const char *library) {
-    void *handle = dlopen(library, RTLD_LAZY | RTLD_NOLOAD);
+    void *handle = find_library(library);
     if (!handle) return false;
     Pool found = {};
-    const bool complete = look_up(handle, "GOMP_parallel", found.parallel) &&
-                          look_up(handle, "omp_get_thread_num", found.thread_number) &&
+    const bool complete = look_up_parallel(handle, found) && look_up(handle, "omp_get_thread_num", found.thread_number) &&
                           look_up(handle, "omp_get_num_threads", found.team_size);
     if (complete) {
-        Dl_info info = {};
-        dladdr(reinterpret_cast<void *>(found.parallel), &info);
-        snprintf(description, sizeof description, "OpenMP (%s)", info.dli_fname ? info.dli_fname : library);
+        char name[sizeof description - 16];
+        snprintf(name, sizeof name, "%s", library);
+        name_library_of(reinterpret_cast<void *>(found.thread_number), name, sizeof name);
+        snprintf(description, sizeof description, "OpenMP (%s)", name);
         pool = found;
-        pthread_atfork(nullptr, nullptr, note_fork);
+        after_fork(note_fork);
         // The handle stays open: it keeps the pool's code mapped for as long as we may call it.
         return true;
     }
-    dlclose(handle);
+    let_library_go(handle);
     return false;
 }
 

@@ -1,6 +1,7 @@
 // One transformer block against the same in double precision: norms, rope, cache, grouped heads, both residuals.
 #include "runtime/block.cpp"
 #include "runtime/launch.cpp"
+#include "runtime/system.cpp"
 #include "runtime/threads.cpp"
 #include "runtime/tuning.hpp"
 

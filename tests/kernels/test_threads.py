@@ -17,7 +17,7 @@ torch.manual_seed(0)
 X, W, B = torch.randn(24, 512), torch.randn(700, 512).half(), torch.randn(700)
 
 PREAMBLE = """
-import os, threading, torch
+import os, threading, time, torch
 from upcast.kernels import native
 x, w = torch.randn(24, 512), torch.randn(700, 512).half()
 tasks = lambda: len(os.listdir("/proc/self/task"))
@@ -54,6 +54,7 @@ def test_set_num_threads_is_honoured_by_every_call() -> None:
         "torch.set_num_threads(1); before = tasks(); native.linear(x, w); print(tasks() - before)\n"
         "torch.set_num_threads(3); native.linear(x, w); before = tasks()\n"
         "torch.randn(1000, 1000).exp_(); print(tasks() - before)\n"
+        "time.sleep(0.6)\n"  # longer than kernels leave a pool alone that a busy machine kept waiting
         "torch.set_num_threads(5); native.linear(x, w); print(tasks() - before)\n"
     )
     alone, torch_added, grown = out.split()
