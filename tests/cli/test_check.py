@@ -123,7 +123,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "GGUF": (a_file("model.gguf"), "is GGUF, for llama.cpp; upcast takes weights of 16 or 32 bits"),
     "a folder of GGUF": (lambda folder: a_file("a.gguf")(folder).parent, "is GGUF, for llama.cpp"),
     "Diffusers": (of_diffusers, "is of Diffusers; these commands run a model on text"),
-    "images": (of_a_class("ViTModel", "ViTConfig", {"hidden_size": 32, "num_attention_heads": 4}), "which reads no text"),
+    "images": (
+        of_a_class("ViTModel", "ViTConfig", {"hidden_size": 32, "num_attention_heads": 4}),
+        "which reads no text",
+    ),
     "no tokenizer": (without("tokenizer*", transformers_folder), "has no tokenizer"),
     "no tokenizer, LitGPT": (without("tokenizer*", FOLDERS["litgpt"][0]), "has no tokenizer"),
     "no weights": (without("*.safetensors", transformers_folder), "from_pretrained has to load the folder"),

@@ -3,7 +3,7 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from upcast.core import messages, text_file
 from upcast.core.errors import UpcastError, describe
@@ -21,13 +21,13 @@ def load(folder: Path) -> tuple[Any, Any]:
         with checkpoint_files.loaded_from((folder,), {}):
             if os.path.isfile(folder / "model_config.yaml"):
                 return _litgpt(folder)
-            if os.path.isfile(folder / "config.json") and not _is_of_diffusers(folder):
-                return _transformers(folder)
+            if not os.path.isfile(folder / "config.json") or _is_of_diffusers(folder):
+                _refuse(folder)
+            return _transformers(folder)
     except UpcastError:
         raise
     except Exception as error:  # it names the folder already
         raise UpcastError(f"{describe(error)}; from_pretrained has to load the folder. Try that in Python.") from error
-    raise UpcastError(_what_else(folder))
 
 
 def _litgpt(folder: Path) -> tuple[Any, Any]:
@@ -74,21 +74,21 @@ def _is_of_diffusers(folder: Path) -> bool:
     return isinstance(content, dict) and "_diffusers_version" in content
 
 
-def _what_else(folder: Path) -> str:
-    """Return what a folder is that is no checkpoint of either library, and what to do."""
+def _refuse(folder: Path) -> NoReturn:
+    """Say what a folder is that is no checkpoint of either library, and what to do."""
     if os.path.isfile(folder / "model_index.json") or os.path.isfile(folder / "config.json"):
-        return (
+        raise UpcastError(
             f"{folder} is of Diffusers; these commands run a model on text. In code: load it with "
             "upcast.from_pretrained, and give its models inputs: upcast.diagnose(pipeline.unet, inputs)."
         )
     if folder.suffix == ".gguf" or (os.path.isdir(folder) and any(folder.glob("*.gguf"))):
-        return (
+        raise UpcastError(
             f"{folder} is GGUF, for llama.cpp; upcast takes weights of 16 or 32 bits. Pass the checkpoint it was made "
             "of, or let Transformers read it: from_pretrained(folder, gguf_file=name), then upcast.patch(model)."
         )
     if os.path.isfile(folder):
-        return f"{folder} is a file; a checkpoint is a folder. Pass the one it lies in, {folder.parent}."
-    return (
+        raise UpcastError(f"{folder} is a file; a checkpoint is a folder. Pass the one it lies in, {folder.parent}.")
+    raise UpcastError(
         f"{folder} is no checkpoint folder; it must hold model_config.yaml and lit_model.pth (LitGPT) or config.json "
         "(Transformers). Check the path."
     )
