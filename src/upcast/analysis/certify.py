@@ -299,7 +299,7 @@ def _judged(name: str, model: nn.Module, reference: _Reference, progress: consol
         logits = _logits(model, piece[:-1])
         seconds = time.perf_counter() - begin
         sums.add(logits, reference.logits(piece), piece[1:])
-        sums.timed(seconds, reference.seconds, len(piece) - 1)
+        sums.timed(seconds, seconds if model is reference.model else reference.seconds, len(piece) - 1)
         progress.advance()
     decoded = _decode(model, reference.prompt, reference.greedy)
     same = sum(a == b for a, b in zip(decoded, reference.continuation, strict=True)) / max(len(decoded), 1)

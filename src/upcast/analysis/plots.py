@@ -184,7 +184,9 @@ def _bars(
     low = min(shown, default=1.0) / 5 if logarithmic else 0.0
     if logarithmic:
         axis.set_xscale("log")
-    axis.set_xlim(low, max(shown, default=1.0) * (20 if logarithmic else 1.35))
+    axis.set_xlim(low, max(shown, default=1.0) * (200 if logarithmic else 1.35))
+    if not logarithmic:
+        axis.locator_params(axis="x", nbins=4)
     for y, (name, value) in enumerate(zip(names, values, strict=True)):
         if value is None:
             axis.text(low, y, " not finite", va="center", color=BAD, weight="bold", fontsize=8.5)
