@@ -74,7 +74,9 @@ def notebook(path: Path, uri: str) -> dict[str, str | bytes]:
 def _output(output: dict[str, Any], name: str, alt: str) -> tuple[str, bytes]:
     """Return the Markdown of one output of a cell, and its picture."""
     if output["output_type"] == "stream":
-        return _text("".join(output["text"]), "text" if output["name"] == "stdout" else "{.text .said}"), b""
+        text = "".join(output["text"])
+        prose = output["name"] == "stderr" or "  " not in text  # no columns: long lines may be broken
+        return _text(text, "{.text .said}" if prose else "text"), b""
     data = output["data"]
     if "image/png" in data:
         return f"![{alt}]({name})", base64.b64decode(data["image/png"])

@@ -1,7 +1,7 @@
 """The public verbs: patch, patched; unpatch, report and plan as they are."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import upcast.core.torch_private  # noqa: F401 - first: it says what a torch lacks
@@ -9,6 +9,7 @@ from upcast.analysis.report import report
 from upcast.guard.forward import watcher
 from upcast.patching import engine
 from upcast.patching.engine import unpatch
+from upcast.patching.parts import roots_of
 from upcast.patching.plan import plan
 from upcast.policy.policy import Choice
 
@@ -35,12 +36,15 @@ def patch(
     Where some weights are frozen and others require grad, as with adapters, those that require grad stay the float32
     parameters that they are: an optimizer that holds them goes on.
     While it works, up to float32's and float16's bytes exist side by side; `upcast.load_litgpt` avoids that.
+    Of a pipeline of Diffusers all models are patched, or none; those that are patched already stay as they are.
 
     Args:
-        model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline.
+        model: any module on the CPU; a litgpt ``LLM``, a Fabric-wrapped module, a Transformers model or pipeline,
+            a pipeline of Diffusers.
         policy: which op classes run in float32: ``"safe"`` (all of them), ``"sensitive"``, ``"none"``, any other policy
             string, an `upcast.Policy`, what `upcast.search` returned, or the path of a saved one.
-        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
+        keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names). Of a pipeline
+            of Diffusers each pattern has to name something of every model.
         kv_cache: how keys and values are kept, by a LitGPT model unless ``set_kv_cache`` is given a dtype, and by
             Transformers': ``"float16"`` (half the bytes; a layer whose keys or values are too large for it goes to
             float32, and says so; now and then a sampled token differs) or ``"float32"``. None: the policy's.
@@ -89,6 +93,7 @@ def patched(
         >>> model.weight is before
         True
     """
-    with engine.borrowed(model, policy=policy, keep=keep, kv_cache=kv_cache) as record:
-        engine.say(record)
+    with ExitStack() as stack:
+        for root in dict.fromkeys(roots_of(model).values()):
+            engine.say(stack.enter_context(engine.borrowed(root, policy=policy, keep=keep, kv_cache=kv_cache)))
         yield model

@@ -300,3 +300,12 @@ def test_activations_are_never_held_all_at_once() -> None:
     assert diagnosing.all > 2 * plain.all  # both passes were seen
     assert diagnosing.peak < 3 * plain.peak
     assert diagnosing.peak < diagnosing.all / 10
+
+
+def test_a_mask_is_no_large_number() -> None:
+    """T5 adds the lowest float32 number to the scores that it hides; plain float16 makes its own lowest of it."""
+    kind, config, sizes, inputs = next(row for row in FAMILIES if row[0].startswith("T5"))
+    found = upcast.diagnose(make(kind, config, sizes), inputs)
+    assert found.finite
+    assert found.worst(1)[0].headroom > 0
+    assert str(found.policy) == "none"

@@ -17,7 +17,7 @@ from tests.conftest import Run
 from tests.hostile import LITGPT, ONE, PATTERNS, POLICIES, SHARDED
 from upcast import UpcastError
 from upcast.checkpoint import reading
-from upcast.cli import analysis
+from upcast.cli import checkpoints
 from upcast.core import config
 from upcast.core.tensor_ref import TensorRef
 from upcast.patching import plan
@@ -92,9 +92,9 @@ def test_the_environment(python: Run) -> None:
 def test_the_command_line_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UpcastError, match=r"config\.json is no JSON"):
-        analysis.load(tmp_path)
+        checkpoints.load(tmp_path)
     with pytest.raises(UpcastError, match="is no checkpoint folder"):
-        analysis.load(Path("a" * 5000))
+        checkpoints.load(Path("a" * 5000))
 
 
 def test_weights_that_begin_alike_are_compared_with_few(monkeypatch: pytest.MonkeyPatch) -> None:

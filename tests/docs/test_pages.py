@@ -31,6 +31,7 @@ PICTURE = re.compile(r"!\[([^]]*)\]\(([^)]+)\)|<img ")
 MADE_BY_A_RUN = {"benchmarks/results"}
 PASSED_ON = 12  # errors that only pass on the text of another
 ALT = 15  # characters: less than that says nothing
+COLUMNS = 87  # of code
 
 
 def test_the_readme_is_short() -> None:
@@ -76,7 +77,7 @@ def test_every_command_and_option_has_its_place(command: str) -> None:
 def test_the_status_that_is_shown_has_the_topics_of_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status"]) == 0
     _, _, shown = CLI.partition("\n## status\n")[2].partition("```text\n")
-    topics = [line[:18] for line in shown.partition("```")[0].splitlines()]
+    topics = [line[:18] for line in shown.partition("```")[0].splitlines() if line[:18].strip()]
     assert len(topics) > 5
     assert [line[:18] for line in capsys.readouterr().out.splitlines()[: len(topics)]] == topics
 
@@ -183,3 +184,10 @@ def test_the_page_of_errors_is_complete(errors_page: ModuleType) -> None:
 
 def test_every_error_says_what_to_do(errors_page: ModuleType) -> None:
     assert [entry.found for entry in errors_page.entries() if not entry.remedy] == []
+
+
+def test_code_fits_a_page_on_a_laptop() -> None:
+    """At 1280 pixels the site shows 87 columns beside its two menus; what is longer scrolls sideways."""
+    code = [block for page in PAGES if page != README for block in blocks(page) if block.language == "python"]
+    assert len(code) > 30
+    assert [f"{block}: {line}" for block in code for line in block.code.splitlines() if len(line) > COLUMNS] == []

@@ -50,7 +50,7 @@ def test_a_child_that_torchscript_has_compiled_is_left_alone(child: Function) ->
 
 
 def test_a_script_module_itself_is_refused() -> None:
-    with pytest.raises(upcast.UpcastError, match=r"TorchScript has compiled its code.*Patch the module"):
+    with pytest.raises(upcast.UpcastError, match=r"is compiled by TorchScript.*Patch the module"):
         upcast.patch(scripted_linear())
 
 

@@ -44,6 +44,7 @@ class Row:
         nonfinite: share of logits that are NaN or infinite.
         weight_bytes: parameters and buffers, shared storage once.
         tokens_per_second: positions per second, the median over windows.
+        times_float32: how many times as fast as float32 on the same window a moment later, the median over windows.
     """
 
     variant: str
@@ -57,6 +58,7 @@ class Row:
     nonfinite: float
     weight_bytes: int
     tokens_per_second: float
+    times_float32: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class Certificate(Result):
 
     HEADERS = (
         *("variant", "logits error", "KL mean", "KL 99%", "KL worst", "top-1", "perplexity", "greedy"),
-        *("weights", "tokens/s"),
+        *("weights", "tokens/s", "speed"),
     )
 
     def _title(self) -> str:
@@ -92,7 +94,7 @@ class Certificate(Result):
         )
 
     def _table(self) -> Table:
-        return Table(self.HEADERS, [_cells(row) for row in self.rows], right=range(1, 10))
+        return Table(self.HEADERS, [_cells(row) for row in self.rows], right=range(1, 11))
 
     def _content(self) -> dict[str, Any]:
         return asdict(self)
@@ -210,13 +212,16 @@ class _Reference:
         self, root: nn.Module, pieces: list[Tensor], prompt: Tensor, greedy: int, progress: console.Progress
     ) -> None:
         self.model, self.pieces, self.prompt, self.greedy = _plain(root).float(), pieces, prompt, greedy
+        self.seconds = 0.0  # that the last window took
         self.logits(pieces[0])  # also warms up, before anything is timed
         self.continuation = _decode(self.model, prompt, greedy)
         self.row = _judged("float32", self.model, self, progress)
 
     def logits(self, piece: Tensor) -> Tensor:
         """Return float32's logits (T, vocabulary) for a window."""
+        begin = time.perf_counter()
         logits = self._attempt(piece[:-1])
+        self.seconds = time.perf_counter() - begin
         if not bool(logits.isfinite().all()):
             raise UpcastError(
                 f"{type(self.model).__name__} is not finite in float32 already; there is nothing to compare with. "
@@ -255,7 +260,13 @@ class _Sums:
         self.positions, self.agreed = 0, 0
         self.squares = self.norms = self.bad = self.nll = 0.0
         self.divergences: list[Tensor] = []
-        self.seconds: list[float] = []
+        self.seconds: list[float] = []  # per position
+        self.ratios: list[float] = []
+
+    def timed(self, seconds: float, reference: float, positions: int) -> None:
+        """Add how long one window took, and how long float32 took for it in the same moment."""
+        self.seconds.append(seconds / positions)
+        self.ratios.append(reference / seconds)
 
     def add(self, logits: Tensor, reference: Tensor, targets: Tensor) -> None:
         """Add one window: logits and reference (T, vocabulary), the tokens that follow (T,)."""
@@ -271,14 +282,14 @@ class _Sums:
 
     def row(self, variant: str, greedy: float, weight_bytes: int) -> Row:
         """Return the figures."""
-        rest = (self.bad / self.positions, weight_bytes, 1 / median(self.seconds))
+        rest = (self.bad / self.positions, weight_bytes, 1 / median(self.seconds), median(self.ratios))
         if self.bad:
             return Row(variant, None, None, None, None, None, None, greedy, *rest)
         kl = torch.cat(self.divergences)
-        spread = (float(kl.mean()), float(kl.quantile(0.99)), float(kl.max()))
+        mean, most, worst = float(kl.mean()), float(kl.quantile(0.99)), float(kl.max())
         perplexity = math.exp(self.nll / self.positions)
         error = math.sqrt(self.squares / self.norms)
-        return Row(variant, error, *spread, self.agreed / self.positions, perplexity, greedy, *rest)
+        return Row(variant, error, mean, most, worst, self.agreed / self.positions, perplexity, greedy, *rest)
 
 
 def _judged(name: str, model: nn.Module, reference: _Reference, progress: console.Progress) -> Row:
@@ -286,8 +297,9 @@ def _judged(name: str, model: nn.Module, reference: _Reference, progress: consol
     for piece in reference.pieces:
         begin = time.perf_counter()
         logits = _logits(model, piece[:-1])
-        sums.seconds.append((time.perf_counter() - begin) / (len(piece) - 1))
+        seconds = time.perf_counter() - begin
         sums.add(logits, reference.logits(piece), piece[1:])
+        sums.timed(seconds, seconds if model is reference.model else reference.seconds, len(piece) - 1)
         progress.advance()
     decoded = _decode(model, reference.prompt, reference.greedy)
     same = sum(a == b for a, b in zip(decoded, reference.continuation, strict=True)) / max(len(decoded), 1)
@@ -333,4 +345,5 @@ def _cells(row: Row) -> tuple[str, ...]:
         show(row.greedy, "{:.0%}"),
         console.megabytes(row.weight_bytes),
         f"{row.tokens_per_second:,.0f}",
+        f"{row.times_float32:.2f}x",
     )

@@ -133,7 +133,7 @@ def certificate(certified: "Certificate", path: Path) -> None:
         ("top-1 disagreement", "share", [_missed(row.top1) for row in certified.rows], "{:.1%}", False),
         ("perplexity", "on the text", [row.perplexity for row in certified.rows], "{:.3f}", False),
         ("weights", "MB", [row.weight_bytes / 1e6 for row in certified.rows], "{:.0f}", False),
-        ("speed", "tokens per second", [row.tokens_per_second for row in certified.rows], "{:.0f}", False),
+        ("speed", "times float32's", [row.times_float32 for row in certified.rows], "{:.2f}", False),
     ]
     for axis, panel in zip(drawing.subplots(2, 3).flat, panels, strict=True):
         _bars(axis, [row.variant for row in certified.rows], *panel)
@@ -184,7 +184,9 @@ def _bars(
     low = min(shown, default=1.0) / 5 if logarithmic else 0.0
     if logarithmic:
         axis.set_xscale("log")
-    axis.set_xlim(low, max(shown, default=1.0) * (20 if logarithmic else 1.35))
+    axis.set_xlim(low, max(shown, default=1.0) * (200 if logarithmic else 1.35))
+    if not logarithmic:
+        axis.locator_params(axis="x", nbins=4)
     for y, (name, value) in enumerate(zip(names, values, strict=True)):
         if value is None:
             axis.text(low, y, " not finite", va="center", color=BAD, weight="bold", fontsize=8.5)

@@ -138,7 +138,7 @@ class RangeObserver:
         for value in _floats(result):
             row = self._row()
             numbers = kernels.look(value, _step(value), self._numbers, row)
-            largest = numbers.largest
+            largest = numbers.largest if numbers.largest < MASK else _unmasked(value)
             _note(value, _LARGEST, largest)
             if numbers.nonfinite and not self.first_nonfinite and not any(map(_broken, tensors)):
                 self.first_nonfinite = f"{module or '(the model itself)'}: {op_class or name}"
@@ -262,6 +262,13 @@ def _broken(tensor: Tensor) -> bool:
     if type(tensor) is HalfWeight or not tensor.is_floating_point() or mark_of(tensor) == STORED:
         return False
     return kernels.survey(tensor).nonfinite > 0
+
+
+def _unmasked(value: Tensor) -> float:
+    """Return the largest magnitude beside what masks out: a sum with the lowest number is no overflow in float16."""
+    kept = value.detach()
+    kept = kept[kept > -MASK]
+    return kernels.survey(kept).largest if kept.numel() else 0.0
 
 
 def _step(value: Tensor) -> int:

@@ -1,11 +1,11 @@
 """``python -m upcast diagnose`` and ``certify``: on a checkpoint folder of LitGPT or Transformers."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
-from upcast.core import console, messages
+from upcast.cli import checkpoints
+from upcast.core import console
 from upcast.core.errors import UpcastError
 
 PLAIN_TEXT = "pydoc_data.topics"  # real English and code, on every machine that has Python
@@ -61,13 +61,14 @@ def _diagnose(arguments: argparse.Namespace) -> int:
     from upcast.analysis.diagnose import diagnose
     from upcast.analysis.search import search
 
-    model, tokenizer = load(arguments.checkpoint)
-    ids = torch.as_tensor(tokenizer.encode(arguments.prompt)).long().reshape(1, -1)
-    found = diagnose(model, ids, tolerance=arguments.tolerance)
+    model, tokenizer = checkpoints.load(arguments.checkpoint)
+    ids = torch.as_tensor(tokenizer.encode(arguments.prompt)).long().reshape(-1)
+    inputs = checkpoints.sample(model, ids)
+    found = diagnose(model, inputs, tolerance=arguments.tolerance)
     code = console.answer(found)
     _write(arguments, found)
     if arguments.search or arguments.save:
-        policy = search(model, ids)
+        policy = search(model, inputs)
         code = max(code, console.answer(policy))
         if arguments.save:
             policy.to_json(arguments.save)
@@ -80,7 +81,7 @@ def _certify(arguments: argparse.Namespace) -> int:
 
     policy.resolve(arguments.policy)  # a typo is told before a model is loaded
     text = plain_text() if arguments.text is None else _read(arguments.text)
-    model, tokenizer = load(arguments.checkpoint)
+    model, tokenizer = checkpoints.load(arguments.checkpoint)
     sizes = {"window": arguments.window, "windows": arguments.windows, "greedy": arguments.greedy}
     text = text[: 8 * arguments.window * (arguments.windows + 1)]  # a token is hardly ever longer than 8 characters
     certificate = certify(model, text, tokenizer=tokenizer, policy=arguments.policy, **sizes)
@@ -111,40 +112,3 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise UpcastError(f"text file {path}: {error}; it must be readable text. Check the path.") from None
-
-
-def load(folder: Path) -> tuple[Any, Any]:
-    """Return (model, tokenizer) of a LitGPT or Transformers checkpoint folder, unpatched, in eval mode.
-
-    Raises:
-        UpcastError: it is neither.
-    """
-    from upcast.integrations import checkpoint_files
-
-    with checkpoint_files.loaded_from((folder,), {}):
-        if os.path.isfile(folder / "model_config.yaml"):
-            return _litgpt(folder)
-        if os.path.isfile(folder / "config.json"):
-            return _transformers(folder)
-    raise UpcastError(
-        f"{folder} is no checkpoint folder; it must hold model_config.yaml and lit_model.pth (LitGPT) or config.json "
-        "(Transformers). Check the path."
-    )
-
-
-def _litgpt(folder: Path) -> tuple[Any, Any]:
-    from litgpt import Tokenizer
-
-    from upcast.integrations.litgpt.load import load_litgpt
-    from upcast.patching import engine
-
-    with messages.silent():
-        model = engine.unpatch(load_litgpt(folder))
-    return model, Tokenizer(folder)
-
-
-def _transformers(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return model.eval(), AutoTokenizer.from_pretrained(folder)

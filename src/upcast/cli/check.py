@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from upcast.cli import analysis
+from upcast.cli import analysis, checkpoints
 from upcast.core import console, messages
 
 STEPS = ("reading", "in float32 and in float16", "patching", "timing")
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     text = arguments.text or analysis.plain_text()[:2000]
     with console.Progress(len(STEPS), unit="step") as progress:
         progress.phase(STEPS[0])
-        model, tokenizer = analysis.load(arguments.checkpoint)
+        model, tokenizer = checkpoints.load(arguments.checkpoint)
         ids = torch.as_tensor(tokenizer.encode(text)).long().reshape(-1)[: min(PROMPT_TOKENS, _room(model))]
         found = measure(model, ids, progress)
     found["checkpoint"] = _what(arguments.checkpoint, model)
@@ -61,7 +61,7 @@ def measure(model: Any, ids: Any, progress: console.Progress) -> dict[str, Any]:
 
     progress.advance()
     progress.phase(STEPS[1])
-    planned, seen = plan(model), diagnose(model, ids[None])
+    planned, seen = plan(model), diagnose(model, checkpoints.sample(model, ids))
     progress.advance()
     progress.phase(STEPS[2])
     with messages.silent():
@@ -89,14 +89,22 @@ def measure(model: Any, ids: Any, progress: console.Progress) -> dict[str, Any]:
         "kernels": kernels.describe(),
         "prompt_tokens_per_second": len(ids) / prefill,
         "seconds_per_token": token,
+        "class": type(model).__name__,
     }
 
 
-def _speed(model: Any, ids: Any) -> tuple[float, float]:
-    """Return the seconds of a prompt, and those of a token after it: medians."""
+def _speed(model: Any, ids: Any) -> tuple[float, float | None]:
+    """Return the seconds of a prompt, and those of a token after it where the model generates any: medians."""
     import torch
 
-    generate = _litgpt(model) if hasattr(model, "set_kv_cache") else _transformers(model)
+    if hasattr(model, "set_kv_cache"):
+        generate = _litgpt(model)
+    elif model.can_generate():
+        generate = _transformers(model)
+    else:
+        inputs = checkpoints.sample(model, ids)
+        with torch.inference_mode():
+            return median(_timed(lambda: _call(model, inputs)) for _ in range(1 + REPEATS)), None
     with torch.inference_mode():
         generate(ids, NEW_TOKENS)  # to warm up
         prompts, tokens = [], []
@@ -105,6 +113,10 @@ def _speed(model: Any, ids: Any) -> tuple[float, float]:
             prompts.append(first)
             tokens.append((whole - first) / NEW_TOKENS)
     return median(prompts), median(tokens)
+
+
+def _call(model: Any, inputs: Any) -> object:
+    return model(**inputs) if isinstance(inputs, dict) else model(inputs)
 
 
 def _timed(work: Callable[[], object]) -> float:
@@ -130,6 +142,8 @@ def _transformers(model: Any) -> Callable[[Any, int], object]:
 
     def run(ids: Any, count: int) -> object:
         options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        if model.config.is_encoder_decoder:
+            options["decoder_start_token_id"] = 0  # any: what it says does not matter here
         return model.generate(ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.long), **options)
 
     return run
@@ -143,7 +157,7 @@ def _what(folder: Path, model: Any) -> str:
 
 def _next(folder: Path, found: dict[str, Any]) -> str:
     if not (folder / "model_config.yaml").is_file():
-        return "UPCAST=1 python program.py, or upcast.from_pretrained(AutoModelForCausalLM, folder) in it"
+        return f"UPCAST=1 python program.py, or upcast.from_pretrained({found['class']}, folder) in it"
     if found["dtypes"] != ["float16"]:
         return f"python -m upcast convert {folder} (once: the copy is mapped and shared), or UPCAST=1 python program.py"
     return f"python -m upcast generate {folder} --prompt ..., or UPCAST=1 python program.py"
@@ -162,11 +176,14 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("memory", f"{sizes[2]} with upcast, {sizes[0]} in float32, {sizes[1]} as saved; tensors in float32: {kept}"),
         (
             "speed here",
-            f"{1e3 * found['seconds_per_token']:,.1f} ms per token, prompts at "
-            f"{found['prompt_tokens_per_second']:,.0f} tokens/s, {found['kernels']} kernels",
+            f"{_decode(found)}prompts at {found['prompt_tokens_per_second']:,.0f} tokens/s, {found['kernels']} kernels",
         ),
         ("next", found["next"]),
     ]
+
+
+def _decode(found: dict[str, Any]) -> str:
+    return "" if found["seconds_per_token"] is None else f"{1e3 * found['seconds_per_token']:,.1f} ms per token, "
 
 
 def _overflow(found: dict[str, Any]) -> str:

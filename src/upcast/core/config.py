@@ -42,7 +42,12 @@ VARIABLES = (
         "the file of what upcast tune measured here, or off",
         free=True,
     ),
-    Variable("UPCAST_KV_CACHE", KV_CACHES, "float16", "the KV cache of LitGPT models; float32: twice the bytes, exact"),
+    Variable(
+        "UPCAST_KV_CACHE",
+        KV_CACHES,
+        "float16",
+        "the KV cache of LitGPT and Transformers; float32: twice the bytes, exact",
+    ),
     Variable("UPCAST_KEEP", (), "", "patterns of what stays in float32, such as lm_head,*.gate", free=True),
     Variable("UPCAST_TRAINABLE", (), "", "patterns of what learns and stays in float32, such as classifier", free=True),
     Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),

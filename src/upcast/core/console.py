@@ -1,5 +1,6 @@
 """What commands print: aligned tables, byte counts, answers, and how far long work has come."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -29,10 +30,11 @@ def listing(rows: Sequence[tuple[str, str]], width: int | None = None) -> str:
 
     Args:
         rows: (topic, finding).
-        width: columns; None: the terminal's. Into a file or a pipe each row is one line.
+        width: columns; None: the terminal's. Into a file or a pipe each row is one line, unless COLUMNS is set.
     """
     if width is None:
-        width = shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else 0
+        known = "COLUMNS" in os.environ or (sys.stdout is not None and sys.stdout.isatty())
+        width = shutil.get_terminal_size().columns if known else 0
     first = max(len(topic) for topic, _ in rows) + 2
     if not width:
         return "\n".join(f"{topic.ljust(first)}{finding}" for topic, finding in rows)

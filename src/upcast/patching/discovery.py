@@ -42,8 +42,8 @@ def prepare(
     name = type(root).__name__
     if isinstance(root, torch.jit.ScriptModule):
         raise UpcastError(
-            f"a {name}; TorchScript has compiled its code for the tensors that it has. Patch the module that it was "
-            "made of, for what does not need TorchScript."
+            f"this {name} is compiled by TorchScript, for the tensors that it has; it takes no others. Patch the "
+            "module that it was made of, for what does not need TorchScript."
         )
     for ref in found:
         _check_tensor(ref, name)
@@ -78,8 +78,8 @@ def unwrap(model: object) -> nn.Module:
     inner = getattr(model, "model", None)
     if not isinstance(inner, nn.Module):
         raise UpcastError(
-            f"a {type(model).__name__}; upcast patches a torch.nn.Module, or an object whose .model is one "
-            "(such as a Transformers pipeline). Pass the module itself; of several, one after the other."
+            f"this {type(model).__name__} is no model; upcast patches a torch.nn.Module, or an object whose .model is "
+            "one (such as a Transformers pipeline). Pass the module itself; of several, one after the other."
         )
     return unwrap(inner)
 

@@ -19,7 +19,7 @@ from upcast.core.pages import Memory
 from upcast.core.tensor_ref import TensorRef
 from upcast.core.torch_modes import ordinary, outside_inference_mode
 from upcast.kernels.rounding import Rounding, survey, to_half
-from upcast.patching import hooks, pieces, transaction
+from upcast.patching import hooks, pieces, several, transaction
 from upcast.patching import trainable as learning
 from upcast.patching.claims import alone
 from upcast.patching.discovery import check_patterns, prepare, refs, unwrap
@@ -36,6 +36,7 @@ from upcast.tensor.store import Fallbacks
 Model = TypeVar("Model")
 
 
+Prepared = tuple[nn.Module, list[TensorRef], list[str], Policy]
 Watcher = Callable[[nn.Module, bool], None]
 """Has a patched model watched; the flag says whether its policy is other than safe."""
 
@@ -50,8 +51,27 @@ def patch(
     watcher: Watcher | None = None,
 ) -> Model:
     """Do what `upcast.patch` says, with what watches the model afterwards, if anything does."""
-    root = unwrap(model)
-    say(alone([root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), watcher=watcher)))
+    named = roots_of(model)
+    roots, stays = list(dict.fromkeys(named.values())), list[str]()
+
+    def prepared(root: nn.Module) -> Prepared:
+        return _prepared(root, policy, keep, kv_cache, trainable)
+
+    def act() -> list[Record]:
+        took_back(model)
+        left = [root for root in roots if not is_patched(root)]
+        if len(roots) == 1 or not left:
+            return [_patch(*prepared(roots[0]), watcher=watcher)]
+        several.check_apart(named)
+        stays.extend(name for name, root in named.items() if root not in left)
+        return several.all_or_none(
+            left, [prepared(root) for root in left], lambda each, lent: _patch(*each, originals=lent, watcher=watcher)
+        )
+
+    for record in alone(roots, act):
+        say(record)
+    if stays:
+        messages.say(f"patched already, and left as they were: {', '.join(stays)}")
     return model
 
 
@@ -212,7 +232,7 @@ def _prepared(
     trainable: Sequence[str] = (),
     *,
     trial: bool = False,
-) -> tuple[nn.Module, list[TensorRef], list[str], Policy]:
+) -> Prepared:
     """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
     kernels.active()  # an impossible choice is refused before anything changes
     if kv_cache is not None:

@@ -265,8 +265,16 @@ def _plan(model: object, keep: Sequence[str], trainable: Sequence[str]) -> Plan:
     done = parts_of(model)
     if done:
         return _of_parts(model, done, keep, trainable)
-    root, found = prepare(model, keep, trainable)
-    return Plan(type(root).__name__, _changes(found, keep), learning.remarks(root, found) + extensions.remarks(root))
+    changes: list[Change] = []
+    remarks: list[str] = []
+    roots = roots_of(model)
+    names = {root: name for name, root in reversed(roots.items())}  # components may share one: its first name
+    for root in dict.fromkeys(roots.values()):
+        _, found = prepare(root, keep, trainable)
+        changes += [_under(names[root], change) for change in _changes(found, keep)]
+        remarks += [*learning.remarks(root, found), *extensions.remarks(root)]
+    whole = next(iter(roots.values())) if "" in roots else model
+    return Plan(type(whole).__name__, tuple(changes), tuple(dict.fromkeys(remarks)))
 
 
 def _changes(found: Sequence[TensorRef], keep: Sequence[str]) -> tuple[Change, ...]:
