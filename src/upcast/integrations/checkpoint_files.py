@@ -12,6 +12,7 @@ from upcast.core.errors import UpcastError, describe
 
 LARGEST = 1 << 28  # bytes of an index; that of 700 billion parameters has 9 million
 _SAVED = "it must be as its library wrote it. Download or save the checkpoint again."
+_KNOWN = "its library must know what it is. Update the library, or download or save the checkpoint again."
 
 
 def check_inside(settings: Any) -> None:
@@ -87,9 +88,10 @@ def loaded_from(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[None
         culprit = _broken(folder)
         if culprit is None and str(folder) in str(error):
             raise
+        if culprit:
+            raise UpcastError(f"{culprit}; {_SAVED}") from error
         named = f"{folder}: config.json" if (folder / "config.json").exists() else f"{folder}"
-        why = culprit or f"{named} and what lies beside it cannot be loaded ({describe(error)})"
-        raise UpcastError(f"{why}; {_SAVED}") from error
+        raise UpcastError(f"{named} and what lies beside it cannot be loaded ({describe(error)}); {_KNOWN}") from error
 
 
 def _broken(folder: Path) -> str | None:
