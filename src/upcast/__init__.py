@@ -24,6 +24,7 @@ if _TYPE_CHECKING:
     from upcast.patching.plan import Plan
     from upcast.policy.policy import Policy
     from upcast.tensor.half_weight import HalfWeight
+    from upcast.tensor.packed_weight import PackedWeight
 
 __all__ = [
     "Ablation",
@@ -31,6 +32,7 @@ __all__ = [
     "Diagnosis",
     "FabricPrecision",
     "HalfWeight",
+    "PackedWeight",
     "Headroom",
     "HeadroomCallback",
     "LightningHeadroomCallback",
@@ -60,6 +62,7 @@ _ON_DEMAND = {  # name -> its module: analysis and loaders are imported when som
     "report": "api",
     "unpatch": "api",
     "HalfWeight": "tensor.half_weight",
+    "PackedWeight": "tensor.packed_weight",
     "Plan": "patching.plan",
     "Policy": "policy.policy",
     "UpcastError": "core.errors",

@@ -11,7 +11,7 @@ from upcast.patching import engine
 from upcast.patching.engine import unpatch
 from upcast.patching.parts import roots_of
 from upcast.patching.plan import plan
-from upcast.policy.policy import Choice
+from upcast.policy.policy import Choice, stored
 
 __all__ = ["patch", "patched", "plan", "report", "unpatch"]
 
@@ -27,6 +27,7 @@ def patch(
     guard: bool = False,
     heal: bool = False,
     trainable: Sequence[str] = (),
+    storage: str | None = None,
 ) -> Model:
     """Store the weights of ``model`` in float16 and compute in float32. In place; returns the same object.
 
@@ -53,12 +54,16 @@ def patch(
             until the backward pass ends.
         heal: under a policy other than safe, when the result is not finite, upcast the smallest set of op classes that
             cures it, run the step again, say so, and go on with that set.
+        storage: how weights are stored. ``"float16"``: 16 bits, rounded. ``"packed"``: 12 bits for a weight that has
+            bfloat16's numbers, as nearly all checkpoints of today have, without rounding anything; the others go to
+            float16. ``"auto"``: the same, but a weight with many unusual numbers goes to float16, which is faster for
+            it. ``"float32"``: as it is. None: the policy's, which is float16.
         trainable: patterns of what learns, of the parameters that require grad; the others are frozen. Without it, all
             that require grad learn, unless most of the model does: that is taken for inference, and the plan says so.
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
-            train under ``trainable``, an unknown policy, pattern or kv_cache, a saved policy for another architecture,
+            train under ``trainable``, an unknown policy, pattern, kv_cache or storage, a saved policy for another architecture,
             another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
 
     Examples:
@@ -71,13 +76,18 @@ def patch(
         torch.float32
     """
     return engine.patch(
-        model, policy=policy, keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)
+        model, policy=stored(policy, storage), keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)
     )
 
 
 @contextmanager
 def patched(
-    model: Model, *, policy: Choice = "safe", keep: Sequence[str] = (), kv_cache: str | None = None
+    model: Model,
+    *,
+    policy: Choice = "safe",
+    keep: Sequence[str] = (),
+    kv_cache: str | None = None,
+    storage: str | None = None,
 ) -> Iterator[Model]:
     """Patch ``model`` for a ``with`` block; afterwards its original tensors are back, bit for bit.
 
@@ -93,6 +103,7 @@ def patched(
         >>> model.weight is before
         True
     """
+    policy = stored(policy, storage)
     with ExitStack() as stack:
         for root in dict.fromkeys(roots_of(model).values()):
             engine.say(stack.enter_context(engine.borrowed(root, policy=policy, keep=keep, kv_cache=kv_cache)))

@@ -259,7 +259,7 @@ def all_finite(value: Tensor) -> bool:
 
 def _broken(tensor: Tensor) -> bool:
     """Whether an activation has numbers that are not finite."""
-    if type(tensor) is HalfWeight or not tensor.is_floating_point() or mark_of(tensor) == STORED:
+    if isinstance(tensor, HalfWeight) or not tensor.is_floating_point() or mark_of(tensor) == STORED:
         return False
     return kernels.survey(tensor).nonfinite > 0
 

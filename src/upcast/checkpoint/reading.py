@@ -18,7 +18,8 @@ from upcast.core.memory_layout import memory as numbers
 from upcast.core.pages import Memory, give_back_pages
 from upcast.core.tensor_ref import TensorRef
 from upcast.kernels.rounding import Rounding, to_half
-from upcast.patching.plan import CONVERT, decide
+from upcast.patching.plan import CONVERT, PACKING, decide
+from upcast.tensor.packed_weight import fitting
 
 Known = dict[str, tuple[torch.dtype, Rounding]]
 
@@ -156,8 +157,10 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Sequence[str] = ()) -> Known:
-    """Round the weights in ``state`` to float16, in place, one tensor at a time.
+def to_float16(
+    state: dict[str, Tensor], memory: Memory | None = None, keep: Sequence[str] = (), storage: str = "float16"
+) -> Known:
+    """Round the weights in ``state`` to float16, in place, one tensor at a time; leave those that will be packed.
 
     float16 tensors, vectors, what the patterns in ``keep`` name and what float16 cannot hold stay as they are, mapped.
     Returns, for each converted tensor, its original dtype and what rounding lost. The rounded numbers go to
@@ -165,19 +168,33 @@ def to_float16(state: dict[str, Tensor], memory: Memory | None = None, keep: Seq
     """
     known: Known = {}
     with console.Progress(sum(tensor.nbytes for tensor in state.values()), "loading") as progress:
-        _round(state, memory, keep, known, progress)
+        _round(state, memory, keep, storage, known, progress)
     return known
 
 
+def will_be_packed(tensor: Tensor, storage: str) -> bool:
+    """Whether `upcast.patch` packs a mapped ``tensor`` under ``storage``; its pages are given back meanwhile."""
+    if storage not in PACKING:
+        return False
+    found, _ = fitting(tensor, storage)
+    give_back_pages(tensor)
+    return found is not None
+
+
 def _round(
-    state: dict[str, Tensor], memory: Memory | None, keep: Sequence[str], known: Known, progress: console.Progress
+    state: dict[str, Tensor],
+    memory: Memory | None,
+    keep: Sequence[str],
+    storage: str,
+    known: Known,
+    progress: console.Progress,
 ) -> None:
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
         progress.advance(tensor.nbytes)
         action, _ = decide(TensorRef(name, tensor, True, []), keep, False)
         key = (action, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_neg())  # tied tensors stay tied
-        if action != CONVERT:
+        if action != CONVERT or will_be_packed(tensor, storage):
             if not is_plain(tensor):
                 state[name], _ = converted.setdefault(key, (plain(tensor), Rounding()))
             continue

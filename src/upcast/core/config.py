@@ -11,6 +11,7 @@ OFF = ("", "0", "false", "off", "no")
 KERNELS = ("auto", "native", "portable")
 ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx", "aarch64")
 KV_CACHES = ("float16", "float32")
+STORAGES = ("float16", "packed", "auto", "float32")
 VERBOSITY = ("0", "1", "2")
 POLICIES = ("safe", "sensitive", "none")  # those that have a name
 
@@ -48,6 +49,12 @@ VARIABLES = (
         "float16",
         "the KV cache of LitGPT and Transformers; float32: twice the bytes, exact",
     ),
+    Variable(
+        "UPCAST_STORAGE",
+        STORAGES,
+        "float16",
+        "how weights are stored; packed: those of a bfloat16 checkpoint in 12 bits, exact",
+    ),
     Variable("UPCAST_KEEP", (), "", "patterns of what stays in float32, such as lm_head,*.gate", free=True),
     Variable("UPCAST_TRAINABLE", (), "", "patterns of what learns and stays in float32, such as classifier", free=True),
     Variable("UPCAST_VERBOSE", VERBOSITY, "1", "0: silent; 1: one line per patched model; 2: the whole plan"),
@@ -63,6 +70,7 @@ class Config:
     kernels: str
     isa: str
     kv_cache: str | None  # None: as the policy says
+    storage: str | None  # likewise
     verbose: int
     keep: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
@@ -93,6 +101,7 @@ def read(environ: Mapping[str, str] = os.environ) -> Config:
         kernels=values["UPCAST_KERNELS"],
         isa=values["UPCAST_ISA"],
         kv_cache=values["UPCAST_KV_CACHE"] if environ.get("UPCAST_KV_CACHE") else None,
+        storage=values["UPCAST_STORAGE"] if environ.get("UPCAST_STORAGE") else None,
         verbose=int(values["UPCAST_VERBOSE"]),
         keep=_listed(values["UPCAST_KEEP"]),
         trainable=_listed(values["UPCAST_TRAINABLE"]),

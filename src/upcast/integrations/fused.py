@@ -17,7 +17,8 @@ from upcast import kernels
 from upcast.core import torch_private
 from upcast.core.forward_override import Forward
 from upcast.kernels import transforms
-from upcast.kernels.block_spec import NORMS, Matrix, Norm
+from upcast.kernels.block_spec import NORMS, STORAGES, Matrix, Norm
+from upcast.kernels.packed import PackedMatrix
 from upcast.patching.fast_linear import LinearForward, operands
 from upcast.tensor import autocast
 from upcast.tensor.genuine import bound, forwards, observed, originals
@@ -127,7 +128,10 @@ def matrix(linear: Any) -> Matrix:
     held = operands(linear) if type(linear) is nn.Linear and plain(linear) else None
     if held is None:
         raise UnknownLayer
-    return Matrix(*held)
+    weight, bias = held
+    if isinstance(weight, PackedMatrix):
+        return Matrix(weight[:6], bias, STORAGES["packed"])
+    return Matrix(weight, bias)
 
 
 def rms_norm(norm: Any, kind: type[Fused], eps: str, offset: float = 0.0) -> Norm:

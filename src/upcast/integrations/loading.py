@@ -28,6 +28,7 @@ from upcast.integrations.stepping_aside import NotOurs
 from upcast.kernels.rounding import Rounding, to_half
 from upcast.patching import engine
 from upcast.patching.plan import CONVERT, WRAP, decide
+from upcast.policy import policy as policies
 from upcast.policy.policy import Choice
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -85,6 +86,8 @@ class Loading:
 
     def _arrived(self, name: str, tensor: Tensor, ours: bool, in_place: bool) -> Tensor:
         action, _ = decide(TensorRef(name, tensor, True, []), (), False)
+        if action == CONVERT and reading.will_be_packed(tensor, policies.resolve(self.policy).storage):
+            return plain(tensor)
         if action == CONVERT:
             half, rounding = to_half(tensor, self.memory if in_place else None)  # a block holds what stays
             if ours:
@@ -182,7 +185,7 @@ def hook(load: Callable[[Callable[..., Any], Any, dict[str, Any]], Any]) -> Call
 def _ask_environment(loading: Loading) -> None:
     stepping_aside.check_enabled()
     settings = config.read()
-    loading.kv_cache, loading.policy = settings.kv_cache, settings.policy
+    loading.kv_cache, loading.policy = settings.kv_cache, policies.of(settings)
     loading.keep, loading.trainable = settings.keep, settings.trainable
 
 

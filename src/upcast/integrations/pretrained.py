@@ -21,6 +21,7 @@ def from_pretrained(
     policy: policies.Choice = "safe",
     keep: Sequence[str] = (),
     trainable: Sequence[str] = (),
+    storage: str | None = None,
     **kwargs: Any,
 ) -> Any:
     """Return ``model_class.from_pretrained(*args, **kwargs)``, patched, without a float32 copy on the way.
@@ -38,11 +39,12 @@ def from_pretrained(
         keep: as for `upcast.patch`; what it names arrives in float32, with all its digits. Of a pipeline each pattern
             has to name something of every model.
         trainable: as ``keep``; what it names learns.
+        storage: as for `upcast.patch`; what is packed is packed while it is read.
         kwargs: as for its ``from_pretrained``.
 
     Raises:
         UpcastError: the class has no loader that upcast knows, the arguments ask for another device, for quantization
-            or for another dtype, kv_cache or policy is unknown, or a pattern names nothing.
+            or for another dtype, kv_cache, policy or storage is unknown, or a pattern names nothing.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM
@@ -50,6 +52,7 @@ def from_pretrained(
         >>> model.dtype
         torch.float32
     """
+    policy = policies.stored(policy, storage)
     policies.resolve(policy)
     if kv_cache is not None:
         policies.check_kv_cache(kv_cache)

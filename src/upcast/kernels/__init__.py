@@ -13,7 +13,8 @@ from torch import Tensor
 
 from upcast.core import config, memory_layout
 from upcast.core.errors import UpcastError
-from upcast.kernels import gradients, native, portable, reference, transforms, tuning
+from upcast.kernels import gradients, native, packed, portable, reference, transforms, tuning
+from upcast.kernels.packed import PackedExperts, PackedMatrix
 from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
@@ -80,10 +81,14 @@ def describe() -> str:
     return f"portable ({native.load_error() or 'as asked'})"
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias`` in float32: x float32 (..., K), weight float16 (N, K), bias float32 (N,).
+Operand = Tensor | PackedMatrix
+"""The numbers of a matrix: float16, or packed."""
 
-    Differentiable with respect to x and bias; only the float16 weight is kept for the backward pass.
+
+def linear(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias`` in float32: x float32 (..., K), weight (N, K) stored, bias float32 (N,).
+
+    Differentiable with respect to x and bias; only the stored weight is kept for the backward pass.
     """
     way = transforms.way()
     if way != transforms.DIRECT:
@@ -94,21 +99,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return unfollowed_linear(x, weight, bias)
 
 
-def _followed(way: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _followed(way: str, x: Tensor, weight: Operand, bias: Tensor | None) -> Tensor:
     """Return `linear` by what torch can follow; only torch's own operations need the weight in float32."""
+    if way == transforms.OPERATORS and isinstance(weight, PackedMatrix):
+        return torch.ops.upcast.packed_linear(x, weight.blob, weight[1:], bias)  # type: ignore[no-any-return]
     if way == transforms.OPERATORS:
         return torch.ops.upcast.linear(x, weight, bias)  # type: ignore[no-any-return]
     if way == transforms.TORCH:
-        return torch.nn.functional.linear(x, weight.float(), bias)
+        return torch.nn.functional.linear(x, upcast(weight), bias)
     y: Tensor = gradients.NestedLinear.apply(x, weight, linear)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
 
-def unfollowed_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def unpack(matrix: PackedMatrix) -> Tensor:
+    """Return the numbers of ``matrix`` in bfloat16, of its shape."""
+    if transforms.way() == transforms.OPERATORS:
+        return torch.ops.upcast.unpack(matrix.blob, matrix[1:])  # type: ignore[no-any-return]
+    return packed.unpack(matrix)
+
+
+def upcast(weight: Operand) -> Tensor:
+    """Return the numbers of ``weight`` in float32."""
+    return (unpack(weight) if isinstance(weight, PackedMatrix) else weight).float()
+
+
+def unfollowed_linear(x: Tensor, weight: Operand, bias: Tensor | None = None) -> Tensor:
     """Return `linear` without a look at who follows: below autograd and every transformation."""
+    if isinstance(weight, PackedMatrix):
+        return packed.linear(x, weight, bias)
     rows, columns = weight.stride()
     implementation = active()
-    if columns == 1:
+    if weight.dtype != torch.float16:  # what was unpacked, because no kernel takes it as it lies
+        result = portable.linear(x, weight, bias)
+    elif columns == 1:
         result = implementation.linear(x, weight, bias)
     elif rows == 1:  # a transposed view, such as GPT-2's Conv1D and every backward pass make
         result = (portable if _suits_torch(x, weight) else implementation).matmul(x, weight.t(), bias)
@@ -123,9 +146,13 @@ def _suits_torch(x: Tensor, weight: Tensor) -> bool:
     return small and active() is native and native.level() == "x86-64-v3"
 
 
-def embedding(indices: Tensor, weight: Tensor) -> Tensor:
-    """Return rows of ``weight`` (float16, (V, D)) at ``indices`` (integers, any shape) in float32."""
+def embedding(indices: Tensor, weight: Operand) -> Tensor:
+    """Return rows of ``weight`` (stored, (V, D)) at ``indices`` (integers, any shape) in float32."""
     way = transforms.way()
+    if isinstance(weight, PackedMatrix):
+        if way == transforms.DIRECT and not weight.transposed:
+            return packed.embedding(indices, weight)
+        return portable.embedding(indices, unpack(weight))
     if way == transforms.OPERATORS:
         return torch.ops.upcast.embedding(indices, weight)  # type: ignore[no-any-return]
     if way != transforms.DIRECT:
@@ -135,17 +162,19 @@ def embedding(indices: Tensor, weight: Tensor) -> Tensor:
 
 def unfollowed_embedding(indices: Tensor, weight: Tensor) -> Tensor:
     """Return `embedding` without a look at who follows."""
-    implementation = portable if weight.stride(-1) != 1 else active()
+    implementation = portable if weight.stride(-1) != 1 or weight.dtype != torch.float16 else active()
     return implementation.embedding(indices, weight)  # type: ignore[no-any-return]
 
 
-def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_linear(x: Tensor, weight: Tensor | PackedExperts, counts: Tensor) -> Tensor:
     """Return ``x[rows of e] @ weight[e]`` for every expert e, in float32; only experts with rows are read.
 
-    x is float32 (T, K), its rows sorted by expert; weight float16 (E, K, N), of any strides; counts integers (E,),
+    x is float32 (T, K), its rows sorted by expert; weight stored (E, K, N), of any strides; counts integers (E,),
     with sum T. Differentiable with respect to x.
     """
     way = transforms.way()
+    if way == transforms.OPERATORS and isinstance(weight, PackedExperts):
+        return torch.ops.upcast.grouped_linear(x, weight.unpacked(unpack), counts)  # type: ignore[no-any-return]
     if way == transforms.OPERATORS:
         return torch.ops.upcast.grouped_linear(x, weight, counts)  # type: ignore[no-any-return]
     if way != transforms.DIRECT or (torch.is_grad_enabled() and x.requires_grad):
@@ -156,7 +185,11 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 def unfollowed_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Return `grouped_linear` without a look at who follows."""
-    if weight.stride(-1) == 1:
+    if isinstance(weight, PackedExperts):
+        return packed.grouped_linear(x, weight.matrix, counts, weight.experts, transposed=not weight.transposed)
+    if weight.dtype != torch.float16:
+        result = portable.grouped_linear(x, weight, counts, transposed=True)
+    elif weight.stride(-1) == 1:
         result = active().grouped_linear(x, weight, counts, transposed=True)
     elif weight.stride(-2) == 1:
         result = active().grouped_linear(x, weight.mT, counts)

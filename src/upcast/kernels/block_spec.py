@@ -5,7 +5,7 @@ against one another, so that they cannot drift apart.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ PARTS = {"whole": 0, "attention": 1, "mlp": 2, "both": 3}
 """Which part of a block a call computes: any but the whole gives a branch alone, without residual and post norms."""
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
-STORAGES = {"float16": 0}
+STORAGES = {"float16": 0, "packed": 1}
 """How the numbers of a matrix are stored."""
 
 
@@ -21,12 +21,13 @@ class Matrix(NamedTuple):
     """A linear layer of a block.
 
     Attributes:
-        weight: (rows, columns), rows contiguous; None where a block has no such layer.
+        weight: (rows, columns) float16, rows contiguous; packed: the first six fields of a `PackedMatrix`; None where a
+            block has no such layer.
         bias: (rows,) float32, or None.
         storage: one of STORAGES.
     """
 
-    weight: Tensor | None = None
+    weight: Tensor | tuple[Any, ...] | None = None
     bias: Tensor | None = None
     storage: int = STORAGES["float16"]
 
@@ -91,7 +92,11 @@ class BlockSpec(NamedTuple):
     key_limit: float
     value_limit: float
 
-    def items(self) -> Iterator[Tensor | float | None]:
+    def items(self) -> Iterator[Any]:
         """Give all tensors and numbers that the block is made of."""
-        for field in self:
-            yield from field if isinstance(field, (Matrix, Norm)) else (field,)
+        yield from _flat(self)
+
+
+def _flat(fields: tuple[Any, ...]) -> Iterator[Any]:
+    for field in fields:
+        yield from _flat(field) if isinstance(field, tuple) else (field,)

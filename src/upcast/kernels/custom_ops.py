@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from upcast import kernels
+from upcast.kernels import packed
 from upcast.core.errors import UpcastError
 
 
@@ -51,6 +52,47 @@ def _(info: object, dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bia
             "upcast.unpatch(model) gives."
         )
     return torch.ops.upcast.linear(x.movedim(dims[0], 0), weight, bias), 0
+
+
+# --- packed weights: their bytes, and what `PackedMatrix` says of them ------------------------------------------------
+
+
+@torch.library.custom_op("upcast::unpack", mutates_args=())
+def unpack(blob: Tensor, form: list[int]) -> Tensor:
+    """Return the numbers of a packed matrix in bfloat16; form: the fields of `PackedMatrix` after the first."""
+    return packed.unpack(packed.PackedMatrix(blob, *form)).contiguous()
+
+
+@unpack.register_fake
+def _(blob: Tensor, form: list[int]) -> Tensor:
+    return blob.new_empty(packed.PackedMatrix(blob, *form).shape, dtype=torch.bfloat16)
+
+
+@torch.library.custom_op("upcast::packed_linear", mutates_args=())
+def packed_linear(x: Tensor, blob: Tensor, form: list[int], bias: Tensor | None = None) -> Tensor:
+    """Return ``x @ weight.T + bias`` in float32 for a packed matrix (N, K): x float32 (..., K), bias float32 (N,)."""
+    return packed.linear(x, packed.PackedMatrix(blob, *form), bias)
+
+
+@packed_linear.register_fake
+def _(x: Tensor, blob: Tensor, form: list[int], bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], packed.PackedMatrix(blob, *form).shape[0]))
+
+
+def _keep_packed(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, blob, ctx.form, bias = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(blob)
+    ctx.has_bias = bias is not None  # type: ignore[attr-defined]
+
+
+def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
+    (blob,) = ctx.saved_tensors
+    to_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
+    back = packed.PackedMatrix(blob, *ctx.form).t()
+    return torch.ops.upcast.packed_linear(grad, blob, [*back[1:]]), None, None, to_bias
+
+
+packed_linear.register_autograd(_packed_backward, setup_context=_keep_packed)
 
 
 @register_decomposition(torch.ops.upcast.linear.default)  # for ONNX, which asks torch's table of decompositions
@@ -119,7 +161,7 @@ def _counted(counter: Any) -> None:
 def _opaque(lowering: Any) -> None:
     """Tell Inductor to call these as they are: where ``CI`` is set, it refuses an operator that it could decompose."""
     if hasattr(lowering, "make_fallback"):
-        for name in ("linear", "embedding"):
+        for name in ("linear", "embedding", "packed_linear"):
             lowering.make_fallback(getattr(torch.ops.upcast, name).default, warn=False)
 
 

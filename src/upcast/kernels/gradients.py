@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast.kernels import reference, transforms
+from upcast.kernels import packed, reference, transforms
+from upcast.kernels.packed import PackedMatrix
 
 _aten = torch.ops.aten
 
@@ -28,24 +29,33 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # gradient of the re
     "gelu": _aten.gelu_backward,
     "gelu_tanh": lambda grad, x: _aten.gelu_backward(grad, x, approximate="tanh"),
 }
-Product = Callable[[Tensor, Tensor], Tensor]
+Operand = Tensor | PackedMatrix
+Product = Callable[[Tensor, Operand], Tensor]
 
 
 class Linear(torch.autograd.Function):
     """y = x W^T with a frozen float16 W: dX = dY W. ``product(x, W)`` is `upcast.kernels.linear`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, product: Product) -> Tensor:
-        ctx.save_for_backward(weight)
+    def forward(ctx: Any, x: Tensor, weight: Operand, product: Product) -> Tensor:
+        _keep(ctx, weight)
         ctx.product = product
         return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (weight,) = ctx.saved_tensors
+        (numbers,) = ctx.saved_tensors
+        weight: Operand = numbers if ctx.form is None else PackedMatrix(numbers, *ctx.form)
         if transforms.is_old_batch(grads[0]):
-            return grads[0] @ weight.float(), None, None
+            wide = numbers if ctx.form is None else packed.unpack(PackedMatrix(numbers, *ctx.form))
+            return grads[0] @ wide.float(), None, None
         return ctx.product(grads[0], weight.t()), None, None
+
+
+def _keep(ctx: Any, weight: Operand) -> None:
+    """Keep a weight for the backward pass: a packed one as its bytes, and what they are."""
+    ctx.form = weight[1:] if isinstance(weight, PackedMatrix) else None
+    ctx.save_for_backward(weight.blob if isinstance(weight, PackedMatrix) else weight)
 
 
 class NestedLinear(torch.autograd.Function):
@@ -54,16 +64,16 @@ class NestedLinear(torch.autograd.Function):
     backward = Linear.backward
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, product: Product) -> Tensor:
+    def forward(x: Tensor, weight: Operand, product: Product) -> Tensor:
         return product(x, weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, weight, ctx.product = inputs
-        ctx.save_for_backward(weight)
+        _keep(ctx, weight)
 
     @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, weight: Tensor, product: Product) -> tuple[Tensor, int]:
+    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, weight: Operand, product: Product) -> tuple[Tensor, int]:
         """Take the samples for one more dimension of x; weights are one for all of them."""
         return product(x.movedim(dims[0], 0), weight), 0
 

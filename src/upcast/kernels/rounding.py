@@ -19,12 +19,16 @@ class Rounding:
         flushed: values that are not zero and become zero.
         out_of_range: finite values beyond 65504, float16's largest.
         nonfinite: NaN and infinite values.
+        escapes: of numbers stored in 12 bits, those that stand in a list of their own; None: it is float16.
+        unpacked: why a tensor that was to be stored in 12 bits is not.
     """
 
     max_error: float = 0.0
     flushed: int = 0
     out_of_range: int = 0
     nonfinite: int = 0
+    escapes: int | None = None
+    unpacked: str = ""
 
     @property
     def lossless(self) -> bool:

@@ -18,10 +18,11 @@ from upcast.core import forward_override as forwards
 from upcast.core.errors import UpcastError
 from upcast.core.forward_override import Forward
 from upcast.core.module_tree import modules
-from upcast.kernels import native, transforms
+from upcast.kernels import Operand, native, packed, transforms
 from upcast.tensor import autocast, genuine
 from upcast.tensor.genuine import bound
 from upcast.tensor.half_weight import HalfWeight, resolved
+from upcast.tensor.packed_weight import PackedWeight
 
 # Looked up once: a call costs little more than its lookups.
 _traced, _dynamo, _autocast = torch.compiler.is_compiling, transforms.dynamo, autocast.enabled
@@ -30,6 +31,7 @@ _its = genuine.namespace(nn.Linear)
 _forward = _its["forward"] if genuine.is_own(_its["forward"], "forward", "torch") else None
 _linear = torch._C._nn.linear  # what torch.nn.functional.linear is, unless someone replaced it
 _MISSING: Any = object()
+STORED = (HalfWeight, PackedWeight)
 _quiet = native.quiet
 _questions = [torch.is_grad_enabled, torch._C._len_torch_function_stack, _autocast, *transforms.questions()]
 _owners, _names, _kept = map(
@@ -58,7 +60,7 @@ class LinearForward(Forward):
         parameters = module._parameters
         weight = parameters.get("weight")  # pruned, parametrized and normed layers have none
         if (
-            type(weight) is HalfWeight
+            type(weight) in STORED
             and weight.row_major
             and type(input) is Tensor
             and type(module) is _Linear
@@ -68,12 +70,12 @@ class LinearForward(Forward):
             and not args
             and not kwargs
         ):
-            half, bias = weight.store.half, parameters["bias"]
-            if half is None and weight.reclaim():
-                half = weight.store.half
-            if half is not None and (bias is None or not bias.is_neg()):
+            store, bias = weight.store, parameters["bias"]
+            if (store.held or weight.reclaim()) and (bias is None or not bias.is_neg()):
                 try:
-                    return (kernels._active or kernels.active()).linear(input, half, bias)
+                    if type(weight) is PackedWeight:
+                        return packed.linear(input, store.matrix, bias)
+                    return (kernels._active or kernels.active()).linear(input, store.half, bias)
                 except (UpcastError, TypeError, RuntimeError):
                     pass  # another dtype, say: the ordinary way has a result for it, or torch's own error
         args = args if input is _MISSING else (_like(input, weight), *args)
@@ -84,7 +86,7 @@ class LinearForward(Forward):
 
 def _like(input: Any, weight: Any) -> Any:
     """Return a half-precision input in float32, as it was before, for a weight that has become float32 since."""
-    if type(weight) is HalfWeight and weight.store.half is None:
+    if type(weight) in STORED and not weight.store.held:
         resolved((weight,), {})
     if type(weight) is not nn.Parameter or weight.dtype != torch.float32 or _autocast():
         return input
@@ -92,17 +94,17 @@ def _like(input: Any, weight: Any) -> Any:
     return input.float() if halved else input
 
 
-def operands(linear: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-    """Return (float16 weight, float32 bias or None) of a patched ``nn.Linear`` as kernels take them, or None."""
+def operands(linear: nn.Module) -> tuple[Operand, Tensor | None] | None:
+    """Return (stored weight, float32 bias or None) of a patched ``nn.Linear`` as kernels take them, or None."""
     weight, bias = linear._parameters.get("weight"), linear._parameters.get("bias")
-    half = weight.store.half if isinstance(weight, HalfWeight) and weight.row_major else None
-    if half is None:
+    if not isinstance(weight, HalfWeight) or not weight.row_major or not weight.store.held:
         return None
-    return (half, bias) if bias is None or (bias.dtype == torch.float32 and not bias.is_neg()) else None
+    held = weight.operand
+    return (held, bias) if bias is None or (bias.dtype == torch.float32 and not bias.is_neg()) else None
 
 
 def install(root: nn.Module) -> None:
     """Give every plain ``nn.Linear`` with a HalfWeight its short forward, unless something else replaced it."""
     for module in modules(root):
-        if type(module) is nn.Linear and type(module.weight) is HalfWeight and "forward" not in module.__dict__:
+        if type(module) is nn.Linear and type(module.weight) in STORED and "forward" not in module.__dict__:
             forwards.push(module, LinearForward(module))

@@ -12,6 +12,8 @@ from upcast.core.module_tree import modules
 from upcast.patching import fast_linear, padded_encoder, training_switch
 from upcast.tensor import materialize, pickling, torchscript
 from upcast.tensor.half_weight import HalfWeight, out_of_range, parameter
+from upcast.tensor.packed_weight import PackedWeight, packable
+from upcast.tensor.packed_weight import parameter as packed_parameter
 
 _SCRIPT = "__prepare_scriptable__"  # what torch.jit.script asks a module, and every one inside
 
@@ -62,7 +64,7 @@ def _discard(registered: dict[int, Any], ours: Callable[[Any], bool]) -> None:
 
 
 def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
-    """Put plain float16 tensors into a state dict; with keep_vars=True the parameters themselves stay."""
+    """Put plain tensors of 16 bits into a state dict; with keep_vars=True the parameters themselves stay."""
     to_onnx = torchscript.exports_onnx()
     for name, weight in _half_weights(module._parameters):
         value = state.get(prefix + name)
@@ -71,7 +73,7 @@ def _plain_state(module: nn.Module, state: dict[str, Any], prefix: str, metadata
 
 
 class AcceptState(Attached):
-    """With assign=True, take over incoming tensors as float16 weights; float16 ones without a copy.
+    """With assign=True, take over incoming tensors as stored weights; in place of float16 ones those without a copy.
 
     What float16 cannot hold is assigned as it is, in float32. Without assign=True, HalfWeight.copy_ does the rest.
     """
@@ -88,9 +90,13 @@ class AcceptState(Attached):
         for name, weight in _half_weights(self.parameters if module is None else module._parameters):
             value: Any = state.get(prefix + name)
             plain = isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter) and value.is_floating_point()
-            if plain and not out_of_range(value):
-                state[prefix + name] = new = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
-                new.store.before = weight.store.before
+            matrix = packable(value.detach()) if plain and isinstance(weight, PackedWeight) else None
+            if matrix is not None:
+                state[prefix + name] = packed_parameter(matrix, value.shape, weight.fallbacks, weight.wants_grad)
+            elif plain and not out_of_range(value):
+                state[prefix + name] = parameter(value.detach().half(), weight.fallbacks, weight.wants_grad)
+            if isinstance(state.get(prefix + name), HalfWeight):
+                state[prefix + name].store.before = weight.store.before
 
 
 class GuardedApply(Attached):

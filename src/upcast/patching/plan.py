@@ -14,13 +14,18 @@ from upcast.patching import trainable as learning
 from upcast.patching.claims import alone
 from upcast.patching.discovery import prepare, refs
 from upcast.patching.parts import Part, parts_of, roots_of, took_back
+from upcast.policy.policy import check_storage
+from upcast.tensor.packed_weight import fitting, packed_size
 
 CONVERT = "convert"  # rounded to float16
 WRAP = "wrap"  # float16 already: used as it is, without a copy
+PACK = "pack"  # stored in 12 bits, exactly
 SHARE = "share"  # bitwise equal to another weight: one storage for both
 UPCAST = "upcast"  # to float32
 KEEP = "keep"  # left as it is
 IN_FLOAT16 = (CONVERT, WRAP, SHARE)
+STORED = (*IN_FLOAT16, PACK)
+PACKING = ("packed", "auto")  # storages that pack
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Plan:
         """Return reason -> count for the tensors that are float32 afterwards."""
         reasons: dict[str, int] = {}
         for change in self.changes:
-            if not change.in_float16:
+            if change.action not in STORED:
                 reasons[change.reason] = reasons.get(change.reason, 0) + 1
         return reasons
 
@@ -180,6 +185,10 @@ def decisions(
             numbers = known[ref.name] = look(ref.tensor) if alias is None else known[alias.name]
             if not numbers.fits:
                 (action, reason), alias = _left_in_float32(ref, numbers), None
+            elif numbers.escapes is not None and alias is None:
+                action, reason = PACK, f"{_bits(ref, numbers):.2f} bits a number, {numbers.escapes:,} escapes"
+            elif numbers.unpacked and alias is None:
+                reason = f"{reason}, {numbers.unpacked}"
             elif alias is not None:
                 action, reason = SHARE, f"equal to {alias.name}"
         yield ref, action, reason, numbers, alias
@@ -198,8 +207,14 @@ def change_of(ref: TensorRef, action: str, reason: str, rounding: Rounding) -> C
     """Return the table's row for a ref."""
     tensor, elements = ref.tensor, ref.tensor.numel()
     before = elements * tensor.element_size()
-    after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, UPCAST: 4 * elements, KEEP: before}[action]
+    after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, UPCAST: 4 * elements, KEEP: before, PACK: 0}[action]
+    if action == PACK:
+        after = packed_size(tensor, rounding.escapes or 0)
     return Change(ref.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
+
+
+def _bits(ref: TensorRef, numbers: Rounding) -> float:
+    return 8 * packed_size(ref.tensor, numbers.escapes or 0) / ref.tensor.numel()
 
 
 _ALIKE = 16  # weights that may begin alike and differ
@@ -236,7 +251,9 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(memory_layout.plain(each.detach()).view(integer) for each in (a, b)))
 
 
-def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = ()) -> Plan:
+def plan(
+    model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = (), storage: str = "float16"
+) -> Plan:
     """Return what `upcast.patch` would do to each tensor of ``model``; changes nothing.
 
     Of what is patched already, the model or parts of it, the plan tells what was done.
@@ -244,7 +261,7 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     Args:
         model: any module on the CPU, or what else `upcast.patch` accepts.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
-        trainable: as for `upcast.patch`.
+        trainable, storage: as for `upcast.patch`.
 
     Raises:
         UpcastError: as `upcast.patch` would.
@@ -257,31 +274,50 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
         >>> model.weight.dtype  # nothing has been changed
         torch.float32
     """
+    check_storage(storage)
     took_back(model)
-    return alone(roots_of(model).values(), lambda: _plan(model, keep, trainable), reads=True)
+    keep = (*keep, "*") if storage == "float32" else keep
+    return alone(roots_of(model).values(), lambda: _plan(model, keep, trainable, looking(storage)), reads=True)
 
 
-def _plan(model: object, keep: Sequence[str], trainable: Sequence[str]) -> Plan:
+Look = Callable[[Tensor], Rounding]
+
+
+def looking(storage: str) -> Look:
+    """Return what says of a tensor what ``storage`` makes of its numbers."""
+    if storage not in PACKING:
+        return measure
+
+    def look(tensor: Tensor) -> Rounding:
+        found, why = fitting(tensor.detach(), storage)
+        return Rounding(escapes=found.escapes) if found else replace(measure(tensor), unpacked=why)
+
+    return look
+
+
+def _plan(model: object, keep: Sequence[str], trainable: Sequence[str], look: Look) -> Plan:
     done = parts_of(model)
     if done:
-        return _of_parts(model, done, keep, trainable)
+        return _of_parts(model, done, keep, trainable, look)
     changes: list[Change] = []
     remarks: list[str] = []
     roots = roots_of(model)
     names = {root: name for name, root in reversed(roots.items())}  # components may share one: its first name
     for root in dict.fromkeys(roots.values()):
         _, found = prepare(root, keep, trainable)
-        changes += [_under(names[root], change) for change in _changes(found, keep)]
+        changes += [_under(names[root], change) for change in _changes(found, keep, look)]
         remarks += [*learning.remarks(root, found), *extensions.remarks(root)]
     whole = next(iter(roots.values())) if "" in roots else model
     return Plan(type(whole).__name__, tuple(changes), tuple(dict.fromkeys(remarks)))
 
 
-def _changes(found: Sequence[TensorRef], keep: Sequence[str]) -> tuple[Change, ...]:
-    return tuple(change_of(*decision[:4]) for decision in decisions(found, keep, measure))
+def _changes(found: Sequence[TensorRef], keep: Sequence[str], look: Look) -> tuple[Change, ...]:
+    return tuple(change_of(*decision[:4]) for decision in decisions(found, keep, look))
 
 
-def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str]) -> Plan:
+def _of_parts(
+    model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str], look: Look
+) -> Plan:
     """Return what was done to the parts that are patched, and what `patch` would do to each of the others alone."""
     roots = roots_of(model)
     changes = [_under(part.name, change) for part in parts for change in part.record.plan.changes]
@@ -289,7 +325,7 @@ def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainab
     for name, root in roots.items():
         rest = [ref for ref in refs(root) if id(ref.tensor) not in inside]
         learning.mark(root, rest, trainable)
-        changes += [_under(name, change) for change in _changes(rest, keep)]
+        changes += [_under(name, change) for change in _changes(rest, keep, look)]
     said = tuple(line for part in parts for line in part.record.plan.remarks)
     listed = ", ".join(part.name or type(part.module).__name__ for part in parts)
     return Plan(type(model).__name__, tuple(changes), (*said, f"patched already: {listed}"))

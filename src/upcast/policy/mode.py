@@ -160,7 +160,7 @@ class Call:
         if self.known.writes and self.tensors:
             return self._in_place()
         if self.op_class is None and self.func in _VIEWS and self.tensors:
-            kind = STORED if type(self.tensors[0]) is HalfWeight else mark_of(self.tensors[0])
+            kind = STORED if isinstance(self.tensors[0], HalfWeight) else mark_of(self.tensors[0])
             return _marked(self.func(*self.args, **self.kwargs), kind)  # as wide as what it looks at
         return self._widely() if self._wide() else self._in_float16()
 
@@ -194,7 +194,7 @@ class Call:
         """Whether a number that stands for a float16 one takes part, or float16 is asked for."""
         if self.kwargs.get("dtype") is torch.float16:
             return True
-        return any(type(t) is HalfWeight or _is_half(t) or mark_of(t) for t in self.tensors)
+        return any(isinstance(t, HalfWeight) or _is_half(t) or mark_of(t) for t in self.tensors)
 
     def _asks_float(self) -> bool:
         dtype = self.kwargs.get("dtype")
@@ -202,7 +202,7 @@ class Call:
 
     def _in_place(self) -> Any:
         target = self.tensors[0]
-        if type(target) is HalfWeight or not target.is_floating_point():
+        if isinstance(target, HalfWeight) or not target.is_floating_point():
             return self.func(*self.args, **self.kwargs)
         half = target.dtype == torch.float16
         wide = not half if self.op_class is None else self._wide()
@@ -259,7 +259,7 @@ def _is_half(tensor: Tensor) -> bool:
 
 def _stands_for_half(tensor: Tensor) -> bool:
     """Whether the tensor is a number of another type, or a weight, in place of float16."""
-    return type(tensor) is HalfWeight or mark_of(tensor) in (FOR_HALF, STORED)
+    return isinstance(tensor, HalfWeight) or mark_of(tensor) in (FOR_HALF, STORED)
 
 
 def _upcast(tensor: Tensor) -> Tensor:
@@ -267,19 +267,19 @@ def _upcast(tensor: Tensor) -> Tensor:
 
 
 def _downcast(tensor: Tensor) -> Tensor:
-    if type(tensor) is HalfWeight:
+    if isinstance(tensor, HalfWeight):
         return tensor.memory().half()
     return tensor.half() if mark_of(tensor) in (FOR_HALF, STORED) else tensor
 
 
 def _rounded(tensor: Tensor) -> Tensor:
     """The numbers that float16 has, in float32; a weight as the kernels take it."""
-    return tensor if type(tensor) is HalfWeight else _downcast(tensor).float()
+    return tensor if isinstance(tensor, HalfWeight) else _downcast(tensor).float()
 
 
 def _downcast_but_weights(tensor: Tensor) -> Tensor:
     """Next to float32 that the model asked for, a weight is one that it upcast with ``weight.float()``."""
-    return tensor if type(tensor) is HalfWeight else _downcast(tensor)
+    return tensor if isinstance(tensor, HalfWeight) else _downcast(tensor)
 
 
 def _collect(values: Any, found: list[Tensor]) -> list[Tensor]:
@@ -318,14 +318,14 @@ def _class_of(known: op_classes.Known, tensors: list[Tensor]) -> str | None:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    return type(tensor) is HalfWeight or isinstance(tensor, nn.Parameter)
+    return isinstance(tensor, HalfWeight) or isinstance(tensor, nn.Parameter)
 
 
 def _two_activations(tensors: list[Tensor]) -> bool:
     if len(tensors) < 2:
         return False
     a, b = tensors[:2]
-    if type(a) is HalfWeight or type(b) is HalfWeight or a.shape != b.shape or not a.dim():
+    if isinstance(a, HalfWeight) or isinstance(b, HalfWeight) or a.shape != b.shape or not a.dim():
         return False
     floats = a.is_floating_point() and b.is_floating_point()
     return floats and STORED not in (mark_of(a), mark_of(b))
@@ -367,7 +367,7 @@ def _reals(args: Any) -> Any:
 
 
 def _to_float(frame: Frame, tensor: Tensor, keeps: bool) -> Tensor:
-    if type(tensor) is HalfWeight:
+    if isinstance(tensor, HalfWeight):
         return tensor
     if tensor.dtype != torch.float32:
         return mark(tensor.float(), FOR_FLOAT if keeps and tensor.dtype == torch.float16 else None)

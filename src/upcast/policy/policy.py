@@ -5,13 +5,13 @@ sensitive                                 norm+softmax+scores+residual: the text
 none                                      nothing: plain float16, as ``model.half()``
 norm+residual+linear                      any set
 none; transformer.h.11.*=safe             other classes in some modules; of several that match, the last counts
-safe; kv_cache=float32; storage=float32   how caches and weights are stored
+safe; kv_cache=float32; storage=packed    how caches and weights are stored
 """
 
 import difflib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,7 +40,13 @@ POLICIES = {
     "none": "plain float16, as model.half()",
 }
 DTYPES = ("float16", "float32")
-_SETTINGS = ("kv_cache", "storage")
+STORAGES = {
+    "float16": "16 bits: rounded to float16",
+    "packed": "12 bits, exact, where a weight has bfloat16's numbers; else float16",
+    "auto": "as packed, where that is as fast as it can be: a weight with many unusual numbers goes to float16",
+    "float32": "32 bits: nothing is rounded",
+}
+_SETTINGS = {"kv_cache": DTYPES, "storage": tuple(STORAGES)}
 LONGEST = 1 << 16  # characters of a policy
 LARGEST = 1 << 22  # bytes of a saved one, which may tell how it was found
 
@@ -53,7 +59,7 @@ class Policy:
         classes: the op classes (keys of CLASSES) that run in float32.
         overrides: (module pattern, classes) pairs that replace ``classes`` inside matching modules; the last counts.
         kv_cache: how keys and values are kept, ``"float16"`` or ``"float32"``.
-        storage: how weights are stored, ``"float16"`` or ``"float32"``.
+        storage: how weights are stored, one of STORAGES: ``"float16"``, ``"packed"``, ``"auto"`` or ``"float32"``.
 
     Examples:
         >>> policy = upcast.Policy.parse("sensitive; lm_head=safe")
@@ -129,6 +135,12 @@ def check_kv_cache(kv_cache: str) -> None:
         raise UpcastError(f"kv_cache={kv_cache!r}; it must be one of {', '.join(DTYPES)}. Use 'float16'.")
 
 
+def check_storage(storage: str) -> None:
+    """Raise UpcastError if ``storage`` is none of STORAGES."""
+    if storage not in STORAGES:
+        raise UpcastError(f"storage={storage!r}; it must be one of {', '.join(STORAGES)}. Use 'float16'.")
+
+
 class HasPolicy(Protocol):
     """What `upcast.search` and `upcast.diagnose` return."""
 
@@ -138,6 +150,31 @@ class HasPolicy(Protocol):
 
 Choice = str | Path | Policy | HasPolicy
 """How a user says which policy is meant: as text, as the path of a saved one, or as a value that is or has one."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a user chose, with another storage."""
+
+    choice: "Choice"
+    storage: str
+
+
+def stored(choice: "Choice", storage: str | None) -> Any:
+    """Return ``choice`` with weights stored as ``storage`` says; None: as the policy says.
+
+    Raises:
+        UpcastError: ``storage`` is none of STORAGES.
+    """
+    if storage is None:
+        return choice
+    check_storage(storage)
+    return Stored(choice, storage)
+
+
+def of(settings: config.Config) -> Any:
+    """Return the policy that the environment asks for."""
+    return stored(settings.policy, settings.storage)
 
 
 def resolve(value: object, *, check: Any = None) -> Policy:
@@ -152,6 +189,8 @@ def resolve(value: object, *, check: Any = None) -> Policy:
     """
     if isinstance(value, Policy):
         return value
+    if isinstance(value, Stored):
+        return replace(resolve(value.choice, check=check), storage=value.storage)
     if isinstance(value, Path) or (isinstance(value, str) and value.strip().endswith(".json")):
         fields = read(Path(str(value).strip()))
         if check is not None:
@@ -222,10 +261,10 @@ def _parse(text: str) -> Policy:
         if key not in _SETTINGS:
             _check_pattern(text, start, key)
             overrides.append((key, _classes(text, at, value)))
-        elif value in DTYPES:
+        elif value in _SETTINGS[key]:
             settings[key] = value
         else:
-            raise _fault(text, at, f"{key} is {_short(value)}", f"valid are {', '.join(DTYPES)}")
+            raise _fault(text, at, f"{key} is {_short(value)}", f"valid are {', '.join(_SETTINGS[key])}")
     return Policy(classes, tuple(overrides), **settings)
 
 

@@ -67,9 +67,9 @@ def _embedding_bag(
     used, places = torch.unique(input, return_inverse=True)
     padding = None
     if padding_idx is not None:
-        found = (used == padding_idx % weight.stored.shape[0]).nonzero()
+        found = (used == padding_idx % weight.outline.shape[0]).nonzero()
         padding = int(found[0]) if len(found) else None
-    rows = kernels.embedding(used, weight.stored)
+    rows = kernels.embedding(used, weight.operand)
     return F.embedding_bag(places.view(input.shape), rows, offsets, None, *rest, padding)
 
 
@@ -127,7 +127,7 @@ def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> 
     mode = compute_mode or "use_mm_for_euclid_dist_if_necessary"
     if not isinstance(x2, HalfWeight) or isinstance(x1, HalfWeight) or x1.dtype == torch.float64:
         return call_upcast(torch.cdist, (x1, x2, p, mode), {})
-    dim = x2.stored.dim() - 2
+    dim = x2.outline.dim() - 2
     return _in_tiles(x2, dim, -1, lambda tile, _: torch.cdist(x1, tile, p, mode))
 
 
@@ -154,10 +154,10 @@ def _elementwise(function: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> An
     weight = b if isinstance(b, HalfWeight) else a
     other = a if weight is b else b
     special = isinstance(other, Tensor) and (other.layout is not torch.strided or other.is_nested)
-    if special or isinstance(other, HalfWeight) or not weight.stored.dim() or kwargs.get("out") is not None:
+    if special or isinstance(other, HalfWeight) or not weight.outline.dim() or kwargs.get("out") is not None:
         return call_upcast(function, (a, b, *args), kwargs)
-    dim = max(range(weight.stored.dim()), key=lambda i: weight.stored.shape[i])
-    from_end, size = dim - weight.stored.dim(), weight.stored.shape[dim]
+    dim = max(range(weight.outline.dim()), key=lambda i: weight.outline.shape[i])
+    from_end, size = dim - weight.outline.dim(), weight.outline.shape[dim]
 
     def part(tile: Tensor, cut: slice) -> Any:
         there = other

@@ -87,14 +87,19 @@ class HalfWeight(torch.Tensor):
             return torch.nn.Parameter(stored, requires_grad)
         if stored.dtype != torch.float16:
             raise UpcastError(f"a HalfWeight of {stored.dtype}; it stores float16. Convert the tensor with .half().")
+        return HalfWeight.wrapper(cls, stored, stored.device)
+
+    @staticmethod
+    def wrapper(cls: type["HalfWeight"], outline: torch.Tensor, device: torch.device) -> Any:
+        """Return a float32 tensor of the class, without memory, that lies as ``outline`` does."""
         # torch's own stub of _make_wrapper_subclass is untyped
-        self: HalfWeight = torch.Tensor._make_wrapper_subclass(
+        self = torch.Tensor._make_wrapper_subclass(
             cls,
-            stored.shape,
-            strides=stored.stride(),
-            storage_offset=stored.storage_offset(),
+            outline.shape,
+            strides=outline.stride(),
+            storage_offset=outline.storage_offset(),
             dtype=torch.float32,
-            device=stored.device,
+            device=device,
             requires_grad=False,
         )
         _refuse_raw_memory(self)
@@ -113,9 +118,23 @@ class HalfWeight(torch.Tensor):
             raise UpcastError("a weight that is no longer stored in float16; it has become float32. Look at it anew.")
         return half if self.region is None else self.region.of(half)
 
+    @property
+    def outline(self) -> torch.Tensor:
+        """A tensor that lies in memory as ``stored`` does; of a view of it `like` makes one of this weight."""
+        return self.stored
+
+    @property
+    def operand(self) -> Any:
+        """The numbers as `upcast.kernels` take them."""
+        return self.stored
+
     def memory(self) -> torch.Tensor:
-        """Return the ordinary tensor that holds the numbers now: float16, or float32 once they have dissolved."""
-        return materialize.alias(self) if self.store.half is None else self.stored
+        """Return an ordinary tensor with the numbers: the stored one, or the float32 one once they have dissolved."""
+        return self.stored if self.store.held else materialize.alias(self)
+
+    def at_rest(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return what a question about the memory's size or place is answered with."""
+        return function(self.stored, *args)
 
     @property
     def fallbacks(self) -> Fallbacks:
@@ -153,8 +172,8 @@ class HalfWeight(torch.Tensor):
         if func in HANDLERS:  # an operator of ours
             return HANDLERS[func](*args)
         first = args[0] if args else None
-        if isinstance(first, HalfWeight) and first.store.half is not None and (func.is_view or func in _ALIASING):
-            return first.like(func(first.stored, *args[1:], **(kwargs or {})))
+        if isinstance(first, HalfWeight) and first.store.held and (func.is_view or func in _ALIASING):
+            return first.like(func(first.outline, *args[1:], **(kwargs or {})))
         return OTHERWISE["operator"](func, args, kwargs or {})
 
     def __tensor_flatten__(self) -> tuple[list[str], None]:
@@ -166,22 +185,27 @@ class HalfWeight(torch.Tensor):
         made: HalfWeight = OTHERWISE["unflatten"](inner["stored"])
         return made
 
-    def like(self, stored: Any) -> Any:
-        """Return ``stored``, a view of this one's float16 memory (or several), as a view of this weight."""
-        if not isinstance(stored, torch.Tensor):
-            return (
-                type(stored)(map(self.like, stored)) if type(stored) in (list, tuple) else tuple(map(self.like, stored))
-            )
-        weight = HalfWeight(stored, self.fallbacks)
-        weight.store, weight.region = self.store, region_of(stored, self.store.half)
-        weight.row_major = weight.row_major and weight.region is None
+    def like(self, part: Any) -> Any:
+        """Return ``part``, a view of ``outline`` (or several), as a view of this weight."""
+        if not isinstance(part, torch.Tensor):
+            return type(part)(map(self.like, part)) if type(part) in (list, tuple) else tuple(map(self.like, part))
+        return self.over(self.store, region_of(part, self.store.outline), part)
+
+    @classmethod
+    def over(cls, store: Store, region: Region | None, part: torch.Tensor | None = None) -> "HalfWeight":
+        """Return what stands for a region of ``store``; ``part``: its float16 tensor, where that is at hand."""
+        if part is None:
+            half = store.half
+            assert half is not None
+            part = half if region is None else region.of(half)
+        weight = HalfWeight(part, store.fallbacks)
+        weight.store, weight.region = store, region
+        weight.row_major = weight.row_major and region is None
         return weight
 
     def upcast(self) -> torch.Tensor:
         """Return a new float32 tensor with these numbers (exact: every float16 is a float32)."""
-        if self.store.half is None:
-            return materialize.alias(self).clone()
-        return self.stored.float()
+        return self.stored.float() if self.store.held else materialize.alias(self).clone()
 
     def overwrite(self, source: torch.Tensor, *, update: bool = False) -> "HalfWeight":
         """Replace the numbers by ``source`` (any float dtype, of a shape that broadcasts), rounded to nearest.
@@ -190,14 +214,14 @@ class HalfWeight(torch.Tensor):
         this is an ``update`` of the numbers that are there, and rounding would undo it, or blur one after another.
         """
         source = memory_layout.plain(source.detach().expand(self.shape))
-        if type(source) is HalfWeight:
+        if isinstance(source, HalfWeight):
             source = source.memory()
         if out_of_range(source):
             materialize.dissolve(self, materialize.OUT_OF_RANGE)
-        elif update and self.store.half is not None and self._is_lost(source, self.stored):
+        elif update and self.store.held and self._is_lost(source, self.stored):
             materialize.dissolve(self, materialize.SMALL_STEPS)
         with torch.no_grad():
-            if self.store.half is not None:
+            if self.store.held:
                 self.store.unshare()
             self.memory().copy_(source)
             self.store.handed = None  # this write was looked at
@@ -230,7 +254,7 @@ class HalfWeight(torch.Tensor):
                 materialize.keep(self, materialize.SMALL_STEPS)
             else:
                 self.store.take_over(borrowed)
-        return self.store.half is not None
+        return self.store.held
 
     def __hash__(self) -> int:
         torchscript.look(self)
@@ -249,7 +273,7 @@ class HalfWeight(torch.Tensor):
         """Share the memory, as torch's shallow copies do."""
         shared: torch.Tensor
         if not isinstance(self, torch.nn.Parameter):
-            shared = self.like(self.stored) if self.reclaim() else materialize.alias(self)
+            shared = self.like(self.outline) if self.reclaim() else materialize.alias(self)
         elif self.reclaim():
             shared = rebuild(self.store, self.region, self.wants_grad)
         else:
@@ -284,15 +308,15 @@ class HalfWeight(torch.Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         with torch._C.DisableTorchFunctionSubclass():
             shape = tuple(self.shape)
-        where = "stored in float16" if self.store.half is not None else "in float32"
-        return f"HalfWeight(float32 {shape} {where}:\n{self.memory()})"
+        where = f"stored in {self.store.name}" if self.store.held else "in float32"
+        return f"{type(self).__name__}(float32 {shape} {where}:\n{self.memory()})"
 
 
 def resolved(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the arguments of a torch function with ordinary tensors in place of dissolved weights."""
 
     def gone(value: Any) -> bool:
-        return isinstance(value, HalfWeight) and value.store.half is None and not value.reclaim()
+        return isinstance(value, HalfWeight) and not value.store.held and not value.reclaim()
 
     def resolve(weight: Any) -> Any:
         return materialize.alias(weight) if gone(weight) and not materialize.become(weight) else weight
@@ -338,16 +362,15 @@ _LOOKS = {
     *(torch.Tensor.detach, torch.detach, torch.Tensor.to, torch.Tensor.float, torch.Tensor.cpu, torch.Tensor.type),
     *(torch.Tensor.requires_grad_, torch.Tensor.element_size, torch.Tensor.share_memory_, torch.Tensor.data_ptr),
 }
+Store.kind = HalfWeight
 _ALIASING = {torch.ops.aten.detach.default, torch.ops.aten.alias.default, torch.ops.aten.lift_fresh.default}
 
 
 def rebuild(store: Store, region: Region | None, wants_grad: bool) -> HalfWeight:
     """Return a parameter on ``store``."""
-    half = store.half
-    assert half is not None
-    weight = parameter(half if region is None else region.of(half), store.fallbacks)
-    weight.store, weight.region, weight.wants_grad = store, region, wants_grad
-    weight.row_major = weight.row_major and region is None
+    weight = store.kind.over(store, region)
+    weight._is_param = True
+    weight.wants_grad = wants_grad
     return weight
 
 

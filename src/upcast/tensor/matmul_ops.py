@@ -38,11 +38,11 @@ def _note_gradient(weight: HalfWeight, result: Tensor) -> None:
         result.grad_fn.register_prehook(passed_by)
 
 
-def _times(x: Tensor, stored: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x @ stored.T + bias for a float16 matrix."""
+def _times(x: Tensor, operand: Any, bias: Tensor | None = None) -> Tensor:
+    """Return x @ operand.T + bias for the operand of a matrix."""
     if x.dtype in (torch.float16, torch.bfloat16):  # an input the caller halved; the model computes in float32
         x = x.float()
-    return autocast.rounded(kernels.linear(x, stored, bias))
+    return autocast.rounded(kernels.linear(x, operand, bias))
 
 
 @handles(F.linear)
@@ -68,7 +68,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     assert isinstance(weight, HalfWeight)
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
-    result = _times(input, weight.stored, bias)
+    result = _times(input, weight.operand, bias)
     _note_gradient(weight, result)
     return result
 
@@ -98,14 +98,13 @@ def dense(x: Tensor) -> bool:
 
 def _shortest(x: Any, weight: Any, bias: Tensor | None, any_shape: bool) -> Any:
     """Return x @ weight + bias in plain inference, for a matrix x (or ``any_shape``); None for anything else."""
-    plain = type(weight) is HalfWeight and type(x) is Tensor and x.dtype is torch.float32 and not x.is_neg()
+    plain = isinstance(weight, HalfWeight) and type(x) is Tensor and x.dtype is torch.float32 and not x.is_neg()
     if not plain or kernels.direct() is None or autocast.enabled():
         return None
-    half = weight.stored
-    if half.dim() != 2 or not (any_shape or x.dim() == 2):
+    if weight.outline.dim() != 2 or not (any_shape or x.dim() == 2):
         return None
     try:
-        return kernels.unfollowed_linear(x, half.t(), bias)
+        return kernels.unfollowed_linear(x, weight.operand.t(), bias)
     except _REFUSALS:
         return None
 
@@ -138,7 +137,7 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
     weight = a if isinstance(a, HalfWeight) else b
     assert isinstance(weight, HalfWeight)
     other = b if weight is a else a
-    if not factor(other) or not _fit(function, a, b) or weight.stored.dim() == 1:
+    if not factor(other) or not _fit(function, a, b) or weight.outline.dim() == 1:
         return call_upcast(function, (a, b), {})
     if weight.dim() > 2 and (
         weight.numel() <= TILE or transforms.jit_traces()
@@ -147,10 +146,10 @@ def _product(function: Any, a: Tensor, b: Tensor) -> Any:
     if weight.dim() > 2:
         return _batched(a, b)
     if weight is b:
-        return _times(a, weight.stored.t())
+        return _times(a, weight.operand.t())
     if other.dim() == 1:
-        return _times(other, weight.stored)
-    return _times(other.transpose(-2, -1), weight.stored).transpose(-2, -1)  # ONNX from TorchScript knows no mT
+        return _times(other, weight.operand)
+    return _times(other.transpose(-2, -1), weight.operand).transpose(-2, -1)  # ONNX from TorchScript knows no mT
 
 
 _DIMENSIONS = {
@@ -200,7 +199,7 @@ def _add_product(
         settings = {"beta": beta, "alpha": alpha, **({} if out is None else {"out": out})}
         return call_upcast(function, (addend, a, b), settings)
     if isinstance(b, HalfWeight) and b.dim() == 2 and beta == alpha == 1 and addend.shape == b.shape[1:]:
-        return _times(a, b.stored.t(), addend.float())
+        return _times(a, b.operand.t(), addend.float())
     product = _product(_FACTORS[function], a, b)
     result = (product if alpha == 1 else alpha * product) + (addend if beta == 1 else beta * addend)
     return autocast.rounded(result)
@@ -232,15 +231,16 @@ def _grouped_mm(
     out_dtype: torch.dtype | None = None,
 ) -> Any:
     """Rows offs[e-1]..offs[e] of x (T, K) times weight[e] of (E, K, N), for the experts that have rows."""
-    half = weight.stored if isinstance(weight, HalfWeight) else None
-    known = half is not None and half.dim() == 3 and x.dim() == 2 and _takes(x, half.shape[1])
-    if half is None or not known or offs is None or transforms.jit_traces():
+    shape = weight.outline.shape if isinstance(weight, HalfWeight) else ()
+    known = len(shape) == 3 and x.dim() == 2 and _takes(x, shape[1])
+    if not known or offs is None or transforms.jit_traces():
         args = (x, weight, offs, bias, out_dtype)
         return call_upcast(F.grouped_mm, args, {})
     x = x.float()
     ends = offs.to(torch.int64)
     used = int(ends[-1])
-    out = kernels.grouped_linear(x[:used], half, torch.diff(ends, prepend=ends.new_zeros(1)))
+    assert isinstance(weight, HalfWeight)
+    out = kernels.grouped_linear(x[:used], weight.operand, torch.diff(ends, prepend=ends.new_zeros(1)))
     if used < x.shape[0]:  # rows of no expert
         out = torch.cat([out, x.new_zeros(x.shape[0] - used, out.shape[1])])
     out = out if bias is None else out + bias
@@ -252,10 +252,11 @@ def _grouped_mm(
 
 def _in_tiles(weight: HalfWeight, dim: int, out_dim: int, product: Callable[[Tensor, slice], Any]) -> Tensor:
     """Join ``product(tile, where)`` over float32 tiles of ``weight`` cut along ``dim``, along ``out_dim``."""
-    size = weight.stored.shape[dim]
-    step = max(1, TILE * size // max(weight.stored.numel(), 1))
+    stored = weight.stored
+    size = stored.shape[dim]
+    step = max(1, TILE * size // max(stored.numel(), 1))
     cuts = [slice(start, min(start + step, size)) for start in range(0, size, step)] or [slice(0, 0)]
-    parts = [product(weight.stored.narrow(dim, cut.start, cut.stop - cut.start).float(), cut) for cut in cuts]
+    parts = [product(stored.narrow(dim, cut.start, cut.stop - cut.start).float(), cut) for cut in cuts]
     return parts[0] if len(parts) == 1 else torch.cat(parts, out_dim)
 
 
@@ -280,12 +281,12 @@ def _conv(
         return function(x, tile, part, stride, padding, dilation, groups)
 
     if groups == 1:
-        return _in_tiles(weight, 0, -(weight.stored.dim() - 1), product)
+        return _in_tiles(weight, 0, -(weight.outline.dim() - 1), product)
 
     def some_groups(x: Tensor, tile: Tensor, bias: Tensor | None, count: int) -> Any:
         return function(x, tile, bias, stride, padding, dilation, count)
 
-    return _by_groups(x, weight, bias, groups, weight.stored.shape[0] // groups, some_groups)
+    return _by_groups(x, weight, bias, groups, weight.outline.shape[0] // groups, some_groups)
 
 
 @handles_each(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
@@ -309,12 +310,12 @@ def _conv_transpose(
         return function(x, tile, bias, stride, padding, output_padding, count, dilation)
 
     if groups > 1:
-        return _by_groups(x, weight, bias, groups, weight.stored.shape[1], some_groups)
+        return _by_groups(x, weight, bias, groups, weight.outline.shape[1], some_groups)
 
     def product(tile: Tensor, cut: slice) -> Any:
         return some_groups(x, tile, None if bias is None else bias[cut], 1)
 
-    return _in_tiles(weight, 1, -(weight.stored.dim() - 1), product)
+    return _in_tiles(weight, 1, -(weight.outline.dim() - 1), product)
 
 
 def _by_groups(
@@ -326,13 +327,14 @@ def _by_groups(
     product: Callable[[Tensor, Tensor, Tensor | None, int], Any],
 ) -> Tensor:
     """Join ``product(x, tile, bias, groups)`` over some groups at a time; each group has ``outputs`` channels."""
-    channels = -(weight.stored.dim() - 1)
-    rows, inputs = weight.stored.shape[0] // groups, x.shape[channels] // groups
-    step = max(1, TILE * groups // max(weight.stored.numel(), 1))
+    channels = -(weight.outline.dim() - 1)
+    rows, inputs = weight.outline.shape[0] // groups, x.shape[channels] // groups
+    stored = weight.stored
+    step = max(1, TILE * groups // max(stored.numel(), 1))
     parts = []
     for start in range(0, groups, step):
         count = min(step, groups - start)
-        tile = weight.stored.narrow(0, start * rows, count * rows).float()
+        tile = stored.narrow(0, start * rows, count * rows).float()
         part = None if bias is None else bias.narrow(0, start * outputs, count * outputs)
         parts.append(product(x.narrow(channels, start * inputs, count * inputs), tile, part, count))
     return parts[0] if len(parts) == 1 else torch.cat(parts, channels)
@@ -342,7 +344,7 @@ def _by_groups(
 def _einsum(equation: Any, *operands: Any) -> Any:
     weights = [i for i, operand in enumerate(operands) if isinstance(operand, HalfWeight)]
     where = weights[0] if len(weights) == 1 and isinstance(equation, str) else None
-    cut = None if where is None else _cut_dimension(equation, where, operands[where].stored.shape)
+    cut = None if where is None else _cut_dimension(equation, where, operands[where].outline.shape)
     if where is None or cut is None:
         return call_upcast(torch.einsum, (equation, *operands), {})
     dim, out_dim = cut

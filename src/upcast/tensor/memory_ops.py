@@ -16,7 +16,7 @@ from upcast.core import extensions
 from upcast.core.errors import UpcastError
 from upcast.tensor import materialize
 from upcast.tensor.half_weight import HalfWeight
-from upcast.tensor.store import uses
+from upcast.tensor.store import Store, uses
 from upcast.tensor.upcasting import call_in_memory
 from upcast.tensor.view_ops import accessor, handles, handles_each, named
 
@@ -29,7 +29,7 @@ from upcast.tensor.view_ops import accessor, handles, handles_each, named
 )
 def _at_rest(function: Any, weight: HalfWeight, *args: Any) -> Any:
     """The bytes at rest are what reports of memory want to know."""
-    return function(weight.stored, *args)
+    return weight.at_rest(function, *args)
 
 
 @handles(accessor("dtype").__get__)
@@ -93,7 +93,7 @@ def _set_data(target: Tensor, source: Tensor) -> None:
             if _alone(source):
                 target.overwrite(source, update=True)
                 return
-            if target.store.before != torch.float32:
+            if target.store.before != torch.float32 and type(target.store) is Store:
                 target.store = target.store.borrowing(source.detach())
                 return
     call_in_memory(accessor("data").__set__, (target, source), {})
@@ -137,10 +137,11 @@ def _by_a_function(function: Any, target: Tensor, *args: Any) -> Tensor:
 @handles(accessor("_version").__get__)
 def _version(weight: HalfWeight) -> int:
     """How often the memory was written; whoever keeps what was made of a weight asks for it."""
-    if weight.stored.is_inference() or _traced() or _imitates(sys._getframe(2)):
+    memory = weight.store.bytes
+    if memory is None or memory.is_inference() or _traced() or _imitates(sys._getframe(2)):
         with torch._C.DisableTorchFunctionSubclass():
             return weight._version
-    return weight.stored._version
+    return weight.store.written_times()
 
 
 @handles(Tensor.share_memory_)
@@ -148,7 +149,8 @@ def _share_memory(weight: HalfWeight) -> HalfWeight:
     if weight.wants_grad:  # another process may train it, and this one wants to see that
         return call_in_memory(Tensor.share_memory_, (weight,), {})  # type: ignore[no-any-return]
     weight.store.unshare()
-    weight.stored.share_memory_()
+    if weight.store.bytes is not None:
+        weight.store.bytes.share_memory_()
     return weight
 
 

@@ -19,7 +19,7 @@ _PYTHON |= torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
 def compatible(target: Tensor, source: Tensor) -> bool:
     """Return whether ``target`` can take over what ``source`` holds, as torch has it."""
     with torch._C.DisableTorchFunctionSubclass(), torch._C._AutoDispatchBelowAutograd():
-        if type(source) is HalfWeight and type(target) is not HalfWeight:
+        if isinstance(source, HalfWeight) and not isinstance(target, HalfWeight):
             materialize.dissolve(source, materialize.MEMORY)
             with torch._C._ExcludeDispatchKeyGuard(_PYTHON):
                 Tensor.set_(source, materialize.alias(source))  # type: ignore[call-overload]

@@ -2,10 +2,13 @@
 
 import threading
 import weakref
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from upcast.tensor.half_weight import HalfWeight
 
 
 class Fallbacks:
@@ -82,6 +85,9 @@ class Store:
     """
 
     dissolved = False  # whether any store of the process has: then HalfWeights are looked at twice
+    name = "float16"  # of what it stores
+    field = "half"  # the attribute that holds it
+    kind: "type[HalfWeight]"  # what stands for the numbers: set where that is defined
     learning = False  # whether any model went into training mode after its patch: then so under autograd
 
     # What most stores have; a cache makes two stores for every layer and token.
@@ -96,6 +102,25 @@ class Store:
     def __init__(self, half: Tensor, fallbacks: Fallbacks) -> None:
         self.half: Tensor | None = half
         self.fallbacks = fallbacks
+
+    @property
+    def held(self) -> bool:
+        """Whether the numbers are stored here, and have not dissolved."""
+        return self.half is not None
+
+    @property
+    def outline(self) -> Tensor | None:
+        """A tensor that lies in memory as the stored one does, to make views of."""
+        return self.half
+
+    @property
+    def bytes(self) -> Tensor | None:
+        """The tensor that is in memory."""
+        return self.half
+
+    def written_times(self) -> int:
+        """Return how often the memory was written."""
+        return 0 if self.half is None else self.half._version
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "written": None, "handed": None}
@@ -119,10 +144,11 @@ class Store:
     def dissolve(self) -> bool:
         """Go to float32 memory; return whether it was not there already."""
         with _changes:
-            if self.half is None:
+            half = self.half
+            if half is None:
                 return False
             with torch.inference_mode(False), torch.no_grad():
-                self.wide = _later(like(self.half, torch.float32), self.half)
+                self.wide = _later(like(half, torch.float32), half)
             Store.dissolved = True  # before it is true: an interruption comes between any two lines
             self.half = None
             self._leave()

@@ -92,12 +92,13 @@ class _Copies:
         return pytree.tree_map_only(HalfWeight, self._copy, values)
 
     def _copy(self, weight: HalfWeight) -> torch.Tensor:
-        if weight.store.half is None:  # dissolved: then this is no copy, and what is written arrives
+        if not weight.store.held:  # dissolved: then this is no copy, and what is written arrives
             return materialize.alias(weight)
         if id(weight) not in self._pairs:
             weight.fallbacks.count(self._operation, weight.numel())
             with torch.inference_mode(False):  # inference tensors keep no version, and the version tells of writes
-                wide = torch.empty_like(weight.stored, dtype=torch.float32).copy_(weight.stored)
+                stored = weight.stored
+                wide = torch.empty_like(stored, dtype=torch.float32).copy_(stored)
             self._pairs[id(weight)] = (weight, wide, wide._version)
         return self._pairs[id(weight)][1]
 

@@ -76,17 +76,19 @@ def _view(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
         return function(weight, *map(without_numbers, args), **kwargs)
     if torch.dtype in map(type, (*args, *kwargs.values())):  # view(dtype) looks at the bytes of the float32 numbers
         return call_in_memory(function, (weight, *args), kwargs)
-    stored = weight.stored
-    result = function(stored, *map(without_numbers, args), **kwargs)
-    if result is stored:
+    outline, args = weight.outline, tuple(map(without_numbers, args))
+    result = function(outline, *args, **kwargs)
+    if result is outline:
         return weight
-    shares = not isinstance(result, Tensor) or torch.compiler.is_compiling() or _same_memory(result, stored)
-    return weight.like(result) if shares else result.float()
+    shares = not isinstance(result, Tensor) or torch.compiler.is_compiling() or _same_memory(result, outline)
+    if shares:
+        return weight.like(result)
+    return (function(weight.stored, *args, **kwargs) if outline.is_meta else result).float()
 
 
 @handles(*named("detach"))
 def _detach(weight: HalfWeight) -> HalfWeight:
-    alias: HalfWeight = weight.like(weight.stored.detach())
+    alias: HalfWeight = weight.like(weight.outline.detach())
     alias.source = weight
     return alias
 
@@ -112,13 +114,14 @@ def _copied(function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
 def _getitem(tensor: Tensor, index: Any) -> Any:
     if not isinstance(tensor, HalfWeight):
         return call_upcast(Tensor.__getitem__, (tensor, index), {})
-    stored = tensor.stored
     parts = index if isinstance(index, tuple) else (index,)
     if any(isinstance(part, HalfWeight) for part in parts):
         return call_upcast(Tensor.__getitem__, (tensor, index), {})
+    if all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts):
+        return tensor.like(tensor.outline[index])
+    stored = tensor.stored
     result = stored[index]
-    is_view = all(part is None or part is Ellipsis or type(part) in (int, slice) for part in parts)
-    return tensor.like(result) if is_view or _shares(result, stored) else result.float()
+    return tensor.like(result) if _shares(result, stored) else result.float()
 
 
 def _shares(result: Tensor, stored: Tensor) -> bool:
@@ -166,10 +169,9 @@ def _embedding(
         args = (indices, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
         return call_upcast(F.embedding, args, {})
     assert isinstance(weight, HalfWeight)
-    half = weight.stored
-    if half.dim() != 2:
+    if weight.dim() != 2:
         return call_upcast(torch.nn.functional.embedding, (indices, weight, padding_idx), {})
-    return kernels.embedding(indices, half)
+    return kernels.embedding(indices, weight.operand)
 
 
 # --- conversions and questions --------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from upcast.integrations import loading, stepping_aside
 from upcast.integrations.litgpt import load, scripts
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.patching.discovery import unwrap
+from upcast.policy import policy as policies
 
 
 def activate(module: ModuleType) -> None:
@@ -52,7 +53,7 @@ def _take_over(call: dict[str, Any]) -> None:
     reason = _not_float32(model)
     if reason:
         raise NotOurs(reason)
-    scripts.check(model, config.read().policy)
+    scripts.check(model, policies.of(config.read()))
     _fill(model, _read(model, path, call.get("adapter_path")))
 
 
@@ -96,4 +97,4 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
             learning[name].copy_(weights.pop(name))
     known = reading.to_float16(weights, pages.Memory(), keep)
     model.load_state_dict(weights, strict=False, assign=True)
-    loading.adopt(model, known, settings.kv_cache, policy=settings.policy, keep=keep, trainable=trainable)
+    loading.adopt(model, known, settings.kv_cache, policy=policies.of(settings), keep=keep, trainable=trainable)

@@ -31,6 +31,7 @@ def load_litgpt(
     guard: bool = False,
     heal: bool = False,
     trainable: Sequence[str] = (),
+    storage: str | None = None,
     mesh: Any = None,
     wire: str = "float32",
 ) -> Any:
@@ -49,17 +50,18 @@ def load_litgpt(
         guard: as for `upcast.patch`.
         heal: as for `upcast.patch`.
         trainable: as for `upcast.patch`; what it names arrives in float32, with all its digits.
+        storage: as for `upcast.patch`; what is packed is packed while it is read.
         mesh: a one-dimensional DeviceMesh on the CPU, such as `upcast.distributed.join` returns: the model is divided
             between its ranks, each of which takes only its part from the file. Every rank must call this, and then
             the model, alike; every rank gets the same logits. For inference only.
         wire: the dtype in which partial sums travel between ranks, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
-        ``litgpt.GPT`` whose weights are `upcast.HalfWeight` and whose logits are float32.
+        ``litgpt.GPT`` whose weights are `upcast.HalfWeight` (packed: `upcast.PackedWeight`) and whose logits are float32.
 
     Raises:
         UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy,
-            pattern or kv_cache. With mesh also, then and later: a policy other than safe, guard, heal, keep or
+            pattern, kv_cache or storage. With mesh also, then and later: a policy other than safe, guard, heal, keep or
             trainable; the ranks differ in checkpoint, options or version; the model cannot be divided between so many;
             a rank is lost.
 
@@ -68,6 +70,7 @@ def load_litgpt(
         >>> model(torch.tensor([[1, 2, 3]])).dtype
         torch.float32
     """
+    policy = policies.stored(policy, storage)
     chosen = policies.resolve(policy)
     if mesh is not None:
         _check_divided(chosen, guard=guard, heal=heal, keep=keep, trainable=trainable)
@@ -144,7 +147,7 @@ def fill(
     with _plainly(), stepping_aside.undone_if_it_fails(model):
         for name, tensor in weights.items():  # LitGPT's scripts read them in inference mode
             weights[name] = ordinary(tensor)
-        known = reading.to_float16(weights, pages.Memory(), (*keep, *trainable))
+        known = reading.to_float16(weights, pages.Memory(), (*keep, *trainable), policies.resolve(policy).storage)
         model.load_state_dict(weights, assign=True)
         model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
         loading.adopt(
@@ -214,7 +217,7 @@ def _patched(llm: Any) -> Any:
 
     def ours() -> Any:
         settings, (keep, trainable) = config.read(), loading.patterns(llm)
-        return engine.patch(llm, policy=settings.policy, kv_cache=settings.kv_cache, keep=keep, trainable=trainable)
+        return engine.patch(llm, policy=policies.of(settings), kv_cache=settings.kv_cache, keep=keep, trainable=trainable)
 
     return llm if llm is None else stepping_aside.attempt("LLM.load", ours, lambda: llm)
 
@@ -282,7 +285,7 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
 def load_by_environment(folder: Path) -> Any:
     """Return `load_litgpt` of ``folder`` as the environment asks for it."""
     settings = config.read()
-    options: dict[str, Any] = {"policy": settings.policy, "kv_cache": settings.kv_cache}
+    options: dict[str, Any] = {"policy": policies.of(settings), "kv_cache": settings.kv_cache}
     if settings.keep or settings.trainable:
         options["keep"], options["trainable"] = loading.patterns(_read_folder(folder)[0])
     return load_litgpt(folder, **options)

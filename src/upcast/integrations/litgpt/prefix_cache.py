@@ -96,10 +96,11 @@ def content(tensors: Sequence[Tensor]) -> Any:
     known = all(type(each) in (Tensor, nn.Parameter) and each.dtype in _KNOWN and each.is_cpu for each in plain)
     if not known or not native.available():
         return None
-    return native.digest([each.detach() for each in plain]), [(each.shape, each.dtype) for each in plain]
+    bits = [each.detach() if each.dtype != torch.uint8 else each.view(torch.float16) for each in plain]  # packed
+    return native.digest(bits), [(each.shape, each.dtype) for each in plain]
 
 
-_KNOWN = (torch.float16, torch.float32)
+_KNOWN = (torch.float16, torch.float32, torch.uint8)
 
 
 # --- whose caches stay ------------------------------------------------------------------------------------------------

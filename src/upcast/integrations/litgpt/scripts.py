@@ -20,6 +20,7 @@ from upcast.integrations.litgpt import load
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.patching import engine
 from upcast.patching.discovery import unwrap
+from upcast.policy import policy as policies
 
 SPLIT = "it splits the model over devices"
 
@@ -68,7 +69,7 @@ def load_or_step_aside(
 
 def _take_over(call: dict[str, Any]) -> None:
     model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
-    check(model, config.read().policy)
+    check(model, policies.of(config.read()))
     _fill(model, load.read_for(model, path))
     _compute_in_float32(call["fabric"])
 
@@ -97,7 +98,7 @@ def check(model: Any, policy: str) -> None:
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:
     settings, (keep, trainable) = config.read(), loading.patterns(model)
-    load.fill(model, weights, settings.kv_cache, settings.policy, keep=keep, trainable=trainable)
+    load.fill(model, weights, settings.kv_cache, policies.of(settings), keep=keep, trainable=trainable)
     cache = model.transformer.h[0].attn.kv_cache
     if cache is not None:  # made before the model was patched, in another dtype
         model.set_kv_cache(batch_size=len(cache.k), max_seq_length=model.max_seq_length)

@@ -28,6 +28,7 @@ from upcast.integrations import loading
 from upcast.integrations.litgpt.divided_block import DividedBlock
 from upcast.integrations.litgpt.gpt import wants_last
 from upcast.integrations.litgpt.versions import setting
+from upcast.policy import policy as policies
 
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
 
@@ -36,7 +37,7 @@ def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh,
     """Make ``model`` (built without memory) this rank's part of it, with its part of the mapped ``weights``."""
     group = Group(_group_of(mesh), wire)
     config_file = (folder / "model_config.yaml").read_bytes()
-    options = {"policy": config.read().policy, "kv_cache": kv_cache, "wire": wire}
+    options = {"policy": policies.of(config.read()), "kv_cache": kv_cache, "wire": wire}
     group.agree(consistency.record(config_file, weights, **options))
     group.share()
     local, known = take(weights, divide(model, group))

@@ -41,9 +41,10 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kv_cache: ``"float16"``, ``"float32"``, or None for the policy's.
         keep: patterns of parameter or module names to hold in float32.
         trainable: patterns of what learns and is held in float32.
+        storage: how weights are stored, as for `upcast.patch`; kept in the policy string.
 
     Raises:
-        UpcastError: an unknown policy or kv_cache, patterns that are no list of texts, or a field of a later upcast.
+        UpcastError: an unknown policy, kv_cache or storage, patterns that are no list of texts, or a field of a later upcast.
 
     Examples:
         >>> from transformers import AutoModelForCausalLM
@@ -59,6 +60,7 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         kv_cache: str | None = None,
         keep: Sequence[str] = (),
         trainable: Sequence[str] = (),
+        storage: str | None = None,
         **fields: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -66,12 +68,12 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if fields.pop("quant_method", METHOD) != METHOD or fields:
             raise UpcastError(
                 f"UpcastConfig with {', '.join(map(repr, fields)) or 'another quant_method'}; it has policy, kv_cache, "
-                f"keep and trainable. It was made for upcast {made_by}, and this is {VERSION}. Correct it, or load the "
+                f"keep, trainable and storage. It was made for upcast {made_by}, and this is {VERSION}. Correct it, or load the "
                 "checkpoint unpatched with UPCAST=0."
             )
         if kv_cache is not None:
             policies.check_kv_cache(kv_cache)
-        self.policy = str(policies.resolve(policy))
+        self.policy = str(policies.resolve(policies.stored(policy, storage)))
         self.kv_cache = kv_cache
         self.keep, self.trainable = _texts("keep", keep), _texts("trainable", trainable)
 

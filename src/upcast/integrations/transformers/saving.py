@@ -20,6 +20,7 @@ from upcast.core.pattern import matches
 from upcast.integrations import stepping_aside
 from upcast.patching import engine
 from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.packed_weight import PackedWeight
 
 METHOD = "upcast"
 
@@ -33,8 +34,8 @@ def install(module: ModuleType) -> None:
 def _save(wrapped: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> Any:
     if not any(isinstance(parameter, HalfWeight) for parameter in model.parameters()):
         return wrapped(*args, **kwargs)
-    fit = _all_fit(kwargs.get("state_dict") or model.state_dict(keep_vars=True))
-    with _written_as(model.config, "float16" if fit else None, _remembered(model)):
+    dtype = _dtype_of(kwargs.get("state_dict") or model.state_dict(keep_vars=True))
+    with _written_as(model.config, dtype, _remembered(model)):
         return wrapped(*args, **kwargs)
 
 
@@ -55,19 +56,20 @@ def saved(policy: str, kv_cache: str | None, keep: Sequence[str]) -> dict[str, A
     return {"quant_method": METHOD, "policy": policy, **cache, "keep": list(keep), "upcast_version": VERSION}
 
 
-def _all_fit(state: Mapping[str, Tensor]) -> bool:
-    """Whether float16 holds all numbers: of vectors and of what is kept in float32 it may not."""
-    return all(
-        torch.equal(tensor.half().float(), tensor.float())
-        for tensor in state.values()
-        if not _is_half(tensor) and tensor.is_floating_point()
-    )
+def _dtype_of(state: Mapping[str, Tensor]) -> str | None:
+    """Return the dtype of 16 bits that holds all numbers, or None: of vectors and what is float32 it may not."""
+    packed = any(isinstance(tensor, PackedWeight) and tensor.store.held for tensor in state.values())
+    dtype = torch.bfloat16 if packed else torch.float16
+    fit = all(_fits(tensor, dtype) for tensor in state.values() if tensor.is_floating_point())
+    return str(dtype).removeprefix("torch.") if fit else None
 
 
-def _is_half(tensor: Tensor) -> bool:
-    if isinstance(tensor, HalfWeight):
-        return tensor.store.half is not None
-    return tensor.dtype == torch.float16
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    if isinstance(tensor, HalfWeight) and tensor.store.held:
+        stored = torch.bfloat16 if isinstance(tensor, PackedWeight) else torch.float16
+    else:
+        stored = tensor.dtype
+    return stored == dtype or torch.equal(tensor.to(dtype).float(), tensor.float())
 
 
 @contextmanager

@@ -1,0 +1,258 @@
+"""PackedWeight: a float32 tensor that is stored in 12 bits per number, exactly, as it was in a bfloat16 checkpoint.
+
+It is a HalfWeight in all that it does; only where its numbers live differs. There is no tensor of another dtype inside
+that could be looked at, so that views are known by their region, kernels take `upcast.kernels.packed.PackedMatrix`, and
+whatever needs the numbers otherwise unpacks them for the moment, to bfloat16.
+
+Written numbers are packed again where they are bfloat16's, and few enough of them unusual; else the weight dissolves.
+"""
+
+import math
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from upcast import kernels
+from upcast.core import memory_layout
+from upcast.kernels import packed
+from upcast.kernels.packed import Born, PackedExperts, PackedMatrix
+from upcast.tensor import materialize
+from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.store import Fallbacks, Region, Store
+
+NOT_PACKED = "numbers that bfloat16 does not have, or many unusual ones, were written into them"
+
+
+class PackedStore(Store):
+    """The packed memory of one weight, which is contiguous; it is never written in place."""
+
+    name = "12 bits"
+    field = "matrix"
+
+    def __init__(self, matrix: PackedMatrix, shape: tuple[int, ...], fallbacks: Fallbacks) -> None:
+        self.matrix: PackedMatrix | None = matrix
+        self.shape, self.fallbacks = shape, fallbacks
+        self.before = torch.bfloat16
+        self.version = 0
+        self.given: weakref.ref[Tensor] | None = None  # to a state dict
+
+    @property
+    def half(self) -> Tensor | None:  # type: ignore[override]
+        """The numbers in bfloat16, unpacked for this once."""
+        return None if self.matrix is None else kernels.unpack(self.matrix).view(self.shape)
+
+    @half.setter
+    def half(self, value: None) -> None:
+        self.matrix = None
+
+    @property
+    def held(self) -> bool:
+        return self.matrix is not None
+
+    @property
+    def outline(self) -> Tensor:  # type: ignore[override]
+        """A tensor of this shape without numbers; made anew, since torch.compile imitates what is made inside it."""
+        return torch.empty(self.shape, dtype=torch.bfloat16, device="meta")
+
+    @property
+    def bytes(self) -> Tensor | None:
+        return None if self.matrix is None else self.matrix.blob
+
+    def written_times(self) -> int:
+        return self.version
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**super().__getstate__(), "given": None}
+
+    def give(self) -> Tensor:
+        """Return the numbers in bfloat16 for a state dict: those of tied weights are the same tensor there, too."""
+        given = None if self.given is None else self.given()
+        if given is None or given._version:
+            given = self.half
+            assert given is not None
+            self.given = weakref.ref(given)
+        return given
+
+    def share(self, other: Store) -> None:
+        """Use the memory of ``other``, whose numbers are the same."""
+        assert isinstance(other, PackedStore)
+        self.matrix = other.matrix  # which is exchanged when either is written
+
+    def repack(self, wide: Tensor) -> bool:
+        """Store the numbers of ``wide``, float32, in place of those that are there, if they can be; or return False."""
+        found = packable(wide)
+        if found is None:
+            return False
+        self.matrix, self.version, self.given = found, self.version + 1, None
+        return True
+
+
+class PackedWeight(HalfWeight):
+    """A float32 tensor stored in 12 bits per number: those of a bfloat16 checkpoint, bit for bit.
+
+    Examples:
+        >>> linear = torch.nn.Linear(128, 64, dtype=torch.bfloat16).eval()
+        >>> model = upcast.patch(linear, storage="packed")
+        >>> isinstance(model.weight, upcast.PackedWeight), model.weight.dtype
+        (True, torch.float32)
+        >>> model.state_dict()["weight"].dtype  # made on demand
+        torch.bfloat16
+    """
+
+    store: PackedStore
+
+    @staticmethod
+    def __new__(cls, store: Any, region: Region | None = None, *, requires_grad: bool | None = None) -> Any:
+        if requires_grad is not None:
+            return torch.nn.Parameter(store, requires_grad)
+        outline = store.outline if region is None else region.of(store.outline)
+        return HalfWeight.wrapper(cls, outline, torch.device("cpu"))
+
+    def __init__(self, store: PackedStore, region: Region | None = None) -> None:
+        self.store, self.region = store, region
+        self.row_major = region is None and len(store.shape) == 2
+        self.wants_grad = False
+
+    @classmethod
+    def over(cls, store: Any, region: Region | None, part: Tensor | None = None) -> "PackedWeight":
+        """Return what stands for a region of ``store``."""
+        return PackedWeight(store, region)
+
+    @property
+    def blob(self) -> Tensor:
+        """The packed bytes (uint8)."""
+        assert self.store.matrix is not None
+        return self.store.matrix.blob
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:  # type: ignore[override]
+        """Tell torch.compile what to trace: the packed bytes, and what they are."""
+        assert self.store.matrix is not None
+        return ["blob"], (self.store.matrix[1:], self.store.shape, self.region)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], form: Any, *_: Any) -> "PackedWeight":
+        fields, shape, region = form
+        return PackedWeight(PackedStore(PackedMatrix(inner["blob"], *fields), shape, Fallbacks()), region)
+
+    @property
+    def outline(self) -> Tensor:
+        return self.store.outline if self.region is None else self.region.of(self.store.outline)
+
+    @property
+    def operand(self) -> Any:
+        """A PackedMatrix or PackedExperts where this is whole rows; else a float32 copy."""
+        assert self.store.matrix is not None
+        if self.row_major:
+            return self.store.matrix
+        found = _operand(self.store.matrix, self.outline)
+        return self.upcast() if found is None else found
+
+    def at_rest(self, function: Any, *args: Any) -> Any:
+        """Return bytes and place of the packed memory; one number counts as two bytes, which are not fewer."""
+        matrix = self.store.matrix
+        if matrix is None or function in _SIZES:
+            return function(self.outline)
+        if function is _BYTES:
+            return matrix.nbytes if self.region is None else -(-matrix.nbytes * self.outline.numel() // math.prod(self.store.shape))
+        return function(matrix.blob, *args)
+
+    def overwrite(self, source: Tensor, *, update: bool = False) -> "PackedWeight":
+        """Replace the numbers by ``source``; where they cannot be packed, the weight becomes float32 and says so."""
+        source = memory_layout.plain(source.detach().expand(self.shape))
+        if isinstance(source, HalfWeight):
+            source = source.memory()
+        with torch.no_grad(), torch.inference_mode(False):
+            if self.store.held:
+                whole = self.store.half
+                assert whole is not None
+                wide = whole.float()
+                (wide if self.region is None else self.region.of(wide)).copy_(source)
+                if self.store.repack(wide):
+                    return self
+                materialize.dissolve(self, NOT_PACKED)
+            materialize.alias(self).copy_(source)
+        return self
+
+    def hand_out(self) -> Tensor:
+        """Return the numbers in bfloat16, for a state dict; what is written there does not arrive."""
+        if not self.store.held:
+            return self.memory()
+        whole = self.store.give()
+        return whole if self.region is None else self.region.of(whole)
+
+
+PackedStore.kind = PackedWeight
+_SIZES = (Tensor.element_size, Tensor.itemsize.__get__)  # type: ignore[attr-defined]
+_BYTES = Tensor.nbytes.__get__  # type: ignore[attr-defined]
+
+
+def _operand(matrix: PackedMatrix, view: Tensor) -> PackedMatrix | PackedExperts | None:
+    """Return the rows of ``matrix`` that ``view``, a look at all of its numbers in their order, stands for."""
+    if view.dim() == 3:
+        return _experts(matrix, view)
+    if view.dim() != 2 or not view.numel():
+        return None
+    transposed = view.stride(0) == 1 and view.shape[0] == matrix.columns and view.shape[1] > 1
+    count, columns = view.shape[::-1] if transposed else view.shape
+    first, rest = divmod(int(view.storage_offset()), matrix.columns)
+    steps = view.stride()[::-1] if transposed else view.stride()
+    if columns != matrix.columns or rest or (count > 1 and steps[0] != columns) or (columns > 1 and steps[1] != 1):
+        return None
+    found = matrix.narrow_rows(first, count)
+    return found.t() if transposed else found
+
+
+def _experts(matrix: PackedMatrix, view: Tensor) -> PackedExperts | None:
+    """As `_operand`, for one matrix per expert."""
+    experts = len(view)
+    flat = _operand(matrix, view[0]) if view.numel() else None
+    if not isinstance(flat, PackedMatrix) or (experts > 1 and view.stride(0) != flat.count * flat.columns):
+        return None
+    whole = matrix.narrow_rows(flat.begin, flat.count * experts)
+    return PackedExperts(whole, experts, flat.transposed)
+
+
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` (two dimensions or more, contiguous) as the matrix that is packed: in rows of 64 and longer."""
+    if tensor.dim() > 2 and tensor.shape[-1] < packed.RECORD:
+        return tensor.reshape(len(tensor), -1)
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+def packed_size(tensor: Tensor, escapes: int) -> int:
+    """Return the bytes that ``tensor`` takes when it is packed."""
+    return packed.size_of(*as_matrix(tensor).shape, escapes)
+
+
+def fitting(tensor: Tensor, storage: str) -> tuple[Born | None, str]:
+    """Return what packing ``tensor`` needs to know, or None and why it goes to 16 bits under ``storage``."""
+    if tensor.dtype not in _PACKED_FROM or not tensor.is_contiguous() or tensor.dim() < 2 or not tensor.numel():
+        return None, "not packed: its memory is not contiguous" if tensor.dtype in _PACKED_FROM else "not packed"
+    found = packed.examine(as_matrix(tensor))
+    if not found.exact:
+        return None, "not packed: bfloat16 does not have its numbers"
+    if packed_size(tensor, found.escapes) >= 2 * tensor.numel():
+        return None, "not packed: 16 bits are fewer"
+    if storage == "auto" and found.escapes > MOST_ESCAPES * tensor.numel():
+        return None, f"not packed: {100 * found.escapes / tensor.numel():.1f} % escapes"
+    return found, ""
+
+
+def packable(tensor: Tensor) -> PackedMatrix | None:
+    """Return ``tensor`` packed, or None where that is not possible or 16 bits are fewer."""
+    found, _ = fitting(tensor, "packed")
+    return None if found is None else packed.pack(as_matrix(tensor), found)
+
+
+_PACKED_FROM = (torch.bfloat16, torch.float16, torch.float32)
+MOST_ESCAPES = 0.003  # of a weight's numbers, under "auto": beyond, looking for them takes the time that packing saves
+
+
+def parameter(matrix: PackedMatrix, shape: tuple[int, ...], fallbacks: Fallbacks, wants_grad: bool) -> PackedWeight:
+    """Return a PackedWeight that is also a ``torch.nn.Parameter``."""
+    weight = PackedWeight(PackedStore(matrix, shape, fallbacks))
+    weight._is_param = True
+    weight.wants_grad = wants_grad
+    return weight
