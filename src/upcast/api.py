@@ -63,8 +63,8 @@ def patch(
 
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
-            train under ``trainable``, an unknown policy, pattern, kv_cache or storage, a saved policy for another architecture,
-            another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
+            train under ``trainable``, an unknown policy, pattern, kv_cache or storage, a saved policy for another
+            architecture, another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
 
     Examples:
         >>> model = torch.nn.Linear(8, 4).eval()
@@ -76,7 +76,12 @@ def patch(
         torch.float32
     """
     return engine.patch(
-        model, policy=stored(policy, storage), keep=keep, kv_cache=kv_cache, trainable=trainable, watcher=watcher(guard, heal)
+        model,
+        policy=stored(policy, storage),
+        keep=keep,
+        kv_cache=kv_cache,
+        trainable=trainable,
+        watcher=watcher(guard, heal),
     )
 
 

@@ -18,7 +18,7 @@ from upcast.core import torch_private
 from upcast.core.forward_override import Forward
 from upcast.kernels import transforms
 from upcast.kernels.block_spec import NORMS, STORAGES, Matrix, Norm
-from upcast.kernels.packed import PackedMatrix
+from upcast.kernels.packed_matrix import PackedMatrix
 from upcast.patching.fast_linear import LinearForward, operands
 from upcast.tensor import autocast
 from upcast.tensor.genuine import bound, forwards, observed, originals

@@ -42,7 +42,9 @@ class Members:
         if method is not None:
             looked_up += [(module.__dict__, method) for module in modules if hasattr(module, method)]
         weights: list[Any] = [weight for module in modules for weight in module._parameters.values()]
-        looked_up += [(weight.store.__dict__, weight.store.field) for weight in weights if isinstance(weight, HalfWeight)]
+        looked_up += [
+            (weight.store.__dict__, weight.store.field) for weight in weights if isinstance(weight, HalfWeight)
+        ]
         self._owners, self._names = [owner for owner, _ in looked_up], [name for _, name in looked_up]
         self._kept = [*chain.from_iterable(map(dict.values, self._members)), *map(dict.get, self._owners, self._names)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from upcast.core import config, memory_layout
 from upcast.core.errors import UpcastError
 from upcast.kernels import gradients, native, packed, portable, reference, transforms, tuning
-from upcast.kernels.packed import PackedExperts, PackedMatrix
+from upcast.kernels.packed_matrix import PackedExperts, PackedMatrix
 from upcast.kernels.reference import Survey
 
 _IMPLEMENTATIONS = {"native": native, "portable": portable}
@@ -137,7 +137,7 @@ def unfollowed_linear(x: Tensor, weight: Operand, bias: Tensor | None = None) ->
         result = (portable if _suits_torch(x, weight) else implementation).matmul(x, weight.t(), bias)
     else:
         result = portable.linear(x, weight, bias)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def _suits_torch(x: Tensor, weight: Tensor) -> bool:
@@ -173,17 +173,26 @@ def grouped_linear(x: Tensor, weight: Tensor | PackedExperts, counts: Tensor) ->
     with sum T. Differentiable with respect to x.
     """
     way = transforms.way()
-    if way == transforms.OPERATORS and isinstance(weight, PackedExperts):
-        return torch.ops.upcast.grouped_linear(x, weight.unpacked(unpack), counts)  # type: ignore[no-any-return]
     if way == transforms.OPERATORS:
-        return torch.ops.upcast.grouped_linear(x, weight, counts)  # type: ignore[no-any-return]
+        return torch.ops.upcast.grouped_linear(x, _unpacked(weight), counts)  # type: ignore[no-any-return]
     if way != transforms.DIRECT or (torch.is_grad_enabled() and x.requires_grad):
-        rows = x.split(counts.tolist())
-        return torch.cat([linear(part, weight[expert].t()) for expert, part in enumerate(rows)])
+        return torch.cat([linear(part, _of(weight, e).t()) for e, part in enumerate(x.split(counts.tolist()))])
     return unfollowed_grouped_linear(x, weight, counts)
 
 
-def unfollowed_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def _of(weight: Tensor | PackedExperts, expert: int) -> Operand:
+    return weight.of(expert) if isinstance(weight, PackedExperts) else weight[expert]
+
+
+def _unpacked(weight: Tensor | PackedExperts) -> Tensor:
+    """Return the weights of all experts as torch.compile knows them: in bfloat16, for the time of the product."""
+    if not isinstance(weight, PackedExperts):
+        return weight
+    whole = unpack(weight.matrix).view(weight.experts, -1, weight.matrix.columns)
+    return whole.mT if weight.transposed else whole
+
+
+def unfollowed_grouped_linear(x: Tensor, weight: Tensor | PackedExperts, counts: Tensor) -> Tensor:
     """Return `grouped_linear` without a look at who follows."""
     if isinstance(weight, PackedExperts):
         return packed.grouped_linear(x, weight.matrix, counts, weight.experts, transposed=not weight.transposed)
@@ -195,7 +204,7 @@ def unfollowed_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tens
         result = active().grouped_linear(x, weight.mT, counts)
     else:
         result = portable.grouped_linear(x, weight, counts, transposed=True)
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 def survey(x: Tensor, out: Tensor | None = None, *, rounds: bool = False) -> Survey:

@@ -5,6 +5,7 @@ Operators cost several microseconds each in eager mode, so they are used only wh
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor
 from torch._decomp import register_decomposition
 
 from upcast import kernels
-from upcast.kernels import packed
 from upcast.core.errors import UpcastError
+from upcast.kernels import packed
+from upcast.kernels.packed_matrix import PackedMatrix
 
 
 @torch.library.custom_op("upcast::linear", mutates_args=())
@@ -57,26 +59,31 @@ def _(info: object, dims: tuple[int | None, ...], x: Tensor, weight: Tensor, bia
 # --- packed weights: their bytes, and what `PackedMatrix` says of them ------------------------------------------------
 
 
+def _matrix(blob: Tensor, form: Sequence[int]) -> PackedMatrix:
+    rows, columns, escapes, begin, count, transposed = form
+    return PackedMatrix(blob, rows, columns, escapes, begin, count, bool(transposed))
+
+
 @torch.library.custom_op("upcast::unpack", mutates_args=())
 def unpack(blob: Tensor, form: list[int]) -> Tensor:
     """Return the numbers of a packed matrix in bfloat16; form: the fields of `PackedMatrix` after the first."""
-    return packed.unpack(packed.PackedMatrix(blob, *form)).contiguous()
+    return packed.unpack(_matrix(blob, form)).contiguous()
 
 
 @unpack.register_fake
 def _(blob: Tensor, form: list[int]) -> Tensor:
-    return blob.new_empty(packed.PackedMatrix(blob, *form).shape, dtype=torch.bfloat16)
+    return blob.new_empty(_matrix(blob, form).shape, dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("upcast::packed_linear", mutates_args=())
 def packed_linear(x: Tensor, blob: Tensor, form: list[int], bias: Tensor | None = None) -> Tensor:
     """Return ``x @ weight.T + bias`` in float32 for a packed matrix (N, K): x float32 (..., K), bias float32 (N,)."""
-    return packed.linear(x, packed.PackedMatrix(blob, *form), bias)
+    return packed.linear(x, _matrix(blob, form), bias)
 
 
 @packed_linear.register_fake
 def _(x: Tensor, blob: Tensor, form: list[int], bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.PackedMatrix(blob, *form).shape[0]))
+    return x.new_empty((*x.shape[:-1], _matrix(blob, form).shape[0]))
 
 
 def _keep_packed(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -88,7 +95,7 @@ def _keep_packed(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Any, ..
 def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor | None]:
     (blob,) = ctx.saved_tensors
     to_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias else None
-    back = packed.PackedMatrix(blob, *ctx.form).t()
+    back = _matrix(blob, ctx.form).t()
     return torch.ops.upcast.packed_linear(grad, blob, [*back[1:]]), None, None, to_bias
 
 

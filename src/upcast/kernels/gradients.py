@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from upcast.kernels import packed, reference, transforms
-from upcast.kernels.packed import PackedMatrix
+from upcast.kernels.packed_matrix import PackedMatrix
 
 _aten = torch.ops.aten
 

@@ -70,6 +70,26 @@ class PackedMatrix(NamedTuple):
         return self._replace(begin=self.begin + begin, count=count)
 
 
+class PackedExperts(NamedTuple):
+    """Matrices of one shape, one for each expert, as `upcast.kernels.grouped_linear` takes them: (E, K, N).
+
+    Attributes:
+        matrix: their rows, one expert after the other.
+        experts: E.
+        transposed: the rows of each are the columns of its matrix.
+    """
+
+    matrix: PackedMatrix
+    experts: int
+    transposed: bool
+
+    def of(self, expert: int) -> PackedMatrix:
+        """Return the matrix (K, N) of one expert."""
+        each = self.matrix.count // self.experts
+        found = self.matrix.narrow_rows(expert * each, each)
+        return found.t() if self.transposed else found
+
+
 class Born(NamedTuple):
     """What numbers are to the packing.
 

@@ -19,7 +19,7 @@ from upcast.core.pages import Memory, give_back_pages
 from upcast.core.tensor_ref import TensorRef
 from upcast.core.torch_modes import ordinary, outside_inference_mode
 from upcast.kernels import packed
-from upcast.kernels.packed import PackedMatrix
+from upcast.kernels.packed_matrix import PackedMatrix
 from upcast.kernels.rounding import Rounding, survey, to_half
 from upcast.patching import hooks, pieces, several, transaction
 from upcast.patching import trainable as learning

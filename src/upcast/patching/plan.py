@@ -251,9 +251,7 @@ def _bits_equal(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(memory_layout.plain(each.detach()).view(integer) for each in (a, b)))
 
 
-def plan(
-    model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = (), storage: str = "float16"
-) -> Plan:
+def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = (), storage: str = "float16") -> Plan:
     """Return what `upcast.patch` would do to each tensor of ``model``; changes nothing.
 
     Of what is patched already, the model or parts of it, the plan tells what was done.
@@ -315,9 +313,7 @@ def _changes(found: Sequence[TensorRef], keep: Sequence[str], look: Look) -> tup
     return tuple(change_of(*decision[:4]) for decision in decisions(found, keep, look))
 
 
-def _of_parts(
-    model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str], look: Look
-) -> Plan:
+def _of_parts(model: object, parts: Sequence[Part], keep: Sequence[str], trainable: Sequence[str], look: Look) -> Plan:
     """Return what was done to the parts that are patched, and what `patch` would do to each of the others alone."""
     roots = roots_of(model)
     changes = [_under(part.name, change) for part in parts for change in part.record.plan.changes]

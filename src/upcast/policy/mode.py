@@ -318,7 +318,7 @@ def _class_of(known: op_classes.Known, tensors: list[Tensor]) -> str | None:
 
 
 def _is_weight(tensor: Tensor) -> bool:
-    return isinstance(tensor, HalfWeight) or isinstance(tensor, nn.Parameter)
+    return isinstance(tensor, (HalfWeight, nn.Parameter))
 
 
 def _two_activations(tensors: list[Tensor]) -> bool:

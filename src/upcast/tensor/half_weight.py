@@ -90,11 +90,11 @@ class HalfWeight(torch.Tensor):
         return HalfWeight.wrapper(cls, stored, stored.device)
 
     @staticmethod
-    def wrapper(cls: type["HalfWeight"], outline: torch.Tensor, device: torch.device) -> Any:
+    def wrapper(kind: type["HalfWeight"], outline: torch.Tensor, device: torch.device) -> Any:
         """Return a float32 tensor of the class, without memory, that lies as ``outline`` does."""
         # torch's own stub of _make_wrapper_subclass is untyped
         self = torch.Tensor._make_wrapper_subclass(
-            cls,
+            kind,
             outline.shape,
             strides=outline.stride(),
             storage_offset=outline.storage_offset(),

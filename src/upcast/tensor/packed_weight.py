@@ -17,7 +17,7 @@ from torch import Tensor
 from upcast import kernels
 from upcast.core import memory_layout
 from upcast.kernels import packed
-from upcast.kernels.packed import Born, PackedExperts, PackedMatrix
+from upcast.kernels.packed_matrix import RECORD, Born, PackedExperts, PackedMatrix
 from upcast.tensor import materialize
 from upcast.tensor.half_weight import HalfWeight
 from upcast.tensor.store import Fallbacks, Region, Store
@@ -39,12 +39,13 @@ class PackedStore(Store):
         self.given: weakref.ref[Tensor] | None = None  # to a state dict
 
     @property
-    def half(self) -> Tensor | None:  # type: ignore[override]
+    def half(self) -> Tensor | None:
         """The numbers in bfloat16, unpacked for this once."""
         return None if self.matrix is None else kernels.unpack(self.matrix).view(self.shape)
 
     @half.setter
-    def half(self, value: None) -> None:
+    def half(self, value: Tensor | None) -> None:
+        assert value is None, "packed memory is exchanged by `repack`"
         self.matrix = None
 
     @property
@@ -52,7 +53,7 @@ class PackedStore(Store):
         return self.matrix is not None
 
     @property
-    def outline(self) -> Tensor:  # type: ignore[override]
+    def outline(self) -> Tensor:
         """A tensor of this shape without numbers; made anew, since torch.compile imitates what is made inside it."""
         return torch.empty(self.shape, dtype=torch.bfloat16, device="meta")
 
@@ -126,7 +127,7 @@ class PackedWeight(HalfWeight):
         assert self.store.matrix is not None
         return self.store.matrix.blob
 
-    def __tensor_flatten__(self) -> tuple[list[str], Any]:  # type: ignore[override]
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Tell torch.compile what to trace: the packed bytes, and what they are."""
         assert self.store.matrix is not None
         return ["blob"], (self.store.matrix[1:], self.store.shape, self.region)
@@ -155,7 +156,11 @@ class PackedWeight(HalfWeight):
         if matrix is None or function in _SIZES:
             return function(self.outline)
         if function is _BYTES:
-            return matrix.nbytes if self.region is None else -(-matrix.nbytes * self.outline.numel() // math.prod(self.store.shape))
+            return (
+                matrix.nbytes
+                if self.region is None
+                else -(-matrix.nbytes * self.outline.numel() // math.prod(self.store.shape))
+            )
         return function(matrix.blob, *args)
 
     def overwrite(self, source: Tensor, *, update: bool = False) -> "PackedWeight":
@@ -216,14 +221,15 @@ def _experts(matrix: PackedMatrix, view: Tensor) -> PackedExperts | None:
 
 def as_matrix(tensor: Tensor) -> Tensor:
     """Return ``tensor`` (two dimensions or more, contiguous) as the matrix that is packed: in rows of 64 and longer."""
-    if tensor.dim() > 2 and tensor.shape[-1] < packed.RECORD:
+    if tensor.dim() > 2 and tensor.shape[-1] < RECORD:
         return tensor.reshape(len(tensor), -1)
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def packed_size(tensor: Tensor, escapes: int) -> int:
     """Return the bytes that ``tensor`` takes when it is packed."""
-    return packed.size_of(*as_matrix(tensor).shape, escapes)
+    rows, columns = as_matrix(tensor).shape
+    return packed.size_of(rows, columns, escapes)
 
 
 def fitting(tensor: Tensor, storage: str) -> tuple[Born | None, str]:

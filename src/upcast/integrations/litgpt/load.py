@@ -57,7 +57,7 @@ def load_litgpt(
         wire: the dtype in which partial sums travel between ranks, ``"float32"``, ``"bfloat16"`` or ``"float16"``.
 
     Returns:
-        ``litgpt.GPT`` whose weights are `upcast.HalfWeight` (packed: `upcast.PackedWeight`) and whose logits are float32.
+        ``litgpt.GPT`` whose weights are `upcast.HalfWeight` (or `upcast.PackedWeight`) and whose logits are float32.
 
     Raises:
         UpcastError: a file is missing, truncated, not a state dict, or belongs to another config; an unknown policy,
@@ -217,7 +217,9 @@ def _patched(llm: Any) -> Any:
 
     def ours() -> Any:
         settings, (keep, trainable) = config.read(), loading.patterns(llm)
-        return engine.patch(llm, policy=policies.of(settings), kv_cache=settings.kv_cache, keep=keep, trainable=trainable)
+        return engine.patch(
+            llm, policy=policies.of(settings), kv_cache=settings.kv_cache, keep=keep, trainable=trainable
+        )
 
     return llm if llm is None else stepping_aside.attempt("LLM.load", ours, lambda: llm)
 
