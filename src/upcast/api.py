@@ -64,7 +64,8 @@ def patch(
     Raises:
         UpcastError: not a module, on another device, patched already, in use by an optimizer, everything or nothing to
             train under ``trainable``, an unknown policy, pattern, kv_cache or storage, a saved policy for another
-            architecture, another thread at work on it. Nothing has been changed then, nor when it is interrupted before it is whole.
+            architecture, another thread at work on it. Nothing has been changed then, nor when it is interrupted before
+            it is whole.
 
     Examples:
         >>> model = torch.nn.Linear(8, 4).eval()

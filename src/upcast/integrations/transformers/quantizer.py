@@ -69,8 +69,8 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if fields.pop("quant_method", METHOD) != METHOD or fields:
             raise UpcastError(
                 f"UpcastConfig with {', '.join(map(repr, fields)) or 'another quant_method'}; it has policy, kv_cache, "
-                f"keep, trainable and storage. It was made for upcast {made_by}, and this is {VERSION}. Correct it, or load "
-                "the checkpoint unpatched with UPCAST=0."
+                f"keep, trainable and storage. It was made for upcast {made_by}, and this is {VERSION}. Correct it, or "
+                "load the checkpoint unpatched with UPCAST=0."
             )
         if kv_cache is not None:
             policies.check_kv_cache(kv_cache)
