@@ -37,7 +37,7 @@ REFUSED: list[tuple[str, Callable[[], object], str]] = [
     (
         "not a module",
         lambda: {"weight": 1},
-        r"this dict is no model; upcast patches a torch\.nn\.Module.*Pass the module itself",
+        r"this dict is no model; upcast patches a torch\.nn\.Module.*Pass the module",
     ),
     ("none", lambda: None, r"this NoneType is no model; upcast patches a torch\.nn\.Module"),
     ("on the meta device", _partly_meta, r"down\.weight of Net is on the meta device.*Load the weights first"),
