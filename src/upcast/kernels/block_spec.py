@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from upcast.kernels.packed_matrix import PackedMatrix
+
 PARTS = {"whole": 0, "attention": 1, "mlp": 2, "both": 3}
 """Which part of a block a call computes: any but the whole gives a branch alone, without residual and post norms."""
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 NORMS = {"none": 0, "rms": 1, "layer": 2}
-STORAGES = {"float16": 0}
+STORAGES = {"float16": 0, "packed": 1}
 """How the numbers of a matrix are stored."""
 
 
@@ -21,12 +23,12 @@ class Matrix(NamedTuple):
     """A linear layer of a block.
 
     Attributes:
-        weight: (rows, columns), rows contiguous; None where a block has no such layer.
+        weight: (rows, columns), rows contiguous; or a `PackedMatrix`; None where a block has no such layer.
         bias: (rows,) float32, or None.
         storage: one of STORAGES.
     """
 
-    weight: Tensor | None = None
+    weight: Tensor | PackedMatrix | None = None
     bias: Tensor | None = None
     storage: int = STORAGES["float16"]
 
@@ -91,7 +93,7 @@ class BlockSpec(NamedTuple):
     key_limit: float
     value_limit: float
 
-    def items(self) -> Iterator[Tensor | float | None]:
+    def items(self) -> Iterator[Tensor | PackedMatrix | float | None]:
         """Give all tensors and numbers that the block is made of."""
         for field in self:
             yield from field if isinstance(field, (Matrix, Norm)) else (field,)
