@@ -25,6 +25,7 @@ def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     for variable in [name for name in os.environ if name.startswith("UPCAST") and name != "UPCAST_CACHE"]:
         monkeypatch.delenv(variable)
+    monkeypatch.delenv("COLUMNS", raising=False)  # which some library sets: into a pipe a row is a line
     monkeypatch.setenv("UPCAST_TUNING", "off")  # what was measured of this machine is none of a test's business
 
 

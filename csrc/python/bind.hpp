@@ -62,6 +62,9 @@ Fast py_hold_file, py_own;                                      // bind_files.cp
 PyObject *py_drop_part(PyObject *self, PyObject *part);
 PyObject *py_before_fork(PyObject *self, PyObject *none);
 PyObject *py_after_fork(PyObject *self, PyObject *is_child);
+Fast py_packed_linear, py_packed_embedding, py_packed_grouped;   // bind_packed.cpp
+Fast py_packed_examine, py_packed_pack, py_packed_unpack;
+PyObject *py_packed_check(PyObject *self, PyObject *matrix);
 Fast py_digest;                                                 // bind_digest.cpp
 Fast py_multiply_adds, py_read_memory;                          // bind_limits.cpp
 

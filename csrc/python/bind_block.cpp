@@ -1,5 +1,5 @@
 // A transformer block for Python: arguments in, checks, one call with the interpreter released.
-#include "python/bind.hpp"
+#include "python/bind_packed.hpp"
 #include "runtime/block.hpp"
 #include "runtime/dispatch.hpp"
 
@@ -45,24 +45,44 @@ bool read_kind(PyObject *object, Kind &kind, const char *const (&)[count], const
 constexpr const char *PARTS[] = {"whole", "attention", "mlp", "both"};
 constexpr const char *ACTIVATIONS[] = {"silu", "gelu", "gelu_tanh"};
 constexpr const char *NORMS[] = {"none", "rms", "layer"};
-constexpr const char *STORAGES[] = {"float16"};
+constexpr const char *STORAGES[] = {"float16", "packed"};
 
 constexpr const char *MATRIX[] = {"weight", "bias", "storage"};
+
+bool read_packed_weight(PyObject *object, Matrix &matrix) {
+    PackedArgument weight;
+    if (!read_packed(object, weight)) return false;
+    if (weight.transposed) return refuse("a packed matrix of the block is a transpose; the kernel takes rows. Use the "
+                                         "layers one by one.");
+    matrix.packed = weight.packed;
+    matrix.rows = weight.count;
+    matrix.columns = weight.columns;
+    return true;
+}
+
+bool read_half_weight(const Tensor &weight, Matrix &matrix) {
+    if (!require_type(weight, Type::float16) || !require_dims(weight, 2) || !require_adjacent(weight)) return false;
+    matrix.weight = weight.as<const uint16_t>();
+    matrix.stride = weight.strides[0];
+    matrix.rows = weight.shape[0];
+    matrix.columns = weight.shape[1];
+    return true;
+}
 
 // An absent weight, where allowed, gives a matrix without rows.
 bool read_matrix(PyObject *object, Matrix &matrix, const char *name, bool optional = false) {
     PyObject *items[3];
     Tensor weight(name), bias("bias");
     if (!read_items(object, items, 3, "a matrix of the block")) return false;
-    if (!read_tensor(items[0], weight, optional) || !read_tensor(items[1], bias, true)) return false;
-    if (!read_kind(items[2], matrix.storage, STORAGES, "unknown storage; a matrix is stored in float16.")) return false;
-    if (!weight.present) return true;
-    if (!require_type(weight, Type::float16) || !require_dims(weight, 2) || !require_adjacent(weight)) return false;
-    matrix.weight = weight.as<const uint16_t>();
-    matrix.stride = weight.strides[0];
+    if (!read_tensor(items[1], bias, true)) return false;
+    if (!read_kind(items[2], matrix.storage, STORAGES, "unknown storage; a matrix is float16 or packed.")) return false;
+    if (optional && items[0] == Py_None) return true;
+    if (matrix.storage == Storage::packed) {
+        if (!read_packed_weight(items[0], matrix)) return false;
+    } else if (!read_tensor(items[0], weight) || !read_half_weight(weight, matrix)) {
+        return false;
+    }
     matrix.bias = bias.as<const float>();
-    matrix.rows = weight.shape[0];
-    matrix.columns = weight.shape[1];
     return check_vector(bias, matrix.rows);
 }
 
@@ -109,12 +129,12 @@ bool check_matrices(const Block &b) {
     if (!check_room(b)) return false;
     const int64_t heads = b.heads * b.head_width, groups = b.groups * b.head_width;
     const bool known = b.heads > 0 && b.groups > 0 && b.head_width > 0 && b.heads % b.groups == 0;
-    const bool apart = b.key.weight || b.value.weight;
+    const bool apart = b.key.present() || b.value.present();
     const bool others = !apart || (b.key.rows == groups && b.key.columns == b.width && b.value.rows == groups &&
                                    b.value.columns == b.width);
     const bool attention = known && others && b.qkv.rows == (apart ? heads : heads + 2 * groups) &&
                            b.qkv.columns == b.width && b.proj.rows == b.width && b.proj.columns == heads;
-    const bool up = !b.up.weight || (b.up.rows == b.gate.rows && b.up.columns == b.width);
+    const bool up = !b.up.present() || (b.up.rows == b.gate.rows && b.up.columns == b.width);
     const bool mlp = b.gate.columns == b.width && b.down.rows == b.width && b.down.columns == b.gate.rows;
     return (attention && up && mlp) || refuse("the matrices of the block do not fit its heads and one another. Check "
                                               "the shapes.");

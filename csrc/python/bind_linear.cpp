@@ -141,7 +141,7 @@ PyObject *py_embedding(PyObject *, PyObject *const *args, Py_ssize_t count) {
         return nullptr;
     }
     const Embedding call = {table.as<const uint16_t>(), table.strides[0], rows, out.as<float>(), indices.count(),
-                            table.shape[1]};
+                            table.shape[1], {}};
     const Level &level = current_level();
     {
         const Released released;

@@ -88,7 +88,7 @@ void sample_halves(const Tensor &x, int64_t first, int64_t step, int64_t count, 
     const uint16_t *from = x.as<const uint16_t>();
     uint16_t halves[AT_ONCE];
     for (int64_t i = 0; i < count; ++i) halves[i] = from[offset_of(x, (first + i) * step)];
-    current_level().embedding({halves, 0, &FIRST, out, 1, count}, 0, 1); // one row, widened
+    current_level().embedding({halves, 0, &FIRST, out, 1, count, {}}, 0, 1); // one row, widened
 }
 
 // Calls use(i, numbers, count) for the numbers of x that `kept` stands for, from the i-th on.

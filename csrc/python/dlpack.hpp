@@ -8,7 +8,7 @@ namespace upcast {
 namespace dlpack {
 
 constexpr int32_t CPU = 1;
-enum Code : uint8_t { INT = 0, FLOAT = 2 };
+enum Code : uint8_t { INT = 0, UINT = 1, FLOAT = 2, BFLOAT = 4 };
 
 struct Device {
     int32_t type, index;

@@ -15,6 +15,8 @@ const char *type_name(Type type) {
     case Type::float32: return "float32";
     case Type::int32: return "int32";
     case Type::int64: return "int64";
+    case Type::bfloat16: return "bfloat16";
+    case Type::uint8: return "uint8";
     case Type::other: break;
     }
     return "another dtype";
@@ -22,7 +24,9 @@ const char *type_name(Type type) {
 
 int64_t type_bytes(Type type) {
     switch (type) {
-    case Type::float16: return 2;
+    case Type::uint8: return 1;
+    case Type::float16:
+    case Type::bfloat16: return 2;
     case Type::float32:
     case Type::int32: return 4;
     case Type::int64: return 8;
@@ -37,11 +41,13 @@ Type type_of(const dlpack::DataType &dtype) {
     if (dtype.code == dlpack::FLOAT && dtype.bits == 32) return Type::float32;
     if (dtype.code == dlpack::INT && dtype.bits == 32) return Type::int32;
     if (dtype.code == dlpack::INT && dtype.bits == 64) return Type::int64;
+    if (dtype.code == dlpack::BFLOAT && dtype.bits == 16) return Type::bfloat16;
+    if (dtype.code == dlpack::UINT && dtype.bits == 8) return Type::uint8;
     return Type::other;
 }
 
 Type type_called(const char *name) {
-    const Type types[] = {Type::float16, Type::float32, Type::int32, Type::int64};
+    const Type types[] = {Type::float16, Type::float32, Type::int32, Type::int64, Type::bfloat16, Type::uint8};
     for (Type type : types) {
         if (strcmp(name, type_name(type)) == 0) return type;
     }

@@ -8,7 +8,7 @@
 
 namespace upcast {
 
-enum class Type { other, float16, float32, int32, int64 };
+enum class Type { other, float16, float32, int32, int64, bfloat16, uint8 };
 
 // More than any memory holds. Of what multiplies up to it no offset in bytes overflows.
 constexpr double MOST_ELEMENTS = static_cast<double>(int64_t(1) << 46);

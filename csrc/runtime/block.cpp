@@ -125,20 +125,20 @@ class Run {
     // As `linear`, the rows of y `stride` apart.
     void into(const Matrix &m, const float *x, float *y, int64_t stride, const float *residual) {
         const Linear call = {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, stride,
-                             rows(), m.rows, m.columns};
+                             rows(), m.rows, m.columns, m.packed};
         failed_ |= launch_linear(level_, call, threads_) != Outcome::done;
     }
 
     // The queries, keys and values of a position, side by side.
     void project(const float *x) {
         into(b_.qkv, x, own_.qkv, qkv_width(), nullptr);
-        if (b_.key.weight) project_keys(x);
+        if (b_.key.present()) project_keys(x);
     }
 
     // The keys and values where `project` puts them.
     void project_keys(const float *x) {
         float *keys = own_.qkv + query_width();
-        if (!b_.key.weight) {
+        if (!b_.key.present()) {
             return into(part_of(b_.qkv, query_width(), qkv_width()), x, keys, qkv_width(), nullptr);
         }
         into(b_.key, x, keys, qkv_width(), nullptr);
@@ -146,7 +146,8 @@ class Run {
     }
 
     static Matrix part_of(Matrix m, int64_t begin, int64_t end) {
-        m.weight += begin * m.stride, m.rows = end - begin;
+        if (m.weight) m.weight += begin * m.stride;
+        m.packed.first += begin, m.rows = end - begin;
         if (m.bias) m.bias += begin;
         return m;
     }
@@ -240,9 +241,9 @@ class Run {
     // The MLP up to its last matrix, left in own_.gate. Without a gate every activation is multiplied by one.
     void hidden(const float *x) {
         linear(b_.gate, x, own_.gate, nullptr);
-        if (b_.up.weight) linear(b_.up, x, own_.up, nullptr);
+        if (b_.up.present()) linear(b_.up, x, own_.up, nullptr);
         else for (int64_t i = 0; i < b_.gate.rows; ++i) own_.up[i] = 1.0f;
-        const Gated call = {own_.gate, own_.up, b_.gate.rows, b_.up.weight ? b_.gate.rows : 0, b_.activation,
+        const Gated call = {own_.gate, own_.up, b_.gate.rows, b_.up.present() ? b_.gate.rows : 0, b_.activation,
                             own_.gate, rows(), b_.gate.rows};
         launch_gated(level_, call, threads_);
     }

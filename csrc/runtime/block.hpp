@@ -5,15 +5,17 @@
 
 namespace upcast {
 
-enum class Storage { float16 };
+enum class Storage { float16, packed };
 
-// [rows, columns] numbers, rows `stride` apart; weight is null where the block has no such matrix.
+// [rows, columns] numbers, rows `stride` apart, or packed.
 struct Matrix {
     Storage storage;
     const uint16_t *weight;
     int64_t stride;
     const float *bias;
     int64_t rows, columns;
+    PackedRows packed;
+    bool present() const { return weight || packed.records; } // where the block has such a matrix
 };
 
 enum class NormKind { none, rms, layer };
@@ -36,8 +38,8 @@ struct Block {
     const float *x;
     float *out;
     int64_t batch, time, last, width;
-    // key and value are null where qkv holds all three, one after the other; else qkv is the query's.
-    Matrix qkv, key, value, proj, gate, up, down; // up is null in an MLP without gate
+    // key and value are absent where qkv holds all three, one after the other; else qkv is the query's.
+    Matrix qkv, key, value, proj, gate, up, down; // up is absent in an MLP without gate
     BlockNorm norm_1, norm_2, post_attention, post_mlp, norm_q, norm_k;
     bool norm_heads; // norm_q and norm_k work on each head, not on all heads of a position at once
     bool parallel, shared;

@@ -13,8 +13,20 @@
 
 namespace upcast {
 
+// Rows of bfloat16 numbers in 12 bits each; the format is told in kernels/packed_matrix.py. Nothing of it is aligned.
+// Nor is anything believed: whatever the lists of escapes say, no kernel reads or writes elsewhere.
+struct PackedRows {
+    const uint8_t *records; // null where the numbers are float16
+    int64_t row_bytes;
+    const uint8_t *table;                       // 16 high bytes
+    const uint8_t *pointers, *columns, *values; // uint32, uint32, uint16; null where nothing escapes
+    int64_t escapes;
+    int64_t first; // of the rows in use
+};
+
 // y[m][n] = sum_k x[m][k] * w(n, k) + bias[n] + residual[m][n]
-// w(n, k) is w[n * ldw + k], or w[k * ldw + n] when transposed. bias and residual may be null.
+// w(n, k) is w[n * ldw + k], or w[k * ldw + n] when transposed; of packed rows, number k of row n, or n of row k. bias
+// and residual may be null.
 struct Linear {
     const float *x;
     int64_t ldx;
@@ -27,6 +39,7 @@ struct Linear {
     float *y;
     int64_t ldy;
     int64_t M, N, K;
+    PackedRows packed; // in place of w
 };
 
 // The instruction sets that there are kernels for; UPCAST_LEVEL has these numbers while one of them is compiled.
@@ -35,7 +48,7 @@ enum class Isa { any = 0, x86_64 = 1, x86_64_v3 = 3, x86_64_v4 = 4, x86_64_v4_am
 // How rows of weights come from memory fastest: one after the other, several neighbours at once, or several far apart.
 enum class Reading { one_stream, near_streams, far_streams };
 
-enum class Strategy { dot, panel, axpy, tiles };
+enum class Strategy { dot, panel, axpy, tiles, packed };
 
 // How one Linear is carried out: tasks per phase and bytes of shared scratch (64-byte aligned).
 struct LinearPlan {
@@ -54,6 +67,44 @@ struct Embedding {
     const int64_t *indices;
     float *out;
     int64_t count, width;
+    PackedRows packed; // in place of table
+};
+
+// Numbers to pack, one row after the other, and what examining them counts.
+enum class Number { bfloat16, float16, float32 };
+
+struct Numbers {
+    const void *data;
+    Number type;
+    int64_t rows, columns;
+};
+
+struct HighBytes {
+    int64_t counts[256]; // of all but +0.0
+    bool exact;          // each number is a bfloat16
+};
+
+// Packed rows to write, and where escapes of rows [begin, end) go: they are counted at pointers + 4 * row, and listed
+// as far as there is room.
+struct Packing {
+    Numbers from;
+    const uint8_t *table;
+    uint8_t *records;
+    uint8_t *pointers; // or null
+};
+
+struct EscapeList {
+    uint8_t *columns, *values;
+    int64_t room, count;
+    bool exact;
+};
+
+// Packed rows in bfloat16 or float32, `width` numbers each.
+struct Unpacking {
+    PackedRows packed;
+    void *out;
+    bool wide;
+    int64_t width;
 };
 
 // out = (x - mean) / sqrt(variance + eps) * (weight + offset) + bias over each row; without centring the
@@ -169,6 +220,9 @@ struct Level {
     void (*attention)(const Attention &, const AttentionPlan &, float *scratch, float *partials, int unit);
     void (*attention_join)(const Attention &, const AttentionPlan &, float *partials, int64_t begin, int64_t end);
     Surveyed (*survey)(const Survey &, int64_t begin, int64_t end);
+    void (*examine)(const Numbers &, int64_t begin, int64_t end, HighBytes &); // adds; of numbers, not of rows
+    void (*pack)(const Packing &, int64_t begin, int64_t end, EscapeList &);
+    void (*unpack)(const Unpacking &, int64_t begin, int64_t end);
     // What the processor does at most, for benchmarks: simd/limits.hpp.
     int64_t (*multiply_adds)(int64_t rounds);
     int32_t (*read_memory)(const float *data, int64_t count, int64_t streams);

@@ -153,7 +153,8 @@ Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *co
         if (launch_linear(level, expert, threads) == Outcome::no_memory) return Outcome::no_memory;
         expert.x += expert.M * expert.ldx;
         expert.y += expert.M * expert.ldy;
-        expert.w += weight_stride;
+        if (expert.w) expert.w += weight_stride;
+        else expert.packed.first += weight_stride;
     }
     return Outcome::done;
 }

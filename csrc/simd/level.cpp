@@ -3,6 +3,7 @@
 #include "runtime/kernels.hpp"
 #include "simd/limits.hpp"
 #include "simd/linear.hpp"
+#include "simd/packing.hpp"
 #include "simd/rowwise.hpp"
 #include "simd/simd.hpp"
 #include "simd/survey.hpp"
@@ -13,6 +14,7 @@ namespace UPCAST_NS {
 static const Level LEVEL = {
     static_cast<Isa>(UPCAST_LEVEL), UPCAST_LEVEL_NAME, plan_linear, linear, embedding, norm,      gated,
     rope,              refuses,   append, plan_attention, attention, attention_join, survey,
+    examine,           pack,      unpack,
     multiply_adds,     read_memory,
 };
 

@@ -4,6 +4,7 @@
 #include "simd/linear_axpy.hpp"
 #include "simd/linear_dot.hpp"
 #include "simd/linear_far.hpp"
+#include "simd/linear_packed.hpp"
 #include "simd/linear_panel.hpp"
 #include "simd/amx_linear.hpp"
 
@@ -17,6 +18,7 @@ static LinearPlan plan_linear(const Linear &a, int threads) {
     const int64_t work = a.M * a.N * a.K;
     threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
     // Without products there is only bias and residual, which the tiles add without touching a weight.
+    if (a.packed.records) return a.transposed && a.K > 0 ? plan_panel(a, threads) : plan_packed(a, threads);
 #if UPCAST_LEVEL == 5
     if (a.M >= (a.transposed ? LEAST_BACKWARD : LEAST_FORWARD) && a.N >= TILE && a.K >= STEP) return plan_tiles(a, threads);
 #endif
@@ -31,6 +33,8 @@ static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int p
         return reads_far_rows(a, plan) ? far_task(a, plan, task) : dot_task(a, plan, floats, task);
     case Strategy::axpy:
         return phase == 0 ? axpy_task(a, plan, floats, task) : axpy_gather(a, plan, floats, task);
+    case Strategy::packed:
+        return packed_task(a, plan, floats, task);
     case Strategy::panel:
         return panel_task(a, plan, floats, task);
     case Strategy::tiles:

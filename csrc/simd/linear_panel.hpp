@@ -6,6 +6,7 @@
 #pragma once
 
 #include "runtime/kernels.hpp"
+#include "simd/packed.hpp"
 #include "simd/simd.hpp"
 
 namespace upcast {
@@ -104,8 +105,25 @@ static void widen_panels(const Linear &a, int64_t n, int64_t k0, int64_t depth, 
     }
 }
 
+// The same of packed rows; n begins a record.
+static void widen_packed_panels(const Linear &a, int64_t n, int64_t k0, int64_t depth, int64_t panels, int64_t size, float *out) {
+    constexpr int64_t AHEAD = 8; // rows: each lies where no hardware looks for it
+    const int64_t count = least(panels * PANEL, a.N - n);
+    float row[GROUP * PANEL] = {};
+    for (int64_t k = 0; k < depth; ++k) {
+        if (k0 + k + AHEAD < a.K)
+            for (int64_t line = 0; line < count * RECORD_BYTES / RECORD; line += 64)
+                prefetch(record_of(a.packed, k0 + k + AHEAD, n) + line);
+        widen_packed(a.packed, k0 + k, n, count, row);
+        for (int64_t p = 0; p < panels; ++p) memcpy(out + p * size + k * PANEL, row + p * PANEL, sizeof(float) * PANEL);
+    }
+}
+
 static int64_t panel_blocks(const Linear &a, const LinearPlan &plan) { return (a.K + plan.block - 1) / plan.block; }
 static int64_t panel_count(const Linear &a) { return (a.N + PANEL - 1) / PANEL; }
+// Panels are divided between tasks where a record begins.
+static int64_t panel_unit(const Linear &a) { return a.packed.records ? RECORD / PANEL : 1; }
+static int64_t panel_units(const Linear &a) { return (panel_count(a) + panel_unit(a) - 1) / panel_unit(a); }
 
 // Floats of scratch per task: a group of panels, and a block of its rows of x.
 static int64_t panel_scratch(const Linear &a, const LinearPlan &plan) {
@@ -118,7 +136,7 @@ static LinearPlan plan_panel(const Linear &a, int threads) {
     plan.strategy = Strategy::panel;
     const int64_t wanted = most<int64_t>(1, (a.K + BLOCK_K - 1) / BLOCK_K);
     plan.block = most<int64_t>(16, ((a.K + wanted - 1) / wanted + 15) / 16 * 16);
-    plan.grid_n = static_cast<int>(least<int64_t>(threads, panel_count(a)));
+    plan.grid_n = static_cast<int>(least<int64_t>(threads, panel_units(a)));
     plan.grid_m = static_cast<int>(least<int64_t>(threads / plan.grid_n, (a.M + TILE_ROWS - 1) / TILE_ROWS));
     plan.tasks[0] = plan.grid_n * plan.grid_m;
     plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * panel_scratch(a, plan));
@@ -157,9 +175,10 @@ static void panel_group(const Linear &a, PanelTile t, int64_t panels, const uint
 }
 
 static void panel_task(const Linear &a, const LinearPlan &plan, float *scratch, int task) {
-    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, all = panel_count(a);
+    const int64_t blocks = panel_blocks(a, plan), ld = plan.block + X_PAD, units = panel_units(a), unit = panel_unit(a);
     const int tn = task % plan.grid_n, tm = task / plan.grid_n;
-    const int64_t first_panel = all * tn / plan.grid_n, last_panel = all * (tn + 1) / plan.grid_n;
+    const int64_t first_panel = units * tn / plan.grid_n * unit;
+    const int64_t last_panel = least(panel_count(a), units * (tn + 1) / plan.grid_n * unit);
     const int64_t begin = a.M * tm / plan.grid_m, end = a.M * (tm + 1) / plan.grid_m;
     float *panels = scratch + task * panel_scratch(a, plan), *x = panels + plan.block * PANEL * GROUP;
     for (int64_t b = 0; b < blocks; ++b) {
@@ -167,12 +186,13 @@ static void panel_task(const Linear &a, const LinearPlan &plan, float *scratch, 
         copy_x(a, begin, end, k0, depth, x, ld);
         for (int64_t p = first_panel; p < last_panel; p += GROUP) {
             const int64_t n0 = p * PANEL, count = least(GROUP, last_panel - p);
-            widen_panels(a, n0, k0, depth, count, plan.block * PANEL, panels);
+            const auto widen = a.packed.records ? widen_packed_panels : widen_panels;
+            widen(a, n0, k0, depth, count, plan.block * PANEL, panels);
             const bool last = p + GROUP >= last_panel;
             const int64_t next_n = last ? first_panel * PANEL : n0 + PANEL * GROUP;
             const int64_t next_k = last ? k0 + plan.block : k0;
             // Only where a whole next block exists: prefetch addresses stay inside the weights.
-            const bool fetch = next_n + PANEL * GROUP <= a.N && next_k + plan.block <= a.K;
+            const bool fetch = !a.packed.records && next_n + PANEL * GROUP <= a.N && next_k + plan.block <= a.K;
             PanelTile t = {};
             t.ldx = ld, t.panel = panels, t.depth = depth, t.depth_stored = plan.block, t.n = n0;
             t.first = b == 0, t.last = b + 1 == blocks, t.ahead_ld = fetch ? a.ldw : 0;

@@ -3,12 +3,17 @@
 
 #include "simd/exponential.hpp"
 #include "runtime/kernels.hpp"
+#include "simd/packed.hpp"
 #include "simd/simd.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
 
 static void embedding(const Embedding &a, int64_t begin, int64_t end) {
+    if (a.packed.records) {
+        for (int64_t i = begin; i < end; ++i) widen_packed(a.packed, a.indices[i], 0, a.width, a.out + i * a.width);
+        return;
+    }
     for (int64_t i = begin; i < end; ++i) widen_row(a.table + a.indices[i] * a.ld, a.out + i * a.width, a.width);
 }
 

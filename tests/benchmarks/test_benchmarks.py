@@ -20,7 +20,7 @@ from rich.console import Console
 from benchmarks import run
 from benchmarks.harness import chart, memory, quality, record, report, serving, stress, subject
 from benchmarks.harness.job import Loading, Sample, StressOutcome, next_tokens
-from benchmarks.harness.session import QUICK, Effort, Result, job_for, measure, started
+from benchmarks.harness.session import QUICK, Effort, Rates, Result, job_for, measure, started
 from benchmarks.harness.summary import summarise
 from benchmarks.harness.variants import BASELINE, VARIANTS, weight_bytes
 from benchmarks.suites import serve as serve_suite
@@ -302,7 +302,7 @@ def test_a_failed_variant_fails_the_run_after_the_report(
     results = {"float32": fabricated("float32"), "upcast": fabricated("upcast", failure=failure)}
     monkeypatch.setattr(subject, "resolve", lambda *_: SUBJECT)
     monkeypatch.setattr(Config, "from_checkpoint", lambda *_: Config(name="tiny", **TINY, **LLAMA))
-    monkeypatch.setattr(run, "run_variants", lambda *_: (results, [1e10]))
+    monkeypatch.setattr(run, "run_variants", lambda *_: (results, Rates([1e10], [1e11])))
     monkeypatch.setattr(subject.Subject, "decode", lambda *_: "an answer")
     assert run.main(["--output", str(tmp_path)]) == code
     assert ("upcast FAILED: load: no" in capsys.readouterr().out) == (failure is not None)

@@ -13,7 +13,8 @@ from tests.docs.pages import ROOT
 TIMINGS = {"prefill_seconds": {"median": 0.5}, "decode_seconds": {"median": 0.02}}
 QUALITY = {"relative_error": 9e-7, "top1_agreement": 1.0}
 RATIOS = {"prefill_seconds": 0.5, "decode_seconds": 0.25}
-BYTES = {"weight_bytes": 269e6, "peak_loading_bytes": 285e6, "bytes_per_token": 269e6}
+BYTES = {"weight_bytes": 269e6, "peak_loading_bytes": 285e6, "bytes_per_token": 269e6, "prompt_operations": 20e9}
+SHARES = "upcast 40 %; float16 40 %"  # of the multiply-adds below, in half a second
 # what is measured -> its cells
 VARIANTS: list[tuple[dict[str, Any], list[str]]] = [
     (
@@ -30,6 +31,7 @@ RECORD = {
     "subject": {"model": "a model", "prompt_tokens": 100},
     "threads": 2,
     "read_rates": [20e9, 20.1e9, 20.2e9],
+    "multiply_rates": [99e9, 100e9, 101e9],
     "versions": {"torch": "2.13.0"},
     "date": "2026-11-28T08:00:00",
     "variants": [{**BYTES, "ratios": RATIOS, **variant} for variant, _ in VARIANTS],
@@ -56,7 +58,9 @@ def test_a_run_is_written_into_both_pages(tmp_path: Path, monkeypatch: pytest.Mo
     assert readme.main() == 0
     assert (tmp_path / readme.PICTURE).read_bytes() == b"a picture"
     assert (tmp_path / readme.ROOFLINE).read_bytes() == b"another"
-    assert "upcast 20.0 of at least 13.4; float16" in (tmp_path / readme.MANUAL).read_text("utf-8")
+    manual = (tmp_path / readme.MANUAL).read_text("utf-8")
+    assert "upcast 20.0 of at least 13.4; float16" in manual
+    assert f"products use: {SHARES}." in manual
     for page, columns in readme.PAGES.items():
         assert table(tmp_path / page)[1:] == [[cells[column] for column in columns] for _, cells in VARIANTS]
         before, after = (ROOT / page).read_text("utf-8"), (tmp_path / page).read_text("utf-8")

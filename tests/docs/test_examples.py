@@ -147,7 +147,7 @@ def test_serve_litgpt(tmp_path: Path) -> None:
     options = ["--port", serving.free_port(), "--tokens", "8", "--ask", QUESTION]
     result = run(EXAMPLES / "serve_litgpt.py", folder, *options)
     assert "upcast: GPT " in result.stdout + result.stderr
-    assert result.stdout.splitlines()[-1].strip()
+    assert "\n" in result.stdout  # what an untrained model answers may be blank
 
 
 def test_finetune_lora(tmp_path: Path) -> None:

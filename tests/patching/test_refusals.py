@@ -34,8 +34,12 @@ def _with_patched_part() -> nn.Module:
 
 # name, what is handed over, what the error says
 REFUSED: list[tuple[str, Callable[[], object], str]] = [
-    ("not a module", lambda: {"weight": 1}, r"a dict; upcast patches a torch\.nn\.Module.*Pass the module itself"),
-    ("none", lambda: None, r"a NoneType; upcast patches a torch\.nn\.Module"),
+    (
+        "not a module",
+        lambda: {"weight": 1},
+        r"this dict is no model; upcast patches a torch\.nn\.Module.*Pass the module",
+    ),
+    ("none", lambda: None, r"this NoneType is no model; upcast patches a torch\.nn\.Module"),
     ("on the meta device", _partly_meta, r"down\.weight of Net is on the meta device.*Load the weights first"),
     (
         "not yet initialised",

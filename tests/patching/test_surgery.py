@@ -105,7 +105,7 @@ def weight_normed(model: Any) -> None:
 
 
 def old_spectral(model: Any) -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(5)  # with vectors along which the weight is not next to nothing: it is divided by that
     torch.nn.utils.spectral_norm(model.head).eval()
 
 

@@ -7,7 +7,8 @@ from types import ModuleType
 
 from torch import Tensor
 
-from upcast.kernels import packed_portable
+from upcast import kernels
+from upcast.kernels import packed_native, packed_portable
 from upcast.kernels.packed_matrix import Born, PackedMatrix, size_of
 
 __all__ = [
@@ -24,8 +25,11 @@ __all__ = [
 ]
 
 
+_IMPLEMENTATIONS = {"native": packed_native, "portable": packed_portable}
+
+
 def _active() -> ModuleType:
-    return packed_portable
+    return _IMPLEMENTATIONS[kernels.name()]
 
 
 def examine(x: Tensor) -> Born:

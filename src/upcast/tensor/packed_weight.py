@@ -16,6 +16,7 @@ from torch import Tensor
 
 from upcast import kernels
 from upcast.core import memory_layout
+from upcast.core.errors import UpcastError
 from upcast.kernels import packed
 from upcast.kernels.packed_matrix import RECORD, Born, PackedExperts, PackedMatrix
 from upcast.tensor import materialize
@@ -129,6 +130,11 @@ class PackedWeight(HalfWeight):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Tell torch.compile what to trace: the packed bytes, and what they are."""
+        if torch.compiler.is_exporting():
+            raise UpcastError(
+                "torch.export of a weight stored in 12 bits; an exported program holds weights of 16 or 32 bits. Patch the "
+                "model with storage='float16', or export it unpatched."
+            )
         assert self.store.matrix is not None
         return ["blob"], (self.store.matrix[1:], self.store.shape, self.region)
 
