@@ -130,7 +130,7 @@ def matrix(linear: Any) -> Matrix:
         raise UnknownLayer
     weight, bias = held
     if isinstance(weight, PackedMatrix):
-        return Matrix(weight[:6], bias, STORAGES["packed"])
+        return Matrix(weight, bias, STORAGES["packed"])
     return Matrix(weight, bias)
 
 

@@ -23,21 +23,12 @@ class Matrix(NamedTuple):
     """A linear layer of a block.
 
     Attributes:
-<<<<<<< .merge_file_4dpBBk
-        weight: (rows, columns) float16, rows contiguous; packed: the first six fields of a `PackedMatrix`; None where a
-            block has no such layer.
-=======
         weight: (rows, columns), rows contiguous; or a `PackedMatrix`; None where a block has no such layer.
->>>>>>> .merge_file_EL6fe3
         bias: (rows,) float32, or None.
         storage: one of STORAGES.
     """
 
-<<<<<<< .merge_file_4dpBBk
-    weight: Tensor | tuple[Any, ...] | None = None
-=======
     weight: Tensor | PackedMatrix | None = None
->>>>>>> .merge_file_EL6fe3
     bias: Tensor | None = None
     storage: int = STORAGES["float16"]
 
@@ -102,11 +93,7 @@ class BlockSpec(NamedTuple):
     key_limit: float
     value_limit: float
 
-<<<<<<< .merge_file_4dpBBk
     def items(self) -> Iterator[Any]:
-=======
-    def items(self) -> Iterator[Tensor | PackedMatrix | float | None]:
->>>>>>> .merge_file_EL6fe3
         """Give all tensors and numbers that the block is made of."""
         yield from _flat(self)
 

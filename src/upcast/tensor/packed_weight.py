@@ -132,8 +132,8 @@ class PackedWeight(HalfWeight):
         """Tell torch.compile what to trace: the packed bytes, and what they are."""
         if torch.compiler.is_exporting():
             raise UpcastError(
-                "torch.export of a weight stored in 12 bits; an exported program holds weights of 16 or 32 bits. Patch the "
-                "model with storage='float16', or export it unpatched."
+                "torch.export of a weight stored in 12 bits; an exported program holds weights of 16 or 32 bits. Patch "
+                "the model with storage='float16', or export it unpatched."
             )
         assert self.store.matrix is not None
         return ["blob"], (self.store.matrix[1:], self.store.shape, self.region)
