@@ -23,7 +23,7 @@ from upcast.core import functional, memory_layout
 from upcast.core.errors import UpcastError
 from upcast.kernels.reference import FLOAT16_MAX
 from upcast.tensor import materialize, torchscript
-from upcast.tensor.store import Fallbacks, Region, Store, region_of
+from upcast.tensor.store import BLURRED, Fallbacks, Region, Store, region_of
 
 HANDLERS: dict[Any, Callable[..., Any]] = {}
 """torch function -> handler with the same signature, for operations with a HalfWeight among their arguments."""
@@ -115,7 +115,9 @@ class HalfWeight(torch.Tensor):
         """The float16 tensor with these numbers, in the memory where they live."""
         half = self.store.half
         if half is None:
-            raise UpcastError("a weight that is no longer stored in float16; it has become float32. Look at it anew.")
+            raise UpcastError(
+                "a weight that is no longer stored in 16 bits or fewer; it has become float32. Look at it anew."
+            )
         return half if self.region is None else self.region.of(half)
 
     @property
@@ -240,7 +242,7 @@ class HalfWeight(torch.Tensor):
             written = store.handed not in (None, store.half._version)
             store.blurred += int(written)
             store.handed = store.half._version
-            if written and store.blurred >= _BLURRED:
+            if written and store.blurred >= BLURRED:
                 materialize.dissolve(self, materialize.SMALL_STEPS)
         return self.memory()
 
@@ -267,7 +269,7 @@ class HalfWeight(torch.Tensor):
         undone = changed & (rounded == stored)
         blur, step = (rounded - source).norm(), (source - stored).norm()
         self.store.blurred += int(blur > _BLUR * step)
-        return self.store.blurred > _BLURRED or 2 * int(undone.count_nonzero()) > int(changed.count_nonzero())
+        return self.store.blurred > BLURRED or 2 * int(undone.count_nonzero()) > int(changed.count_nonzero())
 
     def __copy__(self) -> torch.Tensor:
         """Share the memory, as torch's shallow copies do."""
@@ -353,7 +355,7 @@ def _in_order(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
 
 # What of torch reads the wrapper's memory, which there is none of, raises an error in place of reading at address zero.
 _refuse_raw_memory = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda _: None)
-_BLUR, _BLURRED = 0.05, 3  # the part of a step that rounding may be, and how often it may be more
+_BLUR = 0.05  # the part of a step that rounding may be
 OURS = frozenset(
     ("store", "region", "row_major", "wants_grad", "packed", "source", "_is_param")
 )  # what a HalfWeight's own __dict__ holds

@@ -35,8 +35,13 @@ _TRAINERS = {
 
 def dissolve(weight: "HalfWeight", why: str) -> None:
     """Move the numbers of ``weight``, and of every view that shares them, to float32 memory; say why, once."""
-    if weight.store.dissolve():
-        _note(weight.store, why)
+    dissolve_store(weight.store, why)
+
+
+def dissolve_store(store: "Store", why: str) -> None:
+    """As `dissolve`, for all that stands for the numbers of ``store``."""
+    if store.dissolve():
+        _note(store, why)
 
 
 def _note(store: "Store", why: str) -> None:

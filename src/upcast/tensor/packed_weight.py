@@ -9,6 +9,7 @@ Written numbers are packed again where they are bfloat16's, and few enough of th
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,10 @@ from upcast.kernels import packed
 from upcast.kernels.packed_matrix import RECORD, Born, PackedExperts, PackedMatrix
 from upcast.tensor import materialize
 from upcast.tensor.half_weight import HalfWeight
-from upcast.tensor.store import Fallbacks, Region, Store
+from upcast.tensor.store import BLURRED, Fallbacks, Region, Store, changes, uses
 
+LENT: "weakref.WeakSet[PackedStore]" = weakref.WeakSet()
+"""Those of whose numbers somebody holds a state dict: what is written there is looked for."""
 NOT_PACKED = "numbers that bfloat16 does not have, or many unusual ones, were written into them"
 
 
@@ -37,12 +40,14 @@ class PackedStore(Store):
         self.shape, self.fallbacks = shape, fallbacks
         self.before = torch.bfloat16
         self.version = 0
-        self.given: weakref.ref[Tensor] | None = None  # to a state dict
+        self.given: Tensor | None = None  # shares the memory of what a state dict was given, until that is gone
+        self._handed: weakref.ref[Tensor] | None = None  # that itself
+        self._seen = 0  # its version when it was looked at
 
     @property
     def half(self) -> Tensor | None:
         """The numbers in bfloat16, unpacked for this once."""
-        return None if self.matrix is None else kernels.unpack(self.matrix).view(self.shape)
+        return kernels.unpack(self.matrix).view(self.shape) if self.held and self.matrix else None
 
     @half.setter
     def half(self, value: Tensor | None) -> None:
@@ -51,6 +56,8 @@ class PackedStore(Store):
 
     @property
     def held(self) -> bool:
+        if self.given is not None:
+            self._look()
         return self.matrix is not None
 
     @property
@@ -66,16 +73,51 @@ class PackedStore(Store):
         return self.version
 
     def __getstate__(self) -> dict[str, object]:
-        return {**super().__getstate__(), "given": None}
+        if self.given is not None:
+            self._look()
+        return {**super().__getstate__(), "given": None, "_handed": None}
 
     def give(self) -> Tensor:
-        """Return the numbers in bfloat16 for a state dict: those of tied weights are the same tensor there, too."""
-        given = None if self.given is None else self.given()
-        if given is None or given._version:
-            given = self.half
-            assert given is not None
-            self.given = weakref.ref(given)
-        return given
+        """Return the numbers in bfloat16 for a state dict; what is written there arrives when they are next used.
+
+        Those of tied weights are one tensor there, too, as long as somebody holds it.
+        """
+        handed = None if self._handed is None else self._handed()
+        if handed is None:
+            with torch.inference_mode(False):
+                handed = self.half
+                assert handed is not None
+                self.given = handed.detach()  # one memory, and one count of writes
+            self._seen = handed._version
+            self._handed = weakref.ref(handed, _forgetting(weakref.ref(self)))
+            LENT.add(self)
+        return handed
+
+    def _look(self) -> None:
+        """Take over what was written into a state dict; forget that where nobody can write there any more."""
+        with changes:
+            given, handed = self.given, self._handed
+            if given is None or handed is None:
+                return
+            if handed() is None:
+                self.forget()
+            if given._version != self._seen:
+                self._seen = given._version
+                self.blurred += 1
+                self._take(given)
+
+    def _take(self, given: Tensor) -> None:
+        if self.blurred <= BLURRED and self.repack(given):
+            return
+        self.forget()
+        materialize.dissolve_store(self, NOT_PACKED if self.blurred <= BLURRED else materialize.SMALL_STEPS)
+        if self.wide is not None:
+            self.wide.copy_(given)
+
+    def forget(self) -> None:
+        """Look no more for what is written into a state dict."""
+        self.given = self._handed = None
+        LENT.discard(self)
 
     def share(self, other: Store) -> None:
         """Use the memory of ``other``, whose numbers are the same."""
@@ -87,8 +129,24 @@ class PackedStore(Store):
         found = packable(wide)
         if found is None:
             return False
-        self.matrix, self.version, self.given = found, self.version + 1, None
+        self.matrix, self.version = found, self.version + 1
         return True
+
+
+def _forgetting(owner: "weakref.ref[PackedStore]") -> Callable[[object], None]:
+    """Return what gives the memory back when the tensor in a state dict is gone, unless it was written to."""
+
+    def forget(_: object) -> None:
+        store = owner()
+        if (
+            store is not None
+            and store.given is not None
+            and store.given._version == store._seen
+            and uses(store.given) == 1
+        ):
+            store.forget()
+
+    return forget
 
 
 class PackedWeight(HalfWeight):

@@ -44,6 +44,9 @@ class Fallbacks:
         return "\n".join(rows) or "none"
 
 
+BLURRED = 3  # how often rounding may be a part of an update, or an update not looked at
+
+
 class Region(NamedTuple):
     """A part of a store's memory, looked at in some shape; ``offset`` counts from the first number."""
 
@@ -66,7 +69,7 @@ def region_of(part: Tensor, whole: Tensor | None) -> Region | None:
     return Region(tuple(part.shape), part.stride(), int(part.storage_offset() - whole.storage_offset()))
 
 
-_changes = threading.RLock()  # two threads may find at once that a weight has to move
+changes = threading.RLock()  # two threads may find at once that a weight has to move
 
 
 class Store:
@@ -135,7 +138,7 @@ class Store:
         """Have memory that no other weight uses: called before anything is written, or handed out for writing."""
         if self.sharing is None:
             return
-        with _changes:
+        with changes:
             if self.sharing is not None and self.half is not None and self.sharing[0] > 1:
                 with torch.inference_mode(False):
                     self.half = _later(like(self.half, torch.float16), self.half)
@@ -143,7 +146,7 @@ class Store:
 
     def dissolve(self) -> bool:
         """Go to float32 memory; return whether it was not there already."""
-        with _changes:
+        with changes:
             half = self.half
             if half is None:
                 return False
@@ -170,7 +173,7 @@ class Store:
 
     def take_over(self, borrowed: Tensor) -> None:
         """Store the numbers of what was borrowed in float16, as the former ones lay."""
-        with _changes:
+        with changes:
             if self.former is not None:
                 with torch.inference_mode(False), torch.no_grad():
                     self.half = torch.empty_like(self.former).copy_(borrowed)
@@ -179,7 +182,7 @@ class Store:
 
     def keep_borrowed(self) -> bool:
         """Let the borrowed memory be this store's for good; return whether it was borrowed."""
-        with _changes:
+        with changes:
             borrowed, self.former = self.former is not None, None
             if borrowed:
                 self._leave()
