@@ -30,6 +30,16 @@ def outside_inference_mode() -> Iterator[None]:
 
 
 @contextmanager
+def unfollowed() -> Iterator[None]:
+    """Make tensors that no tracer, imitation or transformation of torch has to do with."""
+    if not torch._C._len_torch_dispatch_stack() and torch._C._functorch.peek_interpreter_stack() is None:
+        yield
+        return
+    with torch._C._DisableFuncTorch(), torch.utils._python_dispatch._disable_current_modes():
+        yield
+
+
+@contextmanager
 def float32_by_default() -> Iterator[None]:
     """Make float32 where no dtype is asked for: a patched model computes its buffers in it."""
     before = torch.get_default_dtype()

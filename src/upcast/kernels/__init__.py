@@ -13,6 +13,7 @@ from torch import Tensor
 
 from upcast.core import config, memory_layout
 from upcast.core.errors import UpcastError
+from upcast.core.torch_modes import unfollowed
 from upcast.kernels import gradients, native, packed, portable, reference, transforms, tuning
 from upcast.kernels.packed_matrix import PackedExperts, PackedMatrix
 from upcast.kernels.reference import Survey
@@ -115,7 +116,8 @@ def unpack(matrix: PackedMatrix) -> Tensor:
     """Return the numbers of ``matrix`` in bfloat16, of its shape."""
     if transforms.way() == transforms.OPERATORS:
         return torch.ops.upcast.unpack(matrix.blob, matrix[1:])  # type: ignore[no-any-return]
-    return packed.unpack(matrix)
+    with unfollowed():  # what follows takes the numbers for a constant
+        return packed.unpack(matrix)
 
 
 def upcast(weight: Operand) -> Tensor:

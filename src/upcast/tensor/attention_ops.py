@@ -39,7 +39,8 @@ def _attention(
     if isinstance(key, HalfWeight) and isinstance(value, HalfWeight) and _covered(query, key, value, dropout_p):
         rows = rows_in_use(attn_mask, query, key)
         if rows is not None and not (is_causal and query.shape[2] != rows):
-            return over_cache(query, key.stored[:, :, :rows], value.stored[:, :, :rows], scale, causal=is_causal)
+            keys, values = (each.memory_for_attention()[:, :, :rows] for each in (key, value))
+            return over_cache(query, keys, values, scale, causal=is_causal)
     options = {"scale": scale, **({"enable_gqa": True} if enable_gqa else {})}
     args = (query, key, value, attn_mask, dropout_p, is_causal)
     return call_upcast(F.scaled_dot_product_attention, args, options)
@@ -51,7 +52,7 @@ def _covered(query: Tensor, key: HalfWeight, value: HalfWeight, dropout: float) 
         return False
     if query.is_nested or autocast.enabled():  # autocast rounds all three, and the result
         return False
-    keys, values = key.stored, value.stored
+    keys, values = key.outline, value.outline
     if (torch.is_grad_enabled() and query.requires_grad) or {query.dim(), keys.dim(), values.dim()} != {4}:
         return False
     same = keys.shape[:3] == values.shape[:3] and keys.shape[0] == query.shape[0] and keys.shape[3] == query.shape[3]

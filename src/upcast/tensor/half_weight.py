@@ -130,6 +130,10 @@ class HalfWeight(torch.Tensor):
         """The numbers as `upcast.kernels` take them."""
         return self.stored
 
+    def memory_for_attention(self) -> torch.Tensor:
+        """Return the numbers in a dtype that attention takes as keys and values."""
+        return self.stored
+
     def memory(self) -> torch.Tensor:
         """Return an ordinary tensor with the numbers: the stored one, or the float32 one once they have dissolved."""
         return self.stored if self.store.held else materialize.alias(self)

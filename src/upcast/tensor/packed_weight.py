@@ -26,6 +26,7 @@ from upcast.tensor.store import BLURRED, Fallbacks, Region, Store, changes, uses
 
 LENT: "weakref.WeakSet[PackedStore]" = weakref.WeakSet()
 """Those of whose numbers somebody holds a state dict: what is written there is looked for."""
+_AT_ITS_END = 2  # tensors use a memory when one of two goes
 NOT_PACKED = "numbers that bfloat16 does not have, or many unusual ones, were written into them"
 
 
@@ -85,8 +86,10 @@ class PackedStore(Store):
         handed = None if self._handed is None else self._handed()
         if handed is None:
             with torch.inference_mode(False):
-                handed = self.half
-                assert handed is not None
+                matrix = self.matrix
+                assert matrix is not None
+                handed = torch.empty(self.shape, dtype=torch.bfloat16, device="cpu")
+                packed.unpack(matrix, handed.view(matrix.rows, matrix.columns))
                 self.given = handed.detach()  # one memory, and one count of writes
             self._seen = handed._version
             self._handed = weakref.ref(handed, _forgetting(weakref.ref(self)))
@@ -138,12 +141,8 @@ def _forgetting(owner: "weakref.ref[PackedStore]") -> Callable[[object], None]:
 
     def forget(_: object) -> None:
         store = owner()
-        if (
-            store is not None
-            and store.given is not None
-            and store.given._version == store._seen
-            and uses(store.given) == 1
-        ):
+        given = None if store is None else store.given
+        if store is not None and given is not None and given._version == store._seen and uses(given) <= _AT_ITS_END:
             store.forget()
 
     return forget
@@ -213,6 +212,10 @@ class PackedWeight(HalfWeight):
             return self.store.matrix
         found = _operand(self.store.matrix, self.outline)
         return self.upcast() if found is None else found
+
+    def memory_for_attention(self) -> Tensor:
+        """Return the numbers in float32; learned keys are few."""
+        return self.upcast()
 
     def at_rest(self, function: Any, *args: Any) -> Any:
         """Return bytes and place of the packed memory; one number counts as two bytes, which are not fewer."""
