@@ -156,12 +156,17 @@ def _linear_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -
     return 2 * math.prod(x) * weight[0]
 
 
+def _packed_flops(x: torch.Size, blob: torch.Size, form: Sequence[int], *_: object, **__: object) -> int:
+    return 2 * math.prod(x) * _matrix(torch.empty(0), form).shape[0]
+
+
 def _experts_flops(x: torch.Size, weight: torch.Size, *_: object, **__: object) -> int:
     return 2 * math.prod(x) * weight[2]
 
 
 def _counted(counter: Any) -> None:
     counter.register_flop_formula(torch.ops.upcast.linear)(_linear_flops)
+    counter.register_flop_formula(torch.ops.upcast.packed_linear)(_packed_flops)
     counter.register_flop_formula(torch.ops.upcast.grouped_linear)(_experts_flops)
 
 
