@@ -108,7 +108,7 @@ def _followed(way: str, x: Tensor, weight: Operand, bias: Tensor | None) -> Tens
         return torch.ops.upcast.linear(x, weight, bias)  # type: ignore[no-any-return]
     if way == transforms.TORCH:
         return torch.nn.functional.linear(x, upcast(weight), bias)
-    y: Tensor = gradients.NestedLinear.apply(x, weight, linear)  # type: ignore[no-untyped-call]
+    y: Tensor = gradients.NestedLinear.apply(x, gradients.opaque(weight), linear)  # type: ignore[no-untyped-call]
     return y if bias is None else y + bias
 
 

@@ -44,18 +44,33 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (numbers,) = ctx.saved_tensors
-        weight: Operand = numbers if ctx.form is None else PackedMatrix(numbers, *ctx.form)
+        weight: Operand = ctx.saved_tensors[0] if ctx.packed is None else ctx.packed
         if transforms.is_old_batch(grads[0]):
-            wide = numbers if ctx.form is None else packed.unpack(PackedMatrix(numbers, *ctx.form))
+            wide = packed.unpack(weight) if isinstance(weight, PackedMatrix) else weight
             return grads[0] @ wide.float(), None, None
         return ctx.product(grads[0], weight.t()), None, None
 
 
+class Opaque:
+    """A packed matrix on its way through torch.func, which would put the tensor in it into one of its own."""
+
+    def __init__(self, matrix: PackedMatrix) -> None:
+        self.matrix = matrix
+
+
+def opaque(weight: Operand) -> Tensor | Opaque:
+    """Return a weight as torch.func is to see it."""
+    return Opaque(weight) if isinstance(weight, PackedMatrix) else weight
+
+
+def _inside(weight: Tensor | Opaque) -> Operand:
+    return weight.matrix if isinstance(weight, Opaque) else weight
+
+
 def _keep(ctx: Any, weight: Operand) -> None:
-    """Keep a weight for the backward pass: a packed one as its bytes, and what they are."""
-    ctx.form = weight[1:] if isinstance(weight, PackedMatrix) else None
-    ctx.save_for_backward(weight.blob if isinstance(weight, PackedMatrix) else weight)
+    """Keep a weight for the backward pass; the bytes of a packed one are never written."""
+    ctx.packed = weight if isinstance(weight, PackedMatrix) else None
+    ctx.save_for_backward(*(() if isinstance(weight, PackedMatrix) else (weight,)))
 
 
 class NestedLinear(torch.autograd.Function):
@@ -64,18 +79,18 @@ class NestedLinear(torch.autograd.Function):
     backward = Linear.backward
 
     @staticmethod
-    def forward(x: Tensor, weight: Operand, product: Product) -> Tensor:
-        return product(x, weight)
+    def forward(x: Tensor, weight: Tensor | Opaque, product: Product) -> Tensor:
+        return product(x, _inside(weight))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, weight, ctx.product = inputs
-        _keep(ctx, weight)
+        _keep(ctx, _inside(weight))
 
     @staticmethod
-    def vmap(info: Any, dims: tuple[Any, ...], x: Tensor, weight: Operand, product: Product) -> tuple[Tensor, int]:
+    def vmap(info: Any, dims: Any, x: Tensor, weight: Tensor | Opaque, product: Product) -> tuple[Tensor, int]:
         """Take the samples for one more dimension of x; weights are one for all of them."""
-        return product(x.movedim(dims[0], 0), weight), 0
+        return product(x.movedim(dims[0], 0), _inside(weight)), 0
 
 
 class RMSNorm(torch.autograd.Function):
