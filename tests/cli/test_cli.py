@@ -25,6 +25,7 @@ VALID = [
     ({"UPCAST": "1"}, config.Config(True, "safe", "auto", "auto", None, 1)),
     ({"UPCAST": "True"}, config.Config(True, "safe", "auto", "auto", None, 1)),
     ({"UPCAST": "on", "UPCAST_VERBOSE": "2"}, config.Config(True, "safe", "auto", "auto", None, 2)),
+    ({"UPCAST_STORAGE": "packed"}, config.Config(False, "safe", "auto", "auto", None, 1, storage="packed")),
     ({"UPCAST_KV_CACHE": "float32"}, config.Config(False, "safe", "auto", "auto", "float32", 1)),
     (
         {"UPCAST": "FALSE", "UPCAST_KERNELS": " portable "},
@@ -38,6 +39,7 @@ INVALID = [
     ({"UPCAST_KERNELS": "fast"}, "UPCAST_KERNELS='fast' .* 'auto', 'native', 'portable'"),
     ({"UPCAST_ISA": "avx9"}, "UPCAST_ISA='avx9' .* 'x86-64', 'x86-64-v3', 'x86-64-v4', 'x86-64-v4-amx', 'aarch64'"),
     ({"UPCAST_KV_CACHE": "int8"}, "UPCAST_KV_CACHE='int8' .* 'float16', 'float32'"),
+    ({"UPCAST_STORAGE": "int8"}, "UPCAST_STORAGE='int8' .* 'float16', 'packed', 'auto', 'float32'"),
     ({"UPCAST_VERBOSE": "3"}, "UPCAST_VERBOSE='3' .* '0', '1', '2'"),
 ]
 

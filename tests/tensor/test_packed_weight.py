@@ -207,7 +207,7 @@ def _saved(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("copying", [copy.deepcopy, _pickled, _saved])
 def test_copies_stay_packed_and_tied(copying: Callable[[nn.Module], Any]) -> None:
-    model, plain = net()
+    model, _ = net()
     upcast.patch(model, storage="packed")
     other = copying(model)
     assert packed_weights(other).keys() == packed_weights(model).keys()
@@ -286,7 +286,7 @@ def test_compiled_it_stays_packed() -> None:
     assert relative_error(y, plain.up(x)) < 1e-6
     assert relative_error(x.grad, torch.ones(3, 250) @ plain.up.weight) < 1e-6
     assert isinstance(model.up.weight, PackedWeight)
-    with pytest.raises(upcast.UpcastError, match="torch.export of a weight stored in 12 bits"):
+    with pytest.raises(upcast.UpcastError, match="of a weight stored in 12 bits"):
         torch.export.export(model.up, (x.detach(),))
 
 

@@ -61,7 +61,8 @@ def measure(model: Any, ids: Any, progress: console.Progress) -> dict[str, Any]:
 
     progress.advance()
     progress.phase(STEPS[1])
-    planned, seen = plan(model), diagnose(model, checkpoints.sample(model, ids))
+    planned, packed = plan(model), plan(model, storage="packed")
+    seen = diagnose(model, checkpoints.sample(model, ids))
     progress.advance()
     progress.phase(STEPS[2])
     with messages.silent():
@@ -82,6 +83,7 @@ def measure(model: Any, ids: Any, progress: console.Progress) -> dict[str, Any]:
         "float32_bytes": sum(4 * math.prod(change.shape) for change in changes),
         "bytes_before": planned.bytes_before,
         "bytes_after": planned.bytes_after,
+        "bytes_packed": packed.bytes_after,
         "dtypes": sorted({str(change.dtype).removeprefix("torch.") for change in changes}),
         "in_float32": planned.in_float32(),
         "largest_rounding": max((c.rounding.max_error for c in changes if c.in_float16), default=0.0),
@@ -169,17 +171,26 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     moved = f"rounding moves a weight by up to {found['largest_rounding']:.1e}" if found["largest_rounding"] else ""
     rounding = (moved or "every weight as it was saved") + zero
     sizes = [console.megabytes(found[name]) for name in ("float32_bytes", "bytes_before", "bytes_after")]
+    fewer = f" ({console.megabytes(found['bytes_packed'])} with storage='packed')" if _packs(found) else ""
+    memory = (f"{sizes[2]} with upcast{fewer}", f"{sizes[0]} in float32", f"{sizes[1]} as saved")
     return [
         ("checkpoint", found["checkpoint"]),
         ("plain float16", _overflow(found)),
         ("with upcast", f"float32 math; {rounding}"),
-        ("memory", f"{sizes[2]} with upcast, {sizes[0]} in float32, {sizes[1]} as saved; tensors in float32: {kept}"),
+        (
+            "memory",
+            f"{sizes[2]} with upcast{fewer}, {sizes[0]} in float32, {sizes[1]} as saved; tensors in float32: {kept}",
+        ),
         (
             "speed here",
             f"{_decode(found)}prompts at {found['prompt_tokens_per_second']:,.0f} tokens/s, {found['kernels']} kernels",
         ),
         ("next", found["next"]),
     ]
+
+
+def _packs(found: dict[str, Any]) -> bool:
+    return bool(found["bytes_packed"] < found["bytes_after"])
 
 
 def _decode(found: dict[str, Any]) -> str:

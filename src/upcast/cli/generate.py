@@ -28,6 +28,11 @@ def add_to(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=1234, help="of the sampling (default: 1234)")
     parser.add_argument("--kv-cache", choices=config.KV_CACHES, default="float16", help="default: float16")
     parser.add_argument(
+        "--storage",
+        choices=config.STORAGES,
+        help="packed: weights of a bfloat16 checkpoint in 12 bits (default: float16)",
+    )
+    parser.add_argument(
         "--wire",
         choices=WIRES,
         default="float32",
@@ -59,7 +64,13 @@ def _generate(arguments: argparse.Namespace, mesh: Any, rank: int) -> int:
 
     from upcast.integrations.litgpt import load
 
-    model = load.load_litgpt(arguments.checkpoint_dir, kv_cache=arguments.kv_cache, mesh=mesh, wire=arguments.wire)
+    model = load.load_litgpt(
+        arguments.checkpoint_dir,
+        kv_cache=arguments.kv_cache,
+        storage=arguments.storage,
+        mesh=mesh,
+        wire=arguments.wire,
+    )
     tokenizer, ids = _encoded(arguments.checkpoint_dir, arguments.prompt, model.config)
     size = len(ids) + arguments.max_new_tokens
     if size > model.max_seq_length:

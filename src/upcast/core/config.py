@@ -70,10 +70,10 @@ class Config:
     kernels: str
     isa: str
     kv_cache: str | None  # None: as the policy says
-    storage: str | None  # likewise
     verbose: int
     keep: tuple[str, ...] = ()
     trainable: tuple[str, ...] = ()
+    storage: str | None = None  # as the policy says
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,6 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name in learning.keys() & weights.keys():
             learning[name].copy_(weights.pop(name))
-    known = reading.to_float16(weights, pages.Memory(), keep)
+    known = reading.to_float16(weights, pages.Memory(), keep, policies.resolve(policies.of(settings)).storage)
     model.load_state_dict(weights, strict=False, assign=True)
     loading.adopt(model, known, settings.kv_cache, policy=policies.of(settings), keep=keep, trainable=trainable)

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from upcast.checkpoint import reading
-from upcast.core import config
 from upcast.core.errors import UpcastError
 from upcast.core.forward_override import Attached, push
 from upcast.core.pages import give_back_pages
@@ -33,17 +32,25 @@ from upcast.policy import policy as policies
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
 
 
-def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh, kv_cache: str, wire: str) -> Any:
+def load(
+    model: Any,
+    folder: Path,
+    weights: dict[str, Tensor],
+    mesh: DeviceMesh,
+    policy: policies.Policy,
+    kv_cache: str,
+    wire: str,
+) -> Any:
     """Make ``model`` (built without memory) this rank's part of it, with its part of the mapped ``weights``."""
     group = Group(_group_of(mesh), wire)
     config_file = (folder / "model_config.yaml").read_bytes()
-    options = {"policy": policies.of(config.read()), "kv_cache": kv_cache, "wire": wire}
+    options = {"policy": str(policy), "kv_cache": kv_cache, "wire": wire}
     group.agree(consistency.record(config_file, weights, **options))
     group.share()
-    local, known = take(weights, divide(model, group))
+    local, known = take(weights, divide(model, group), policy.storage)
     model.load_state_dict(local, assign=True)
     model.cos, model.sin = model.rope_cache(device=torch.device("cpu"))
-    loading.adopt(model, known, kv_cache)
+    loading.adopt(model, known, kv_cache, policy=policy)
     model.requires_grad_(False)  # sums over ranks have no gradient
     group.sum(torch.zeros(1))  # all have loaded: waiting for each other is over
     group.calls, group.seconds = 0, 0.0
@@ -51,8 +58,11 @@ def load(model: Any, folder: Path, weights: dict[str, Tensor], mesh: DeviceMesh,
     return model
 
 
-def take(weights: dict[str, Tensor], cuts: Cuts) -> tuple[dict[str, Tensor], reading.Known]:
-    """Return this rank's part of the mapped weights in float16, and what rounding lost; one tensor at a time."""
+def take(weights: dict[str, Tensor], cuts: Cuts, storage: str = "float16") -> tuple[dict[str, Tensor], reading.Known]:
+    """Return this rank's part of the mapped weights in float16, or as it will be packed, and what rounding lost.
+
+    One tensor at a time.
+    """
     local: dict[str, Tensor] = {}
     known: reading.Known = {}
     for name, tensor in weights.items():
@@ -60,7 +70,7 @@ def take(weights: dict[str, Tensor], cuts: Cuts) -> tuple[dict[str, Tensor], rea
             continue
         cut = cuts.get(name)
         one = {name: tensor if cut is None else cut.of(tensor)}
-        known.update(reading.to_float16(one))
+        known.update(reading.to_float16(one, storage=storage))
         local.update(one)
         if one[name].untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             give_back_pages(tensor)  # the part is a copy, the pages of the whole are not needed
