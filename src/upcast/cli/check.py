@@ -172,7 +172,6 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     rounding = (moved or "every weight as it was saved") + zero
     sizes = [console.megabytes(found[name]) for name in ("float32_bytes", "bytes_before", "bytes_after")]
     fewer = f" ({console.megabytes(found['bytes_packed'])} with storage='packed')" if _packs(found) else ""
-    memory = (f"{sizes[2]} with upcast{fewer}", f"{sizes[0]} in float32", f"{sizes[1]} as saved")
     return [
         ("checkpoint", found["checkpoint"]),
         ("plain float16", _overflow(found)),
