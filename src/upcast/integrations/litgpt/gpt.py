@@ -28,7 +28,6 @@ from upcast.integrations.module_snapshot import Members
 from upcast.kernels import native, transforms
 from upcast.tensor import autocast
 from upcast.tensor.genuine import Root, calls, originals
-from upcast.tensor.half_weight import HalfWeight
 
 _NUMBERS = ("eps", "add_unit_offset", "normalized_shape", "mscale", "apply_sliding_window_attention", "config")
 _AT_ONCE = 16  # positions of all rows that go through all blocks in one call
@@ -92,8 +91,7 @@ class Stack:
         if not kept or count > min(each.shape[2] for each in kept):
             return None
         weight = self._embedding.weight
-        memory = weight.memory() if isinstance(weight, HalfWeight) else weight.detach()
-        embedded = memory.index_select(0, torch.tensor(tokens))
+        embedded = nn.functional.embedding(torch.tensor(tokens), weight.detach())
         return content([*(each[:, :, :count] for each in kept), gpt.cos[:count], gpt.sin[:count], embedded])
 
     def in_one_call(self, x: Tensor) -> bool:
