@@ -23,7 +23,7 @@ constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one anot
 // Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
 constexpr int packed_rows_of(int cols) { return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols); }
 // Numbers of each that are unpacked at once: the registers of AVX2 do not hold the sums of four rows of x beside it.
-constexpr int64_t packed_depth(int cols) { return REGISTERS == 16 && cols == 4 ? PACKED_CHUNK : RECORD; }
+constexpr int64_t packed_depth(int cols) { return RECORD; }
 
 // Where a tile's rows of weights are: the first is n, each other one `apart` rows after the one before.
 struct TileRows {
