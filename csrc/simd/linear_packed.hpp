@@ -22,8 +22,6 @@ constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one anot
 
 // Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
 constexpr int packed_rows_of(int cols) { return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols); }
-// Numbers of each that are unpacked at once: the registers of AVX2 do not hold the sums of four rows of x beside it.
-constexpr int64_t packed_depth(int cols) { return RECORD; }
 
 // Where a tile's rows of weights are: the first is n, each other one `apart` rows after the one before.
 struct TileRows {
@@ -41,7 +39,7 @@ struct TileRecords {
 
 template <int64_t DEPTH> UPCAST_INLINE TileRecords records_of(const Linear &a, const TileRows &tile) {
     // The next chunk, which takes longer to use than to come.
-    constexpr int64_t AHEAD = DEPTH == RECORD ? 512 : DEPTH / RECORD * RECORD_BYTES;
+    constexpr int64_t AHEAD = DEPTH == RECORD ? 1024 : DEPTH / RECORD * RECORD_BYTES;
     return {HighBytesOf(a.packed.table), record_of(a.packed, tile.n, 0), tile.apart * a.packed.row_bytes, tile.fetch ? AHEAD : 0};
 }
 
@@ -123,7 +121,7 @@ constexpr int64_t PACKED_CHAIN = DotTile<1, 1, false>::CHAIN;
 // dots[m * R + r] of one block of x.
 template <int R, int COLS>
 static void packed_block(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
-    constexpr int64_t DEPTH = packed_depth(COLS);
+    constexpr int64_t DEPTH = RECORD;
     constexpr int PADDED = DotTile<R, COLS, false>::PADDED;
     const TileRecords at = records_of<DEPTH>(a, tile);
     TileEscapes<R> escapes(a, tile);
@@ -233,7 +231,7 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
     // sums[(r * rows + m) * LINE + j] where rows lie apart, else sums[m * LINE * height + j * height + r].
     const int64_t by_r = far ? x.rows * PACKED_LINE : 1, by_m = far ? PACKED_LINE : PACKED_LINE * height, by_j = far ? 1 : height;
     const int64_t last = begin + (far ? (height - 1) * count : 0);
-    constexpr int64_t FETCHED = PACKED_CHUNK / RECORD * RECORD_BYTES + 128; // bytes, at most
+    constexpr int64_t FETCHED = 1024 + 128; // bytes, at most
     const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - height - FETCHED / most<int64_t>(1, a.packed.row_bytes) - 2;
     for (int64_t i = 0; i < count; i += PACKED_LINE) {
         const int64_t line = least(PACKED_LINE, count - i);
