@@ -1,5 +1,7 @@
 """The native linear against float32 F.linear, FBGEMM's packed float16 and the machine's limits, on cold weights.
 
+Beside it the same numbers packed in twelve bits, as a share of its time.
+
 Every measurement rotates over at least 160 MB of distinct weights and alternates between the contestants,
 so that a busy neighbour slows them alike; figures are ratios of medians. Answers are checked before anything
 is timed.
@@ -29,7 +31,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script, by its path
 
 from benchmarks.harness import limits
-from upcast.kernels import native
+from upcast.kernels import native, packed_native
+from upcast.kernels.packed import PackedMatrix
 
 SHAPES = [
     (576, 576),
@@ -62,6 +65,12 @@ def packed(weight: Tensor) -> list[Any]:
         return [torch.ops.quantized.linear_prepack_fp16(weight, None) for _ in range(count)]
     except RuntimeError:
         return []
+
+
+def twelve_bits(weight: Tensor) -> list[PackedMatrix]:
+    """The same for numbers that are bfloat16 ones, packed."""
+    matrix = packed_native.pack(weight)
+    return [matrix._replace(blob=blob) for blob in copies(matrix.blob)]
 
 
 def interleaved(calls: dict[str, Call], seconds: float) -> dict[str, float]:
@@ -128,14 +137,15 @@ def measure_forward(
     shape: tuple[int, int], row_counts: list[int], seconds: float, memory: limits.Memory
 ) -> list[dict[str, Any]]:
     """One record per number of rows: seconds of each contestant, and the limits of the same seconds."""
-    half = (torch.randn(shape) * 0.02).half()
-    halves, floats, fbgemm = copies(half), copies(half.float()), packed(half.float())
+    half = (torch.randn(shape) * 0.02).bfloat16().half()  # which both formats hold
+    halves, floats, fbgemm, narrow = copies(half), copies(half.float()), packed(half.float()), twelve_bits(half)
     records = []
     for rows in row_counts:
         x = torch.randn(rows, shape[1])
         calls: dict[str, Call] = {
             "native": partial(turn, partial(native.linear, x), halves),
             "float32": partial(turn, partial(F.linear, x), floats),
+            "packed": partial(turn, partial(packed_native.linear, x), narrow),
         }
         if fbgemm:
             calls["fbgemm"] = partial(turn, partial(torch.ops.quantized.linear_dynamic_fp16, x), fbgemm)
@@ -188,6 +198,8 @@ def describe(record: dict[str, Any]) -> str:
     for other in ("float32", "fbgemm"):
         if value := ratio(record, other):
             line += f"  {value:5.2f} x {other}"
+    if value := ratio(record, "packed"):
+        line += f"  packed takes {value:.2f}"
     return line
 
 

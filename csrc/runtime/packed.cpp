@@ -11,7 +11,7 @@ namespace {
 constexpr int MOST_TASKS = 64;
 constexpr int64_t NUMBERS_PER_TASK = 64 * 1024;
 
-int tasks_for(int64_t count, int64_t numbers, int threads) {
+int packing_tasks(int64_t count, int64_t numbers, int threads) {
     int64_t tasks = numbers / NUMBERS_PER_TASK;
     if (tasks > threads) tasks = threads;
     if (tasks > count) tasks = count;
@@ -119,7 +119,7 @@ PackedRows packed_rows(const uint8_t *blob, int64_t rows, int64_t columns, int64
 
 void launch_examine(const Level &level, const Numbers &args, int threads, HighBytes &found) {
     const int64_t count = args.rows * args.columns;
-    ExamineCall call = {level, args, tasks_for(count, count, threads), {}};
+    ExamineCall call = {level, args, packing_tasks(count, count, threads), {}};
     parallel(call.tasks, examine_task, &call);
     found = call.found[0];
     for (int i = 1; i < call.tasks; ++i) {
@@ -147,7 +147,7 @@ Packed launch_pack(const Level &level, const Numbers &args, const uint8_t *table
     const PackedLayout at = packed_layout(args.rows, args.columns, escapes);
     memcpy(blob + at.table, table, PACKED_TABLE);
     const Packing packing = {args, table, blob, escapes ? blob + at.pointers : nullptr};
-    PackCall call = {level, packing, nullptr, 0, tasks_for(args.rows, args.rows * args.columns, threads), {}};
+    PackCall call = {level, packing, nullptr, 0, packing_tasks(args.rows, args.rows * args.columns, threads), {}};
     const int64_t own = (args.rows + call.tasks - 1) / call.tasks * args.columns; // numbers of a task, at most
     call.most = escapes < own ? escapes : own;
     if (escapes) {
@@ -162,7 +162,7 @@ Packed launch_pack(const Level &level, const Numbers &args, const uint8_t *table
 }
 
 void launch_unpack(const Level &level, const Unpacking &args, int64_t rows, int threads) {
-    UnpackCall call = {level, args, rows, tasks_for(rows, rows * args.width, threads)};
+    UnpackCall call = {level, args, rows, packing_tasks(rows, rows * args.width, threads)};
     parallel(call.tasks, unpack_task, &call);
 }
 

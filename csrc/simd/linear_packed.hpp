@@ -1,9 +1,10 @@
 // y = x W^T for packed weights. Each number is added in the order in which `DotTile` adds a float16 one, so that what
 // both can hold gives the same bits, alone and in a batch.
 //
-// One row of x: records are unpacked in registers, of several rows of weights in turn, since one sum would wait for
-// itself. A few: a tile's rows are unpacked into the nearest cache, a chunk at a time, and met there by all rows of
-// x; the sums of a block of these wait beside them. Many: a stretch of rows of weights is widened once.
+// A few rows of x: those of a tile's weights are unpacked into the nearest cache, where what escaped is put back, and
+// then multiplied as any floats, their sums in registers. Record by record, so that the processor unpacks the next
+// one meanwhile; or chunk by chunk, where registers are short, or where several blocks of rows of x meet a chunk, whose
+// sums wait beside it. Many rows: a stretch of rows of weights is widened once.
 // The rows of a tile are neighbours, or lie far apart: see linear_far.hpp.
 #pragma once
 
@@ -14,148 +15,190 @@
 namespace upcast {
 namespace UPCAST_NS {
 
-constexpr int ALONE_ROWS = UPCAST_LEVEL == 64 ? 8 : 4; // as many as hide the latency of a multiply-add
-constexpr int64_t PACKED_CHUNK = 512;                  // numbers of each row of a tile; a divisor of CHAIN
-constexpr int64_t PACKED_BLOCKS = 4;                   // of x that meet a chunk, at most
-constexpr int64_t PACKED_AHEAD = 512;                  // bytes between those in use and those being fetched
-constexpr int64_t PACKED_WIDE = 64 * 1024;             // floats of a stretch that is widened once
-constexpr int64_t PACKED_LINE = 16;                    // tiles whose sums wait for one another
-constexpr int MOST_KEPT = 32;                          // sums of a tile
+constexpr int64_t PACKED_CHUNK = 512;      // numbers of each row of a tile; a divisor of CHAIN
+constexpr int64_t PACKED_BLOCKS = 4;       // of x that meet a chunk, at most
+constexpr int64_t PACKED_WIDE = 64 * 1024; // floats of a stretch that is widened once
+constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one another
+
+// Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
+constexpr int packed_rows_of(int cols) { return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols); }
 
 // Where a tile's rows of weights are: the first is n, each other one `apart` rows after the one before.
 struct TileRows {
     int64_t n, apart;
-    int64_t ahead; // bytes, 0 near the end: addresses stay inside the weights
+    bool fetch; // false near the end: addresses stay inside the weights
 };
 
-// sum + the products of one record, `count` numbers of it, with what escaped.
-static __attribute__((noinline)) vf add_patched(const uint8_t *record, const uint8_t *table, Escapes &escapes, int64_t k,
-                                                int64_t count, const float *x, vf sum) {
-    float numbers[RECORD];
-    unpack_some(record, HighBytesOf(table), count, numbers);
-    escapes.patch(k, count, numbers);
-    int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) sum += load(numbers + i) * load(x + i);
-    if (i == count) return sum;
-    const int rest = static_cast<int>(count - i);
-    return sum + load_part(numbers + i, rest) * load_part(x + i, rest);
+// Where the records of a tile are. A value of its own: what the compiler believes to change with every number that is
+// stored, it reads again every time.
+struct TileRecords {
+    HighBytesOf high;
+    const uint8_t *first;
+    int64_t stride, ahead; // bytes between rows, and to what is being fetched
+};
+
+template <int64_t DEPTH> UPCAST_INLINE TileRecords records_of(const Linear &a, const TileRows &tile) {
+    // The next chunk, which takes longer to use than to come.
+    constexpr int64_t AHEAD = DEPTH == RECORD ? 1024 : DEPTH / RECORD * RECORD_BYTES;
+    return {HighBytesOf(a.packed.table), record_of(a.packed, tile.n, 0), tile.apart * a.packed.row_bytes, tile.fetch ? AHEAD : 0};
 }
 
-template <int R> static void packed_alone(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
-    typedef DotTile<R, 1, false> Tile;
-    const float *x = a.x + rows.first * a.ldx;
-    const HighBytesOf high(a.packed.table);
-    const uint8_t *w = record_of(a.packed, tile.n, 0);
-    const int64_t stride = tile.apart * a.packed.row_bytes;
-    Escapes escapes[R];
-    for (int r = 0; r < R; ++r) escapes[r] = Escapes::of(a.packed, tile.n + r * tile.apart), dots[r] = 0.0f;
-    for (int64_t k = 0; k < a.K;) {
-        const bool first = k == 0;
-        const int64_t end = least(a.K, k + Tile::CHAIN);
-        vf sums[Tile::PADDED];
-        UPCAST_UNROLL
-        for (int i = 0; i < Tile::PADDED; ++i) sums[i] = vf{};
-        for (; k + RECORD <= end; k += RECORD, w += RECORD_BYTES) {
-            UPCAST_UNROLL
-            for (int r = 0; r < R; ++r) {
-                const uint8_t *record = w + r * stride;
-                prefetch(record + tile.ahead), prefetch(record + tile.ahead + 64);
-                if (__builtin_expect(escapes[r].next < k + RECORD, 0)) {
-                    sums[r] = add_patched(record, a.packed.table, escapes[r], k, RECORD, x + k, sums[r]);
-                    continue;
-                }
-                vf wide[RECORD_VECTORS];
-                unpack_record(record, high, wide);
-                UPCAST_UNROLL
-                for (int i = 0; i < RECORD_VECTORS; ++i) sums[r] += wide[i] * load(x + k + i * LANES);
-            }
-        }
-        for (int r = 0; k < end && r < R; ++r)
-            sums[r] = add_patched(w + r * stride, a.packed.table, escapes[r], k, end - k, x + k, sums[r]);
-        k = end;
-        for (int r = 0; r < R; ++r) dots[r] = first ? sum(sums[r]) : dots[r] + sum(sums[r]);
-    }
-}
+// After numbers were stored: the compiler would rather keep them all beside it, in registers that it does not have.
+#define UPCAST_STORED(array) __asm__("" : "+m"(array))
 
-// kept[c * R + r] += lane by lane, `depth` numbers of rows of weights against COLS rows of x.
-template <int R, int COLS>
-static void packed_chunk(const float *wide, const float *x, int64_t ldx, int64_t depth, vf *kept) {
-    typedef DotTile<R, COLS, false> Tile;
-    vf sums[Tile::COUNT];
-    UPCAST_UNROLL
-    for (int i = 0; i < Tile::COUNT; ++i) sums[i] = kept[i];
-    int64_t k = 0;
-    for (; k + LANES <= depth; k += LANES) Tile::step(wide + k, PACKED_CHUNK, x + k, ldx, sums);
-    if (k < depth) {
-        const int count = static_cast<int>(depth - k);
-        UPCAST_UNROLL
-        for (int c = 0; c < COLS; ++c) {
-            const vf xs = load_part(x + c * ldx + k, count);
-            UPCAST_UNROLL
-            for (int r = 0; r < R; ++r) sums[c * R + r] += load_part(wide + r * PACKED_CHUNK + k, count) * xs;
-        }
-    }
-    UPCAST_UNROLL
-    for (int i = 0; i < Tile::COUNT; ++i) kept[i] = sums[i];
-}
-
-typedef void (*PackedChunk)(const float *wide, const float *x, int64_t ldx, int64_t depth, vf *kept);
-
-template <int R, int COLS> static PackedChunk packed_chunk_for(int cols) {
-    if constexpr (COLS == 0) return nullptr;
-    else return cols == COLS ? packed_chunk<R, COLS> : packed_chunk_for<R, COLS - 1>(cols);
-}
-
-// Numbers [k, k + depth) of the rows of a tile, each PACKED_CHUNK floats after the other.
-template <int R>
-UPCAST_INLINE void widen_chunk(const Linear &a, const TileRows &tile, Escapes *escapes, int64_t k, int64_t depth, float *wide) {
-    const HighBytesOf high(a.packed.table);
-    const uint8_t *w = record_of(a.packed, tile.n, k);
-    const int64_t stride = tile.apart * a.packed.row_bytes;
-    for (int64_t i = 0; i < depth; i += RECORD, w += RECORD_BYTES) {
+// Numbers [k, k + count) of the rows of a tile, DEPTH floats after one another; all of their last records, in fact.
+template <int R, int64_t DEPTH>
+UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, float *numbers) {
+    const uint8_t *w = at.first + k / RECORD * RECORD_BYTES;
+    for (int64_t i = 0; i < count; i += RECORD, w += RECORD_BYTES) {
         UPCAST_UNROLL
         for (int r = 0; r < R; ++r) {
-            const uint8_t *record = w + r * stride;
-            prefetch(record + tile.ahead), prefetch(record + tile.ahead + 64);
-            vf numbers[RECORD_VECTORS];
-            unpack_record(record, high, numbers);
+            const uint8_t *record = w + r * at.stride;
+            prefetch(record + at.ahead), prefetch(record + at.ahead + 64);
+            vf wide[RECORD_VECTORS];
+            unpack_record(record, at.high, wide);
             UPCAST_UNROLL
-            for (int v = 0; v < RECORD_VECTORS; ++v) store(wide + r * PACKED_CHUNK + i + v * LANES, numbers[v]);
+            for (int v = 0; v < RECORD_VECTORS; ++v) store(numbers + r * DEPTH + i + v * LANES, wide[v]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        if (escapes[r].next < k + depth) escapes[r].patch(k, depth, wide + r * PACKED_CHUNK);
 }
 
-// dots[m * R + r] for all rows of x of the task.
-template <int R> static void packed_few(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
-    constexpr int64_t CHAIN = DotTile<1, 1, false>::CHAIN;
-    alignas(64) float wide[R * PACKED_CHUNK];
-    vf kept[PACKED_BLOCKS][MOST_KEPT];
-    Escapes escapes[R];
-    PackedChunk chunks[PACKED_BLOCKS];
-    for (int r = 0; r < R; ++r) escapes[r] = Escapes::of(a.packed, tile.n + r * tile.apart);
-    for (int64_t b = 0; b < rows.count; ++b)
-        chunks[b] = packed_chunk_for<R, DOT_COLS>(static_cast<int>(rows.begin(b + 1) - rows.begin(b)));
-    for (int64_t i = 0; i < rows.rows * R; ++i) dots[i] = 0.0f;
-    for (int64_t k = 0; k < a.K;) {
+// What escapes in the rows of a tile.
+template <int R> struct TileEscapes {
+    Escapes rows[R];
+
+    UPCAST_ALWAYS_INLINE TileEscapes(const Linear &a, const TileRows &tile) {
+        for (int r = 0; r < R; ++r) rows[r] = Escapes::of(a.packed, tile.n + r * tile.apart);
+    }
+    // The first column of any.
+    UPCAST_ALWAYS_INLINE int64_t soonest() const {
+        int64_t column = Escapes::NONE;
+        for (int r = 0; r < R; ++r) column = least(column, rows[r].next);
+        return column;
+    }
+    // Puts those of columns [k, k + count) in their places; the first column of what is left.
+    __attribute__((noinline)) int64_t patch(int64_t k, int64_t count, int64_t depth, float *numbers) {
+        for (int r = 0; r < R; ++r) rows[r].patch(k, count, numbers + r * depth);
+        return soonest();
+    }
+};
+
+// sums[c * R + r] += lane by lane, `count` numbers of R rows of weights, DEPTH apart, against COLS rows of x.
+template <int R, int COLS, int64_t DEPTH>
+UPCAST_INLINE void add_products(const float *wide, const float *x, int64_t ldx, int64_t count, vf *sums) {
+    typedef DotTile<R, COLS, false> Tile;
+    if (DEPTH == RECORD && count == RECORD) {
+        UPCAST_UNROLL
+        for (int i = 0; i < RECORD_VECTORS; ++i) Tile::step(wide + i * LANES, DEPTH, x + i * LANES, ldx, sums);
+        return;
+    }
+    int64_t k = 0;
+    for (; k + LANES <= count; k += LANES) Tile::step(wide + k, DEPTH, x + k, ldx, sums);
+    if (k == count) return;
+    const int rest = static_cast<int>(count - k);
+    UPCAST_UNROLL
+    for (int c = 0; c < COLS; ++c) {
+        const vf xs = load_part(x + c * ldx + k, rest);
+        UPCAST_UNROLL
+        for (int r = 0; r < R; ++r) sums[c * R + r] += load_part(wide + r * DEPTH + k, rest) * xs;
+    }
+}
+
+// dots[i] = the sum of sums[i], or that more, in the order of DotTile.
+template <int COUNT> UPCAST_INLINE void add_dots(vf *sums, bool first, float *dots) {
+    constexpr int PADDED = DotTile<COUNT, 1, false>::PADDED;
+    float more[PADDED];
+    if constexpr (COUNT == 1) more[0] = sum(sums[0]);
+    else {
+        UPCAST_UNROLL
+        for (int i = 0; i < PADDED; i += LANES) store(more + i, sum_each(sums + i));
+    }
+    for (int i = 0; i < COUNT; ++i) dots[i] = first ? more[i] : dots[i] + more[i];
+}
+
+constexpr int64_t PACKED_CHAIN = DotTile<1, 1, false>::CHAIN;
+
+// dots[m * R + r] of one block of x.
+template <int R, int COLS>
+static void packed_block(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
+    constexpr int64_t DEPTH = RECORD;
+    constexpr int PADDED = DotTile<R, COLS, false>::PADDED;
+    const TileRecords at = records_of<DEPTH>(a, tile);
+    TileEscapes<R> escapes(a, tile);
+    int64_t soonest = escapes.soonest();
+    alignas(64) float wide[R * DEPTH];
+    const float *x = a.x + rows.first * a.ldx;
+    int64_t k = 0;
+    do {
         const bool first = k == 0;
-        const int64_t end = least(a.K, k + CHAIN);
-        for (int64_t b = 0; b < rows.count; ++b)
-            for (vf &sums : kept[b]) sums = vf{};
-        for (; k < end; k += PACKED_CHUNK) {
-            const int64_t depth = least(PACKED_CHUNK, end - k);
-            widen_chunk<R>(a, tile, escapes, k, depth, wide);
-            for (int64_t b = 0; b < rows.count; ++b)
-                chunks[b](wide, a.x + rows.begin(b) * a.ldx + k, a.ldx, depth, kept[b]);
+        const int64_t end = least(a.K, k + PACKED_CHAIN);
+        vf sums[PADDED];
+        UPCAST_UNROLL
+        for (int i = 0; i < PADDED; ++i) sums[i] = vf{};
+        for (; k + DEPTH <= end; k += DEPTH) {
+            widen_rows<R, DEPTH>(at, k, DEPTH, wide);
+            if (__builtin_expect(soonest < k + DEPTH, 0)) soonest = escapes.patch(k, DEPTH, DEPTH, wide);
+            UPCAST_STORED(wide);
+            add_products<R, COLS, DEPTH>(wide, x + k, a.ldx, DEPTH, sums);
+        }
+        if (k < end) {
+            widen_rows<R, DEPTH>(at, k, end - k, wide);
+            escapes.patch(k, end - k, DEPTH, wide);
+            add_products<R, COLS, DEPTH>(wide, x + k, a.ldx, end - k, sums);
         }
         k = end;
-        for (int64_t b = 0; b < rows.count; ++b) {
-            float *to = dots + (rows.begin(b) - rows.first) * R;
-            const int64_t count = (rows.begin(b + 1) - rows.begin(b)) * R;
-            for (int64_t i = 0; i < count; ++i) to[i] = first ? sum(kept[b][i]) : to[i] + sum(kept[b][i]);
+        add_dots<R * COLS>(sums, first, dots);
+    } while (k < a.K);
+}
+
+template <int R, int COLS>
+static void packed_chunk(const float *wide, const float *x, int64_t ldx, int64_t count, vf *kept) {
+    constexpr int COUNT = R * COLS;
+    vf sums[COUNT];
+    UPCAST_UNROLL
+    for (int i = 0; i < COUNT; ++i) sums[i] = kept[i];
+    add_products<R, COLS, PACKED_CHUNK>(wide, x, ldx, count, sums);
+    UPCAST_UNROLL
+    for (int i = 0; i < COUNT; ++i) kept[i] = sums[i];
+}
+
+template <int R, int COLS> static void packed_dots(vf *kept, bool first, float *dots) { add_dots<R * COLS>(kept, first, dots); }
+
+// What there is for a block of so many rows of x.
+struct PackedChunk {
+    void (*add)(const float *wide, const float *x, int64_t ldx, int64_t count, vf *kept);
+    void (*finish)(vf *kept, bool first, float *dots);
+};
+
+template <int R, int COLS> static PackedChunk packed_chunk_for(int64_t cols) {
+    if constexpr (COLS == 0) return {};
+    else return cols == COLS ? PackedChunk{packed_chunk<R, COLS>, packed_dots<R, COLS>} : packed_chunk_for<R, COLS - 1>(cols);
+}
+
+// The same of several blocks.
+template <int R> static void packed_blocks(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
+    constexpr int MOST_SUMS = (R * DOT_COLS + LANES - 1) / LANES * LANES;
+    const TileRecords at = records_of<PACKED_CHUNK>(a, tile);
+    TileEscapes<R> escapes(a, tile);
+    alignas(64) float wide[R * PACKED_CHUNK];
+    vf kept[PACKED_BLOCKS][MOST_SUMS];
+    PackedChunk chunks[PACKED_BLOCKS];
+    for (int64_t b = 0; b < rows.count; ++b) chunks[b] = packed_chunk_for<R, DOT_COLS>(rows.begin(b + 1) - rows.begin(b));
+    int64_t k = 0;
+    do {
+        const bool first = k == 0;
+        const int64_t end = least(a.K, k + PACKED_CHAIN);
+        memset(kept, 0, sizeof kept);
+        for (; k < end; k += PACKED_CHUNK) {
+            const int64_t count = least(PACKED_CHUNK, end - k);
+            widen_rows<R, PACKED_CHUNK>(at, k, count, wide);
+            if (escapes.soonest() < k + count) escapes.patch(k, count, PACKED_CHUNK, wide);
+            for (int64_t b = 0; b < rows.count; ++b)
+                chunks[b].add(wide, a.x + rows.begin(b) * a.ldx + k, a.ldx, count, kept[b]);
         }
-    }
+        k = end;
+        for (int64_t b = 0; b < rows.count; ++b) chunks[b].finish(kept[b], first, dots + (rows.begin(b) - rows.first) * R);
+    } while (k < a.K);
 }
 
 typedef void (*PackedTile)(const Linear &, const RowBlocks &, const TileRows &, float *dots);
@@ -165,29 +208,36 @@ struct PackedTiles {
     int height; // rows of weights of a full one
 };
 
-static PackedTiles packed_tiles(int64_t cols) {
-    if (cols == 1) return {packed_alone<ALONE_ROWS>, packed_alone<1>, ALONE_ROWS};
-    if (dot_rows(static_cast<int>(cols)) == 4) return {packed_few<4>, packed_few<1>, 4};
-    return {packed_few<3>, packed_few<1>, 3};
+template <int COLS> static PackedTiles packed_tiles_for(int64_t cols, bool several) {
+    if constexpr (COLS == 0) return {};
+    else {
+        if (cols != COLS) return packed_tiles_for<COLS - 1>(cols, several);
+        constexpr int R = packed_rows_of(COLS);
+        if (several) return {packed_blocks<dot_rows(COLS)>, packed_blocks<1>, dot_rows(COLS)};
+        return {packed_block<R, COLS>, packed_block<1, COLS>, R};
+    }
 }
 
 // Rows [begin, end) of weights: their sums go to y a cache line at a time.
 static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, int64_t end, Reading reading) {
     constexpr int64_t MOST_ROWS = PACKED_BLOCKS * DOT_COLS;
+    int64_t widest = 0;
+    for (int64_t b = 0; b < x.count; ++b) widest = most(widest, x.begin(b + 1) - x.begin(b));
     float dots[8 * MOST_ROWS], sums[8 * MOST_ROWS * PACKED_LINE];
-    const PackedTiles tiles = packed_tiles(x.begin(1) - x.first);
+    const PackedTiles tiles = packed_tiles_for<DOT_COLS>(widest, x.count > 1);
     const int64_t height = tiles.height, count = (end - begin) / height;
     const bool far = reading == Reading::far_streams;
     const int64_t apart = far ? count : 1, step = far ? 1 : height;
     // sums[(r * rows + m) * LINE + j] where rows lie apart, else sums[m * LINE * height + j * height + r].
     const int64_t by_r = far ? x.rows * PACKED_LINE : 1, by_m = far ? PACKED_LINE : PACKED_LINE * height, by_j = far ? 1 : height;
     const int64_t last = begin + (far ? (height - 1) * count : 0);
-    const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - height - (PACKED_AHEAD + 128) / most<int64_t>(1, a.packed.row_bytes) - 2;
+    constexpr int64_t FETCHED = 1024 + 128; // bytes, at most
+    const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - height - FETCHED / most<int64_t>(1, a.packed.row_bytes) - 2;
     for (int64_t i = 0; i < count; i += PACKED_LINE) {
         const int64_t line = least(PACKED_LINE, count - i);
         for (int64_t j = 0; j < line; ++j) {
             const int64_t n = begin + (i + j) * step;
-            const TileRows tile = {n, apart, last - begin + n <= fetching ? PACKED_AHEAD : 0};
+            const TileRows tile = {n, apart, last - begin + n <= fetching};
             tiles.full(a, x, tile, dots);
             for (int64_t m = 0; m < x.rows; ++m)
                 for (int64_t r = 0; r < height; ++r) sums[r * by_r + m * by_m + j * by_j] = dots[m * height + r];
@@ -198,7 +248,7 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
         if (!far) finish_dots(a, begin + i * height, line * height, x.first, static_cast<int>(rows), sums, by_m);
     }
     for (int64_t n = begin + count * height; n < end; ++n) {
-        tiles.single(a, x, TileRows{n, 0, 0}, dots);
+        tiles.single(a, x, TileRows{n, 0, false}, dots);
         finish_dots(a, n, 1, x.first, static_cast<int>(x.rows), dots, 1);
     }
 }

@@ -244,6 +244,7 @@ void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
 } // namespace
 
 #include "driver_block.hpp"
+#include "driver_packed.hpp"
 #include "runtime/digest.hpp"
 
 namespace {
@@ -325,7 +326,7 @@ void test_edges() {
                 for (int threads : {1, 3}) test_linear(M, N, K, false, threads), test_linear(M, N, K, true, threads);
     // More than a block of K and of rows of x.
     for (bool transposed : {false, true}) test_linear(140, 70, 40, transposed, 2), test_linear(33, 35, 2100, transposed, 1);
-    test_blocks(), test_pause();
+    test_blocks(), test_pause(), test_packed_edges();
     test_linear(3, 5, 9001, false, 2), test_linear(3, 5, 9001, true, 2), test_linear(1, 5, 9001, true, 2);
     for (int64_t n : sizes) test_survey(n), test_digest(n);
     for (int64_t bytes : {int64_t(0), int64_t(64), PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 77}) test_digest(bytes);
@@ -336,6 +337,7 @@ void test_edges() {
 
 void test_random() {
     for (int i = 0; i < 8; ++i) test_linear(below(70), below(150), below(400), below(2), static_cast<int>(1 + below(5)));
+    test_packed_random();
     test_rows(below(5), 1 + below(300));
     test_survey(below(3000)), test_digest(below(3000));
     const int64_t width = 1 + below(90);

@@ -113,11 +113,11 @@ void test_block(int64_t time, int64_t width, int64_t groups, int64_t hidden, int
     Block b = {};
     b.x = parts.x.data, b.out = parts.out.data, b.batch = 1, b.time = time, b.width = width;
     b.last = 1 + below(time); // positions
-    b.qkv = {Storage::float16, parts.qkv.data, width, nullptr, (heads + 2 * groups) * head, width};
-    b.proj = {Storage::float16, parts.proj.data, heads * head, parts.bias.data, width, heads * head};
-    b.gate = {Storage::float16, parts.gate.data, width, nullptr, hidden, width};
-    b.down = {Storage::float16, parts.down.data, hidden, nullptr, width, hidden};
-    if (below(2)) b.up = {Storage::float16, parts.up.data, width, nullptr, hidden, width};
+    b.qkv = {Storage::float16, parts.qkv.data, width, nullptr, (heads + 2 * groups) * head, width, {}};
+    b.proj = {Storage::float16, parts.proj.data, heads * head, parts.bias.data, width, heads * head, {}};
+    b.gate = {Storage::float16, parts.gate.data, width, nullptr, hidden, width, {}};
+    b.down = {Storage::float16, parts.down.data, hidden, nullptr, width, hidden, {}};
+    if (below(2)) b.up = {Storage::float16, parts.up.data, width, nullptr, hidden, width, {}};
     b.norm_1 = {below(2) ? NormKind::rms : NormKind::layer, parts.norm.data, nullptr, 1e-5f, 1.0f};
     b.norm_2 = b.norm_1;
     if (b.norm_1.kind == NormKind::layer) b.norm_2.bias = parts.bias.data;
@@ -134,8 +134,8 @@ void test_block(int64_t time, int64_t width, int64_t groups, int64_t hidden, int
         if (below(2)) { // the same rows as three matrices
             const uint16_t *keys = parts.qkv.data + heads * head * width;
             b.qkv.rows = heads * head;
-            b.key = {Storage::float16, keys, width, nullptr, groups * head, width};
-            b.value = {Storage::float16, keys + groups * head * width, width, nullptr, groups * head, width};
+            b.key = {Storage::float16, keys, width, nullptr, groups * head, width, {}};
+            b.value = {Storage::float16, keys + groups * head * width, width, nullptr, groups * head, width, {}};
         }
         if (cached) { // float16: less exact, but every access of the cache is checked
             b.keys = parts.keys.data, b.values = parts.values.data;

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from upcast.core.errors import UpcastError
-from upcast.kernels import native, reference
+from upcast.kernels import native, packed, packed_native, reference
 
 DTYPES = [torch.float32] * 12 + [torch.float16, torch.float64, torch.bfloat16, torch.int64]
 
@@ -71,6 +71,27 @@ def rows() -> None:
         torch.testing.assert_close(getattr(native, name)(*args).double(), exact, rtol=1e-3, atol=1e-3)
 
 
+def packed_linear() -> None:
+    """A product of packed numbers; in one case of four of a blob that somebody has written to."""
+    rows, inner, outer = random.randrange(40), random.randrange(1, 300), random.randrange(1, 100)
+    weight = torch.randn(outer, inner).bfloat16()
+    weight.view(-1)[:: random.randrange(1, 200)] = 2.0**-90
+    matrix = packed_native.pack(weight)
+    begin = random.randrange(outer)
+    part, used = matrix.narrow_rows(begin, outer - begin), weight[begin:].double()
+    x = view(rows, inner + (random.random() < 0.03), dtype=random.choice(DTYPES))
+    if random.random() < 0.25:
+        places = torch.randint(matrix.nbytes - 16, matrix.nbytes, (8,)) if matrix.escapes else slice(0, 0)
+        matrix.blob[places] = torch.randint(0, 256, (8,), dtype=torch.uint8)[: 8 if matrix.escapes else 0]
+        packed_native.linear(x, part)
+        packed_native.unpack(matrix)
+        packed.check(matrix)
+        return
+    torch.testing.assert_close(packed_native.linear(x, part).double(), x.double() @ used.t(), rtol=1e-4, atol=1e-3)
+    x = view(rows, outer - begin, dtype=torch.float32)
+    torch.testing.assert_close(packed_native.linear(x, part.t()).double(), x.double() @ used, rtol=1e-4, atol=1e-3)
+
+
 def main(seconds: float) -> None:
     """Prints how many calls agreed and how many were refused."""
     agreed = refused = 0
@@ -78,7 +99,7 @@ def main(seconds: float) -> None:
     while time.monotonic() < end:
         native.set_isa(random.choice(native.info()["available"]))
         try:
-            random.choice([linear, attention, rows])()
+            random.choice([linear, attention, rows, packed_linear])()
             agreed += 1
         except UpcastError:
             refused += 1

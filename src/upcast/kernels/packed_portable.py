@@ -133,8 +133,8 @@ def damaged(found: str, rule: str) -> UpcastError:
 
 def linear(x: Tensor, matrix: PackedMatrix, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     """Return ``x @ matrix.T + bias + residual`` in float32: x (..., K), bias (N,), residual (..., N)."""
-    n, k = matrix.shape
-    rows = x.reshape(-1, k)
+    n = matrix.shape[0]
+    rows = x.reshape(as_rows(x.shape))
     out = x.new_zeros(len(rows), n)
     step = max(1, TILE // max(matrix.columns, 1))
     for start in range(0, matrix.count, step):
