@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from upcast import UpcastError
-from upcast.checkpoint import output_folder, zip_writer
+from upcast.checkpoint import conversion, extents, output_folder, zip_writer
 from upcast.core import file_lock
 from upcast.integrations.litgpt import convert, convert_source
 
-TRACED = {module.__file__ for module in (convert, convert_source, output_folder, file_lock, zip_writer)}
+TRACED = {module.__file__ for module in (conversion, convert, convert_source, extents, output_folder, file_lock, zip_writer)}
 WRITERS = (
     "appearing",
     "begin",
@@ -34,6 +34,7 @@ WRITERS = (
     "_sync_folder",
     "seal",
     "_fill",
+    "_fill_file",
     "_opened",
 )
 LEFT = {"twin", "twin.partial", "twin.partial.lock"}
