@@ -5,6 +5,7 @@ import errno
 import os
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO
 
 from torch import Tensor
@@ -49,7 +50,14 @@ def checksum(file: BinaryIO, place: Extent) -> int:
     return crc
 
 
-def forget(file: BinaryIO) -> None:
+def forget(path: Path) -> None:
     """Have what is read next come from the disk, not from what the system remembers of the writing."""
     if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def sync(path: Path) -> None:
+    """Have a file on the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())

@@ -25,7 +25,7 @@ from upcast.tensor.store import Fallbacks
 
 KEY = "upcast.packed"
 VERSION = 1
-_BORN = {NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+BORN = {NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
 @dataclass(frozen=True)
@@ -197,8 +197,8 @@ def _fields(row: Any, *names: str, of: str) -> list[Any]:
 def _packed(name: str, row: Any) -> Packed:
     shown = repr(name[:100])
     dtype, shape, rows, columns, escapes = _fields(row, "dtype", "shape", "rows", "columns", "escapes", of=shown)
-    if not isinstance(dtype, str) or dtype not in _BORN:
-        raise _Odd(f"{shown} is of dtype {str(dtype)[:50]!r}, and can be one of {', '.join(_BORN)}")
+    if not isinstance(dtype, str) or dtype not in BORN:
+        raise _Odd(f"{shown} is of dtype {str(dtype)[:50]!r}, and can be one of {', '.join(BORN)}")
     if not isinstance(shape, list) or not 2 <= len(shape) <= safetensors_file.DEEPEST:
         raise _Odd(f"{shown} has shape {str(shape)[:100]}, and a packed weight has two dimensions or more")
     if not all(map(is_count, shape)) or not 0 < math.prod(shape) < 1 << 60:

@@ -63,8 +63,8 @@ def places(path: Path) -> list[Extent]:
     return [found[number] for number in range(len(found))]
 
 
-def places_of(path: Path, sizes: Sequence[int]) -> list[Extent] | None:
-    """Return `places`, if there is a file with room for storages of these sizes."""
+def places_of(path: Path, sizes: Sequence[int] | None = None) -> list[Extent] | None:
+    """Return `places`, if there is a file with room for storages; of these sizes, if any are said."""
     try:
         found = places(path)
     except FileNotFoundError:
@@ -73,7 +73,7 @@ def places_of(path: Path, sizes: Sequence[int]) -> list[Extent] | None:
         raise
     except Exception:  # damaged archives fail in many ways
         return None
-    return found if [place.bytes for place in found] == sizes else None
+    return found if sizes in (None, [place.bytes for place in found]) else None
 
 
 def _lengths(file: BinaryIO, position: int, count: int) -> tuple[int, ...]:
@@ -106,8 +106,8 @@ def check(path: Path, notice: Callable[[int], object]) -> None:
     Raises:
         zipfile.BadZipFile: a checksum differs, or this is not a zip file.
     """
+    forget(path)
     with path.open("rb") as file:
-        forget(file)
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 with archive.open(entry) as content:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from upcast.checkpoint import conversion, extents, reading, zip_writer
-from upcast.checkpoint.conversion import Conversion, Folders, Item
+from upcast.checkpoint.conversion_kind import Conversion, Folders, Item
 from upcast.checkpoint.extents import Extent
 from upcast.checkpoint.output_folder import MANIFEST, WEIGHTS, Partial
 from upcast.core import console, messages

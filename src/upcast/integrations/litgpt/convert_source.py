@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from upcast.checkpoint import reading
-from upcast.checkpoint.conversion import Source
+from upcast.checkpoint.conversion_kind import Source
 from upcast.checkpoint.output_folder import OWN, WEIGHTS
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import is_plain
