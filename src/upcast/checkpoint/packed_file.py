@@ -134,7 +134,9 @@ def _weight(path: Path, name: str, what: Packed, stored: Tensor) -> PackedWeight
         raise UpcastError(f"{path}: {name[:300]}: {error}") from None
     store = PackedStore(matrix, what.shape, Fallbacks())
     store.before = what.dtype
-    return PackedWeight(store)
+    weight = PackedWeight(store)
+    weight.wants_grad = True  # as parameters do: else making one of it, torch would ask for gradients
+    return weight
 
 
 def _described(path: Path, header: Header) -> Description:
