@@ -81,6 +81,13 @@ def activate(module: ModuleType) -> None:
     saving.install(module)
 
 
+def reads_packed_files() -> bool:
+    """Whether this version of Transformers lets us say what the tensors of a file are."""
+    from transformers import PreTrainedModel
+
+    return _takes_arriving(PreTrainedModel)
+
+
 def _takes_arriving(model_class: Any) -> bool:
     """Whether this version materialises a state dict as Transformers 5 does."""
     loader = getattr(model_class, "_load_pretrained_model", None)
