@@ -83,6 +83,8 @@ def _converted(kind: Kind, output: Path | None, made: "type[Packing | Unpacking]
             return done
         folders.written(folder)  # what it refuses is refused before the work
         source = kind.read()
+        for name, tensor in source.weights.items():
+            _check_storable(name, tensor)
         partial.needed = sum(2 * tensor.numel() for tensor in source.weights.values())  # the survey will know better
         with partial.alone():  # and ask again: the run before this one may have ended meanwhile
             return already() or conversion.run(made(source, partial, folders, kind.outputs))
@@ -219,7 +221,7 @@ class Packing(_Exact):
             if item.action == PACK:
                 state[item.name] = without(torch.uint8, (_described(item, tensor).stored_size,))
             elif item.alias is None:
-                state[item.name] = without(_storable(item.name, tensor).dtype, tensor.shape)
+                state[item.name] = without(tensor.dtype, tensor.shape)
         return state
 
     def metadata(self, output: str, items: Mapping[str, Item]) -> dict[str, str]:
@@ -332,7 +334,6 @@ def _same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _looked_at(name: str, tensor: Tensor, aliases: Aliases) -> Item:
-    _storable(name, tensor)
     if tensor.dim() < 2 or not tensor.is_floating_point() or not tensor.numel():
         return Item(name, KEEP, "a vector" if tensor.dim() == 1 else "not a weight", None)
     alias = aliases.find(TensorRef(name, tensor, True, [])) if tensor.element_size() > 1 else None
@@ -349,7 +350,7 @@ def _looked_at(name: str, tensor: Tensor, aliases: Aliases) -> Item:
 
 def _is_known(item: Item, tensor: Tensor) -> bool:
     if item.action == PACK:
-        fits = tensor.dim() >= 2 and tensor.numel() > 0 and tensor.dtype in packed_file.BORN
+        fits = tensor.dim() >= 2 and tensor.numel() > 0 and tensor.dtype in packed_file.BORN.values()
         return fits and item.alias is None and isinstance(item.escapes, int) and 0 <= item.escapes <= tensor.numel()
     return (item.action == SHARE) == (item.alias is not None) and item.action in (KEEP, SHARE)
 
@@ -358,7 +359,7 @@ def _described(item: Item, tensor: Tensor) -> Packed:
     return Packed.of(tensor.dtype, tuple(tensor.shape), item.escapes)
 
 
-def _storable(name: str, tensor: Tensor) -> Tensor:
+def _check_storable(name: str, tensor: Tensor) -> None:
     """Refuse what a safetensors file cannot hold."""
     if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
         raise UpcastError(
@@ -369,7 +370,6 @@ def _storable(name: str, tensor: Tensor) -> Tensor:
         raise UpcastError(
             f"{name[:300]} is {tensor.dtype}; a safetensors file has no such dtype. Convert it to one of 16 or 32 bits."
         )
-    return tensor
 
 
 def _give_back(tensor: Tensor) -> None:
