@@ -96,8 +96,8 @@ def test_default_names_and_second_runs(tmp_path: Path, capsys: pytest.CaptureFix
 # --- interrupted ------------------------------------------------------------------------------------------------------
 
 WAYS = ["kill", "interrupt", "full", "random"]
-SOME = [(150, 0, "interrupt", "packed"), (400, 0, "kill", "packed"), (300, 0, "interrupt", "bfloat16")]
-FULL = [(9, 0, "full", "packed")]
+SOME = [(400, 0, "interrupt", "packed"), (700, 0, "kill", "packed"), (700, 0, "interrupt", "bfloat16")]
+FULL = [(30, 0, "full", "packed")]
 EVERY = [
     pytest.param(4, seed, way, storage, marks=pytest.mark.slow)
     for way in WAYS
