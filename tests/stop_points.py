@@ -1,7 +1,8 @@
 """Stops `convert` at lines of its own, in three ways, and goes on: what does not end as an undisturbed run is printed.
 
-Run as a program: ``stop_points.py FOLDER WAY STRIDE SEED [STORAGE]``. Ways: ``kill`` (SIGKILL, in a process of its own),
-``interrupt`` (KeyboardInterrupt), ``full`` (the disk, where the disk is written), ``random`` (several kills in a row).
+Run as a program: ``stop_points.py FOLDER WAY STRIDE SEED [STORAGE]``. Ways: ``kill`` (SIGKILL, in a process of its
+own), ``interrupt`` (KeyboardInterrupt), ``full`` (the disk, where the disk is written), ``random`` (several kills in a
+row).
 """
 
 import errno

@@ -16,7 +16,7 @@ from tests.peak_memory import ROOT
 from upcast.checkpoint import conversion, packed_file, safetensors_file
 from upcast.cli.main import main
 from upcast.integrations import checkpoint_kinds, convert_packed
-from upcast.integrations.convert_packed import numbers
+from upcast.integrations.exact_tensors import numbers
 
 PROGRAM = str(Path(__file__).parents[1].joinpath("stop_points.py"))
 

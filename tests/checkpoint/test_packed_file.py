@@ -19,7 +19,7 @@ from tests.litgpt_checkpoints import small_config, write_checkpoint
 from tests.packed_checkpoints import PACKED, ordinary, packed, with_escapes
 from tests.transformers_models import IDS, TEXT, TOKENS, make, transformers
 from upcast.checkpoint import packed_file
-from upcast.integrations import convert_packed
+from upcast.integrations import convert_packed, exact_tensors
 from upcast.patching import engine
 
 # --- hostile files ----------------------------------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def test_any_damage_is_read_or_refused(sound: Path, spots: list[tuple[int, int]]
     except upcast.UpcastError:
         return
     for tensor in found.values():
-        convert_packed.numbers(tensor)
+        exact_tensors.numbers(tensor)
 
 
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
@@ -297,7 +297,7 @@ def test_another_config_is_refused(tmp_path: Path) -> None:
     folder = llama(tmp_path)
     fields = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**fields, "intermediate_size": 64}))
-    with pytest.raises(upcast.UpcastError, match="is .* in the checkpoint, and the config makes it"):
+    with pytest.raises(upcast.UpcastError, match=r"is .* in the checkpoint, and the config makes it"):
         transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 

@@ -1,8 +1,8 @@
 """A converted copy of a checkpoint folder, written tensor by tensor: what all conversions have in common.
 
-The copy grows in ``OUTPUT.partial`` (`output_folder`): the weights' files are laid out first, then filled in place, with
-a journal of what is done, so that an interrupted conversion goes on where it was. It takes its final name when what was
-written has been read back. What becomes of each tensor, and what a file of the copy is, `Conversion` leaves open.
+The copy grows in ``OUTPUT.partial`` (`output_folder`): the weights' files are laid out first, then filled in place,
+with a journal of what is done, so that an interrupted conversion goes on where it was. It takes its final name when
+what was written has been read back. What becomes of each tensor, and what a file of the copy is, a `Conversion` says.
 """
 
 import errno
@@ -66,9 +66,7 @@ def followed(output: Path) -> Path:
         raise UpcastError(f"{str(output)!r} leads nowhere ({error}). Name another folder with --output.") from None
 
 
-def already(
-    folder: Path, output: Path, kind: str, folders: Folders, is_whole: Callable[[Path], bool]
-) -> str | None:
+def already(folder: Path, output: Path, kind: str, folders: Folders, is_whole: Callable[[Path], bool]) -> str | None:
     """Return what to say when ``output`` is the copy; refuse it when it is the checkpoint itself, or taken.
 
     ``is_whole``: whether a file of weights can be read.

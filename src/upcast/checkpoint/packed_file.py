@@ -209,5 +209,7 @@ def _packed(name: str, row: Any) -> Packed:
         raise _Odd(f"{shown} has {str((rows, columns, escapes))[:100]} rows, columns and escapes")
     what = Packed.of(DTYPES[dtype], tuple(shape), escapes)
     if (what.rows, what.columns) != (rows, columns):
-        raise _Odd(f"{shown} has {rows} rows of {columns}, and shape {tuple(shape)} makes {what.rows} of {what.columns}")
+        raise _Odd(
+            f"{shown} has {rows} rows of {columns}, and shape {tuple(shape)} makes {what.rows} of {what.columns}"
+        )
     return what

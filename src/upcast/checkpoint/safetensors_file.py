@@ -26,10 +26,21 @@ ALIGNMENT = 64  # bytes: tensors whose size is a multiple of it lie at multiples
 LARGEST = 100_000_000  # bytes of a header, as the library has it
 DEEPEST = 64  # dimensions
 DTYPES = {
-    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "BOOL": torch.bool},
-    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _METADATA = "__metadata__"
@@ -156,7 +167,7 @@ def _check_places(entries: Mapping[str, Entry], begin: int, end: int) -> None:
 def mapped(path: Path, header: Header) -> dict[str, Tensor]:
     """Return the tensors, mapped into memory rather than read."""
     size = path.stat().st_size
-    storage = torch.UntypedStorage.from_file(str(path), False, size)
+    storage: Any = torch.UntypedStorage.from_file(str(path), False, size)
     tensors = {name: _tensor(storage, entry) for name, entry in header.entries.items()}
     overwriting.watch_what_was_read(path, tensors.values())
     return tensors

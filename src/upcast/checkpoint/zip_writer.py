@@ -107,9 +107,8 @@ def check(path: Path, notice: Callable[[int], object]) -> None:
         zipfile.BadZipFile: a checksum differs, or this is not a zip file.
     """
     forget(path)
-    with path.open("rb") as file:
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as content:
-                    while piece := content.read(READ):
-                        notice(len(piece))
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as content:
+                while piece := content.read(READ):
+                    notice(len(piece))

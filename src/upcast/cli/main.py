@@ -80,9 +80,7 @@ def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
         "name when it is whole.",
     )
     convert.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path, help="a checkpoint folder")
-    convert.add_argument(
-        "--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-STORAGE)"
-    )
+    convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-STORAGE)")
     convert.add_argument(
         "--storage",
         choices=("float16", "packed", "bfloat16"),

@@ -133,7 +133,9 @@ def _shards(folder: Path) -> list[str]:
     try:
         content = json.loads(text_file.read(path, "index", checkpoint_files.LARGEST))
     except (ValueError, RecursionError) as error:
-        raise UpcastError(f"{path} is no JSON ({describe(error)}); it must be an index. Save the model again.") from None
+        raise UpcastError(
+            f"{path} is no JSON ({describe(error)}); it must be an index. Save the model again."
+        ) from None
     entries = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(entries, dict) or not entries:
         raise UpcastError(f"{path} has no weight_map; an index says which file holds what. Save the model again.")

@@ -1,4 +1,4 @@
-"""``python -m upcast convert --storage packed``, and ``--storage bfloat16`` on the way back: no bit of a number changes.
+"""``python -m upcast convert --storage packed``, and ``--storage bfloat16`` on the way back: no bit changes.
 
 A packed copy holds what is bfloat16's in 12 bits a number (`upcast.checkpoint.packed_file`), and everything else as it
 was. How a copy grows stands in `upcast.checkpoint.conversion`.
@@ -23,6 +23,7 @@ from upcast.core.pages import give_back_pages
 from upcast.core.tensor_ref import TensorRef
 from upcast.integrations import checkpoint_kinds
 from upcast.integrations.checkpoint_kinds import Kind
+from upcast.integrations.exact_tensors import born, check_storable, give_back, numbers, same_bits
 from upcast.kernels import packed
 from upcast.patching.plan import KEEP, PACK, SHARE, Aliases
 from upcast.tensor.packed_weight import PackedWeight, as_matrix, fitting
@@ -84,7 +85,7 @@ def _converted(kind: Kind, output: Path | None, made: "type[Packing | Unpacking]
         folders.written(folder)  # what it refuses is refused before the work
         source = kind.read()
         for name, tensor in source.weights.items():
-            _check_storable(name, tensor)
+            check_storable(name, tensor)
         partial.needed = sum(2 * tensor.numel() for tensor in source.weights.values())  # the survey will know better
         with partial.alone():  # and ask again: the run before this one may have ended meanwhile
             return already() or conversion.run(made(source, partial, folders, kind.outputs))
@@ -119,7 +120,7 @@ class _Exact(Conversion):
         tensor = self.source.weights[item.name]
         target = self.bytes_of(item, tensor)
         crc = extents.write(file, place, target)
-        _give_back(tensor)
+        give_back(tensor)
         return {"name": item.name, "crc32": crc}
 
     def bytes_of(self, item: Item, tensor: Tensor) -> Tensor:
@@ -147,10 +148,10 @@ class _Exact(Conversion):
         if _is_archive(output):
             zip_writer.check(path, lambda _: None)
         for name, tensor in wanted.items():
-            if not _same_bits(numbers(found[name]), numbers(tensor)):
+            if not same_bits(numbers(found[name]), numbers(tensor)):
                 raise ValueError(f"{name} has other bits")
             for each in (found[name], tensor):
-                _give_back(each)
+                give_back(each)
             progress.advance(found[name].nbytes)
 
     @staticmethod
@@ -292,7 +293,7 @@ class Unpacking(_Exact):
         return ""
 
     def outlines(self, output: str, items: Mapping[str, Item]) -> dict[str, Tensor]:
-        """Return the tensors of the file; for an archive in memory that is never touched: it sees which share theirs."""
+        """Return the tensors of the file; for an archive, which sees who shares memory, in memory never touched."""
         device, state = "cpu" if _is_archive(output) else "meta", dict[str, Tensor]()
         for item in items.values():
             tensor = self.source.weights[item.name]
@@ -310,27 +311,6 @@ class Unpacking(_Exact):
                 f"verified: {len(rows)} tensors, every bit; details in {MANIFEST}",
             ]
         )
-
-
-def numbers(tensor: Tensor) -> Tensor:
-    """Return the numbers of a tensor as its checkpoint has them, contiguous."""
-    if not isinstance(tensor, PackedWeight):
-        return tensor.detach().resolve_conj().resolve_neg().contiguous()
-    matrix, dtype = tensor.store.matrix, tensor.store.before
-    assert matrix is not None
-    out = torch.empty(matrix.rows, matrix.columns, dtype=torch.float32 if dtype == torch.float32 else torch.bfloat16)
-    return packed.unpack(matrix, out).to(dtype).view(tensor.shape)
-
-
-def born(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that a tensor has in an ordinary checkpoint."""
-    return tensor.store.before if isinstance(tensor, PackedWeight) else tensor.dtype
-
-
-def _same_bits(one: Tensor, other: Tensor) -> bool:
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(*(each.reshape(-1).view(torch.uint8) for each in (one, other)))
 
 
 def _looked_at(name: str, tensor: Tensor, aliases: Aliases) -> Item:
@@ -357,26 +337,6 @@ def _is_known(item: Item, tensor: Tensor) -> bool:
 
 def _described(item: Item, tensor: Tensor) -> Packed:
     return Packed.of(tensor.dtype, tuple(tensor.shape), item.escapes)
-
-
-def _check_storable(name: str, tensor: Tensor) -> None:
-    """Refuse what a safetensors file cannot hold."""
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or tensor.is_nested:
-        raise UpcastError(
-            f"{name[:300]} is no dense tensor with numbers; a packed checkpoint holds such. Save the state dict with "
-            "such ones."
-        )
-    if tensor.dtype not in safetensors_file.NAMES:
-        raise UpcastError(
-            f"{name[:300]} is {tensor.dtype}; a safetensors file has no such dtype. Convert it to one of 16 or 32 bits."
-        )
-
-
-def _give_back(tensor: Tensor) -> None:
-    if isinstance(tensor, PackedWeight):
-        give_back_pages(tensor.blob)
-    else:
-        give_back_pages(tensor)
 
 
 def _is_archive(name: str) -> bool:

@@ -215,9 +215,7 @@ def adopt(
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     record = alone(
         [root],
-        lambda: _patch(
-            *_prepared(root, policy, keep, kv_cache, trainable, loaded=True), roundings, watcher=watcher
-        ),
+        lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable, loaded=True), roundings, watcher=watcher),
     )
     record.asked = asked
     say(record)

@@ -92,9 +92,7 @@ class Float16(Conversion):
     def is_sound(self, items: Sequence[Item]) -> bool:
         """Whether every action is known, and every alias stands for a tensor that is written."""
         firsts = {item.name for item in items if item.alias is None}
-        return all(
-            item.action in (*IN_FLOAT16, UPCAST, KEEP) and (item.alias or item.name) in firsts for item in items
-        )
+        return all(item.action in (*IN_FLOAT16, UPCAST, KEEP) and (item.alias or item.name) in firsts for item in items)
 
     def nothing(self, items: Sequence[Item]) -> str:
         """Return why there is nothing to round, where the file can be used as it is."""

@@ -27,7 +27,6 @@ from upcast.integrations.transformers import load
 from upcast.integrations.transformers.saving import METHOD, saved
 from upcast.policy import policy as policies
 
-
 BACK = "python -m upcast convert FOLDER --storage bfloat16"
 
 
@@ -75,11 +74,13 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if fields.pop("quant_method", METHOD) != METHOD or fields:
             raise UpcastError(
                 f"UpcastConfig with {', '.join(map(repr, fields)) or 'another quant_method'}; it has policy, kv_cache, "
-                f"keep, trainable, storage and weights. It was made for upcast {made_by}, and this is {VERSION}. Correct it, or "
-                "load the checkpoint unpatched with UPCAST=0."
+                f"keep, trainable, storage and weights. It was made for upcast {made_by}, and this is {VERSION}. "
+                "Correct it, or load the checkpoint unpatched with UPCAST=0."
             )
         if weights not in (None, "packed"):
-            raise UpcastError(f"UpcastConfig with weights={weights!r}; it can be 'packed'. Update upcast, or convert again.")
+            raise UpcastError(
+                f"UpcastConfig with weights={weights!r}; it can be 'packed'. Update upcast, or convert again."
+            )
         if kv_cache is not None:
             policies.check_kv_cache(kv_cache)
         self.weights = weights
