@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import struct
 import sys
 from collections.abc import Callable
@@ -170,6 +171,19 @@ def test_any_damage_is_read_or_refused(sound: Path, spots: list[tuple[int, int]]
         return
     for tensor in found.values():
         exact_tensors.numbers(tensor)
+
+
+def test_the_reader_in_the_documentation(sound: Path) -> None:
+    """Written from the description alone, it reads what upcast writes."""
+    page = Path(__file__).parents[2] / "docs" / "concepts" / "packed-format.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    weight = packed_file.read(sound)["a"]
+    assert isinstance(weight, upcast.PackedWeight)
+    assert weight.store.matrix is not None
+    bits = names["unpack"](weight.blob, *weight.store.matrix[1:4])
+    assert torch.equal(bits.to(torch.int16), with_escapes().view(torch.int16))
 
 
 def test_no_file_and_a_folder(tmp_path: Path) -> None:
