@@ -321,6 +321,15 @@ def test_where_it_cannot_be_packed_it_is_refused(tmp_path: Path) -> None:
         transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
 
+def test_another_quantization_on_top_is_refused(tmp_path: Path) -> None:
+    auto, folder = transformers.AutoModelForCausalLM, llama(tmp_path)
+    with pytest.raises(ValueError, match="The model is quantized with UpcastConfig but you are passing a"):
+        auto.from_pretrained(folder, quantization_config=transformers.QuantoConfig())
+    model = auto.from_pretrained(folder, quantization_config=upcast.UpcastConfig(keep=["lm_head"]))
+    assert type(model.lm_head.weight) is torch.nn.Parameter
+    assert type(model.model.embed_tokens.weight) is upcast.PackedWeight
+
+
 PLAIN = """
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained({!r})
