@@ -153,8 +153,8 @@ def _offer(quantizers: "Any") -> None:
 def let_arguments_win(auto: "Any") -> None:
     """Have the quantization_config that a program gives win over a folder's that only names upcast.
 
-    Transformers would ignore it, or refuse it if it is of another kind; the folder holds plain float16 weights. Where it
-    holds packed ones, only we can read them, and one of another kind is refused.
+    Transformers would ignore it, or refuse it if it is of another kind; the folder holds plain float16 weights. Of
+    packed ones nobody else can make anything: there it is refused.
     """
     import threading
 

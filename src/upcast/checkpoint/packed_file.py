@@ -143,8 +143,8 @@ def _described(path: Path, header: Header) -> Description:
     text = header.metadata.get(KEY)
     if text is None:
         raise UpcastError(
-            f"{path} holds no packed weights: its header has no {KEY!r}; `python -m upcast convert --storage packed` "
-            "writes such files. Check the path, or convert the checkpoint again."
+            f"{path} holds no packed weights: its header has no {KEY!r}; `python -m upcast convert FOLDER --storage "
+            "packed` writes such files. Check the path, or convert the checkpoint again."
         )
     try:
         fields = json.loads(text, object_pairs_hook=safetensors_file.once)
