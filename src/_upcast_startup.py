@@ -153,7 +153,8 @@ def _offer(quantizers: "Any") -> None:
 def let_arguments_win(auto: "Any") -> None:
     """Have the quantization_config that a program gives win over a folder's that only names upcast.
 
-    Transformers would ignore it, or refuse it if it is of another kind; the folder holds plain float16 weights.
+    Transformers would ignore it, or refuse it if it is of another kind; the folder holds plain float16 weights. Of
+    packed ones nobody else can make anything: there it is refused.
     """
     import threading
 
@@ -162,9 +163,11 @@ def let_arguments_win(auto: "Any") -> None:
         return
 
     def merged(_: "Any", /, quantization_config: "Any", quantization_config_from_args: "Any") -> "Any":
-        if quantization_config_from_args is None or _fields(quantization_config).get("quant_method") != "upcast":
+        folder, given = _fields(quantization_config), _fields(quantization_config_from_args or {})
+        strange = folder.get("weights") == "packed" and given.get("quant_method") != "upcast"
+        if quantization_config_from_args is None or folder.get("quant_method") != "upcast" or strange:
             return merge(quantization_config, quantization_config_from_args)
-        if _fields(quantization_config) == _fields(quantization_config_from_args):
+        if folder == given:
             return quantization_config  # a program that has read the folder's: it asks for nothing else
         chosen.config = quantization_config_from_args
         return chosen.config

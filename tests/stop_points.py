@@ -1,7 +1,8 @@
 """Stops `convert` at lines of its own, in three ways, and goes on: what does not end as an undisturbed run is printed.
 
-Run as a program: ``stop_points.py FOLDER WAY STRIDE SEED``. Ways: ``kill`` (SIGKILL, in a process of its own),
-``interrupt`` (KeyboardInterrupt), ``full`` (the disk, where the disk is written), ``random`` (several kills in a row).
+Run as a program: ``stop_points.py FOLDER WAY STRIDE SEED [STORAGE]``. Ways: ``kill`` (SIGKILL, in a process of its
+own), ``interrupt`` (KeyboardInterrupt), ``full`` (the disk, where the disk is written), ``random`` (several kills in a
+row).
 """
 
 import errno
@@ -18,11 +19,15 @@ from typing import Any
 import torch
 
 from upcast import UpcastError
-from upcast.checkpoint import output_folder, zip_writer
+from upcast.checkpoint import conversion, extents, output_folder, packed_file, safetensors_file, zip_writer
 from upcast.core import file_lock
+from upcast.integrations import checkpoint_kinds, convert_packed
 from upcast.integrations.litgpt import convert, convert_source
 
-TRACED = {module.__file__ for module in (convert, convert_source, output_folder, file_lock, zip_writer)}
+WAYS = {"float16": convert.convert, "packed": convert_packed.pack, "bfloat16": convert_packed.unpack}
+SHARED = (conversion, extents, output_folder, file_lock)
+PACKING = (checkpoint_kinds, convert_packed, packed_file, safetensors_file)
+TRACED = {module.__file__ for module in (*SHARED, *PACKING, convert, convert_source, zip_writer)}
 WRITERS = (
     "appearing",
     "begin",
@@ -34,7 +39,10 @@ WRITERS = (
     "_sync_folder",
     "seal",
     "_fill",
+    "_fill_file",
     "_opened",
+    "allocate",
+    "sync",
 )
 LEFT = {"twin", "twin.partial", "twin.partial.lock"}
 
@@ -65,12 +73,15 @@ class Stop:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def write_source(folder: Path) -> Path:
+def write_source(folder: Path, born: bool = False) -> Path:
+    """Write a checkpoint; ``born``: with weights that can be packed."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     weight = torch.randn(33, 7)
+    half = (torch.randn(5, 640) * 0.03).bfloat16()
     state = {"a": weight, "b": torch.randn(5), "tied": weight.clone(), "big": torch.randn(3, 3) * 1e6}
-    torch.save({**state, "c": torch.randn(4, 2, 3).bfloat16()}, folder / "lit_model.pth")
+    more = {"born": half, "tied too": half.clone()} if born else {}
+    torch.save({**state, **more, "c": torch.randn(4, 2, 3).bfloat16()}, folder / "lit_model.pth")
     (folder / "model_config.yaml").write_text("name: small\n")
     (folder / "tokenizer.json").write_text("{}")
     (folder / "tokenizer.json").chmod(0o444)
@@ -91,7 +102,7 @@ def run(source: Path, output: Path, at: int, way: str) -> tuple[int, str]:
     stop = Stop(at, way)
     sys.settrace(stop.call)
     try:
-        convert.convert(source, output)
+        WAYS[storage](source, output)
     except KeyboardInterrupt:
         pass
     except UpcastError as error:
@@ -127,7 +138,7 @@ def complaint(source: Path, box: Path, stops: list[int], way: str, wanted: Any) 
         if (box / "twin").exists() and content(box) != wanted and set(os.listdir(box)) == {"twin"}:
             return "half a twin has its final name"
     try:
-        convert.convert(source, box / "twin")
+        WAYS[storage](source, box / "twin")
     except Exception as error:
         return repr(error)
     if content(source) != before:
@@ -137,7 +148,10 @@ def complaint(source: Path, box: Path, stops: list[int], way: str, wanted: Any) 
 
 def main(folder: Path, way: str, stride: int, seed: int) -> None:
     torch.set_num_threads(1)  # forks
-    source, box = write_source(folder / "source"), folder / "box"
+    source, box = write_source(folder / "source", born=storage != "float16"), folder / "box"
+    if storage == "bfloat16":
+        source = folder / "packed"
+        convert_packed.pack(folder / "source", source)
     box.mkdir()
     total = run(source, box / "twin", -1, way)[0]
     wanted, draw = content(box), random.Random(seed)
@@ -152,5 +166,8 @@ def main(folder: Path, way: str, stride: int, seed: int) -> None:
     print(f"{len(points)} stops")
 
 
+storage = "float16"
+
 if __name__ == "__main__":
+    storage = (*sys.argv, storage)[5]
     main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

@@ -157,16 +157,16 @@ import os, signal, sys
 from upcast.core import console
 from upcast.checkpoint import zip_writer
 from upcast.cli.main import main
-from upcast.integrations.litgpt import convert
+from upcast.checkpoint import conversion
 left = int(sys.argv[2])
-write = convert._write_tensor
+write = conversion._write_tensor
 def write_some(*arguments):
     global left
     if not left:
         os.kill(os.getpid(), signal.SIGKILL)
     left -= 1
     return write(*arguments)
-convert._write_tensor = write_some
+conversion._write_tensor = write_some
 if sys.argv[3:]:
     setattr(zip_writer, sys.argv[3], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
 main(["convert", sys.argv[1]])

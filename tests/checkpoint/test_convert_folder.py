@@ -15,6 +15,7 @@ import torch
 
 import upcast
 from tests.stop_points import content, write_source
+from upcast.checkpoint import conversion
 from upcast.checkpoint.output_folder import Partial
 from upcast.cli.main import main
 from upcast.core import file_lock
@@ -29,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 def interrupted(source: Path) -> Path:
     """Leave a folder in the middle of the work."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(convert, "_verify", _interrupt)
+        patch.setattr(conversion, "_verify", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             convert.convert(source)
     return partial_of(source)
@@ -193,8 +194,8 @@ def test_the_second_run_is_told_before_it_touches_anything(source: Path, monkeyp
         assert content(source.parent) == before
         real(*arguments)
 
-    real = convert._verify
-    monkeypatch.setattr(convert, "_verify", verify)
+    real = conversion._verify
+    monkeypatch.setattr(conversion, "_verify", verify)
     convert.convert(source)
     assert len(seen) == 1
     assert sorted(os.listdir(source.parent)) == ["source", "source-float16"]
@@ -247,7 +248,7 @@ def test_where_there_is_no_fcntl(source: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "fcntl", None)
     monkeypatch.setitem(sys.modules, "msvcrt", windows)
     litgpt = ("integrations.litgpt.convert", "integrations.litgpt.convert_source")
-    for name in (*litgpt, "checkpoint.output_folder", "core.file_lock"):
+    for name in (*litgpt, "checkpoint.conversion", "checkpoint.output_folder", "core.file_lock"):
         package, _, module = f"upcast.{name}".rpartition(".")
         monkeypatch.setattr(sys.modules[package], module, sys.modules[f"upcast.{name}"])  # an import sets it
         monkeypatch.delitem(sys.modules, f"upcast.{name}")
@@ -315,6 +316,6 @@ def test_outputs_that_cannot_be(
 
 
 def test_an_interruption_is_one_line(source: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(convert, "_verify", _interrupt)
+    monkeypatch.setattr(conversion, "_verify", _interrupt)
     assert main(["convert", str(source)]) == 130
     assert capsys.readouterr().err.endswith("upcast: interrupted; the same command goes on from here\n")

@@ -315,3 +315,17 @@ def test_other_policies_select_from_packed_weights(policy: str) -> None:
         found = upcast.patch(model, policy=policy, storage="packed")(IDS)
     assert packed_weights(model)
     assert relative_error(found, plain(IDS)) < 2 * relative_error(wanted, plain(IDS)) + 1e-6
+
+
+@pytest.mark.parametrize("storage", ["float32", "packed"])
+def test_a_loaded_checkpoint_keeps_every_bit(storage: str, tmp_path: Any) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(vocab_size=50, hidden_size=192, intermediate_size=256, num_hidden_layers=1)
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[:, 3] = -3.5316e-06  # float16 would move it
+    model.save_pretrained(tmp_path)
+    loaded = upcast.from_pretrained(transformers.AutoModelForCausalLM, tmp_path, storage=storage)
+    assert bool(packed_weights(loaded)) == (storage == "packed")
+    want = dict(model.named_parameters())
+    assert all(torch.equal(bits(each.float()), bits(want[name])) for name, each in loaded.named_parameters())

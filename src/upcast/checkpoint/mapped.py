@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from upcast.core.memory_layout import bounds, is_plain, plain
 from upcast.kernels import held_files, native
+from upcast.tensor.packed_weight import PackedWeight
 
 _MAPS = Path("/proc/self/maps")
 _ALIGNMENT = 16  # bytes; no number is larger
@@ -81,7 +82,7 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
     """
     spans = _spans()
     mappings: dict[tuple[str, int, int], list[_Piece]] = {}  # apart: one file may be mapped twice
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in _in_memory(model):
         span = _span_of(tensor, spans)
         if span is not None and not is_plain(tensor):
             tensor.data = plain(tensor.detach())
@@ -95,6 +96,12 @@ def hold(model: nn.Module) -> list[tuple[str, list[Tensor]]]:
         for name in (_spelled(listed, inode),)
         if not _is_held(name, inode, _united(pieces))
     ]
+
+
+def _in_memory(model: nn.Module) -> list[Tensor]:
+    """Return the tensors of ``model`` as they lie in memory: of packed weights the bytes."""
+    found = [each.blob if isinstance(each, PackedWeight) else each for each in (*model.parameters(), *model.buffers())]
+    return list({id(each): each for each in found}.values())
 
 
 def is_listed() -> bool:

@@ -37,7 +37,7 @@ class Partial:
     def __init__(self, output: Path) -> None:
         self.output, self.folder = output, output.parent / f"{output.name}.partial"
         self.lock = output.parent / f"{output.name}.partial.lock"
-        self.weights, self.journal = self.folder / WEIGHTS, self.folder / JOURNAL
+        self.journal = self.folder / JOURNAL
         self.needed = 0
 
     @contextmanager
@@ -90,7 +90,7 @@ class Partial:
         names, known = self.names(), {FRESH}
         for mark in map(self.read, (PLAN, MANIFEST)):
             if "upcast" in mark and "source" in mark and isinstance(mark.get("beside"), list):
-                known.update(OWN, map(str, mark["beside"]))
+                known.update(OWN, map(str, mark["beside"]), mark.get("weights") or ())
         foreign = [name for name in names if name not in known or not _is_plain_file(self.folder / name)]
         if foreign:
             listed = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
@@ -113,6 +113,11 @@ class Partial:
         """Write a JSON file that is there whole or not at all, also after a loss of power."""
         with self.appearing(name) as fresh, fresh.open("w") as file:
             file.write(json.dumps(content, indent=1) + "\n")
+
+    def put(self, name: str, content: bytes, like: Path) -> None:
+        """Write a file beside the weights, with the times and mode of ``like``."""
+        with self.appearing(name, like=like) as fresh:
+            fresh.write_bytes(content)
 
     def copy(self, source: Path) -> None:
         """Copy a file beside the weights, with its times and mode; one that is there, read-only or not, is replaced."""
@@ -167,10 +172,13 @@ class Partial:
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
-    def finish(self, like: Path) -> None:
-        """Give the folder its final name, and the permissions of ``like``; the manifest must have been written."""
+    def finish(self, like: Path, weights: Path) -> None:
+        """Give the folder its final name and the permissions of ``like``; the manifest must have been written.
+
+        weights: the file from whose permissions the manifest gets its own.
+        """
         self.delete((JOURNAL, FRESH, LAYING_OUT, PLAN))
-        set_mode(self.folder / MANIFEST, (like / WEIGHTS).stat().st_mode & 0o666)
+        set_mode(self.folder / MANIFEST, weights.stat().st_mode & 0o666)
         set_mode(self.folder, (self.output if self.output.is_dir() else like).stat().st_mode | 0o700)
         _sync_folder(self.folder)
         if os.name == "nt" and self.output.is_dir():  # elsewhere a rename replaces an empty folder

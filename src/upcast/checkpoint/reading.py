@@ -19,7 +19,7 @@ from upcast.core.pages import Memory, give_back_pages
 from upcast.core.tensor_ref import TensorRef
 from upcast.kernels.rounding import Rounding, to_half
 from upcast.patching.plan import CONVERT, PACKING, decide
-from upcast.tensor.packed_weight import fitting
+from upcast.tensor.packed_weight import PackedWeight, fitting
 
 Known = dict[str, tuple[torch.dtype, Rounding]]
 
@@ -189,9 +189,12 @@ def _round(
     known: Known,
     progress: console.Progress,
 ) -> None:
+    keep = (*keep, "*") if storage == "float32" else keep
     converted: dict[tuple[object, ...], tuple[Tensor, Rounding]] = {}
     for name, tensor in state.items():
         progress.advance(tensor.nbytes)
+        if isinstance(tensor, PackedWeight):  # as its file holds it
+            continue
         action, _ = decide(TensorRef(name, tensor, True, []), keep, False)
         key = (action, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.is_neg())  # tied tensors stay tied
         if action != CONVERT or will_be_packed(tensor, storage):

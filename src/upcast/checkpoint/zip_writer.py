@@ -1,35 +1,24 @@
 """torch.save files that are written in place: laid out first, filled tensor by tensor, sealed with checksums."""
 
-import ctypes
 import errno
 import os
 import re
 import struct
 import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from upcast.checkpoint.extents import READ, Extent, allocate, forget
+
 # The zip format, APPNOTE.TXT 4.3: sizes of the fixed parts, and where CRC-32 and the variable lengths stand in them.
 _ENTRY, _ENTRY_CRC, _ENTRY_LENGTHS = 46, 16, 28
 _LOCAL, _LOCAL_LENGTHS = 30, 26
 _DESCRIPTOR = b"PK\x07\x08"
-_READ = 1 << 20
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Where a storage lies in the file, and where the file's directory tells its checksum."""
-
-    start: int
-    bytes: int
-    listed: int
 
 
 def lay_out(path: Path, state: dict[str, Tensor]) -> None:
@@ -45,12 +34,7 @@ def lay_out(path: Path, state: dict[str, Tensor]) -> None:
     except RuntimeError as error:  # torch's words for a write that the system refused
         raise OSError(errno.ENOSPC, str(error).splitlines()[0], str(path)) from None
     with path.open("r+b") as file:
-        if hasattr(os, "posix_fallocate"):  # or a disk would be found full in the middle of the work
-            try:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-            except OSError as error:
-                if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):  # a file system that cannot
-                    raise
+        allocate(file)
 
 
 def _save_empty(path: Path, state: dict[str, Tensor]) -> None:
@@ -79,27 +63,22 @@ def places(path: Path) -> list[Extent]:
     return [found[number] for number in range(len(found))]
 
 
+def places_of(path: Path, sizes: Sequence[int] | None = None) -> list[Extent] | None:
+    """Return `places`, if there is a file with room for storages; of these sizes, if any are said."""
+    try:
+        found = places(path)
+    except FileNotFoundError:
+        return None
+    except OSError:
+        raise
+    except Exception:  # damaged archives fail in many ways
+        return None
+    return found if sizes in (None, [place.bytes for place in found]) else None
+
+
 def _lengths(file: BinaryIO, position: int, count: int) -> tuple[int, ...]:
     file.seek(position)
     return struct.unpack(f"<{count}H", file.read(2 * count))
-
-
-def write(file: BinaryIO, place: Extent, tensor: Tensor) -> int:
-    """Write a contiguous tensor to its place, and hand it to the system; return its CRC-32."""
-    content = (ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()) if tensor.nbytes else b""
-    file.seek(place.start)
-    file.write(content)
-    file.flush()
-    return zlib.crc32(content)
-
-
-def checksum(file: BinaryIO, place: Extent) -> int:
-    """Return the CRC-32 of what the file holds at a place."""
-    file.seek(place.start)
-    crc, left = 0, place.bytes
-    while left and (piece := file.read(min(_READ, left))):
-        crc, left = zlib.crc32(piece, crc), left - len(piece)
-    return crc
 
 
 def seal(path: Path, checksums: Sequence[int]) -> None:
@@ -127,11 +106,9 @@ def check(path: Path, notice: Callable[[int], object]) -> None:
     Raises:
         zipfile.BadZipFile: a checksum differs, or this is not a zip file.
     """
-    with path.open("rb") as file:
-        if hasattr(os, "posix_fadvise"):  # from the disk, not from what the system remembers of the writing
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                with archive.open(entry) as content:
-                    while piece := content.read(_READ):
-                        notice(len(piece))
+    forget(path)
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        for entry in archive.infolist():
+            with archive.open(entry) as content:
+                while piece := content.read(READ):
+                    notice(len(piece))

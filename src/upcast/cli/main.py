@@ -55,16 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
     run.set_defaults(command=_run)
 
-    convert = commands.add_parser(
-        "convert",
-        help="write a float16 copy of a LitGPT checkpoint",
-        description="Write a float16 copy of a LitGPT checkpoint folder, which is then mapped and shared instead of "
-        "being rounded at every start. Streams tensor by tensor, goes on where it was interrupted, reads every "
-        "checksum back, and takes its final name when it is whole. What float16 cannot hold stays in float32.",
-    )
-    convert.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path, help="a LitGPT checkpoint folder")
-    convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-float16)")
-    convert.set_defaults(command=_convert)
+    _add_convert(commands)
 
     generate.add_to(commands)
 
@@ -75,6 +66,28 @@ def _parser() -> argparse.ArgumentParser:
     tune.add(commands)
     commands_on_models.add(commands)
     return parser
+
+
+def _add_convert(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    convert = commands.add_parser(
+        "convert",
+        help="write a float16 or packed copy of a checkpoint, or a packed one back",
+        description="Write a copy of a checkpoint folder that is mapped and shared as it is, instead of being rounded "
+        "or packed at every start. float16 (of LitGPT): weights are rounded to float16; what float16 cannot hold stays "
+        "in float32. packed (of LitGPT or Transformers): bfloat16 numbers take 12 bits each, and no bit changes; only "
+        "upcast reads such a folder. bfloat16: a packed folder becomes the ordinary one that it was, bit for bit. "
+        "Streams tensor by tensor, goes on where it was interrupted, reads back what it wrote, and takes its final "
+        "name when it is whole.",
+    )
+    convert.add_argument("checkpoint_dir", metavar="CHECKPOINT_DIR", type=Path, help="a checkpoint folder")
+    convert.add_argument("--output", metavar="DIR", type=Path, help="the new folder (default: CHECKPOINT_DIR-STORAGE)")
+    convert.add_argument(
+        "--storage",
+        choices=("float16", "packed", "bfloat16"),
+        default="float16",
+        help="what the copy holds (default: float16)",
+    )
+    convert.set_defaults(command=_convert)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -115,10 +128,12 @@ def _no_module(name: str) -> str:
 
 def _convert(arguments: argparse.Namespace) -> int:
     from upcast.core import console
-    from upcast.integrations.litgpt.convert import convert
+    from upcast.integrations import convert_packed
+    from upcast.integrations.litgpt import convert
 
+    ways = {"float16": convert.convert, "packed": convert_packed.pack, "bfloat16": convert_packed.unpack}
     try:
-        return console.answer(convert(arguments.checkpoint_dir, arguments.output))
+        return console.answer(ways[arguments.storage](arguments.checkpoint_dir, arguments.output))
     except KeyboardInterrupt:
         print("upcast: interrupted; the same command goes on from here", file=sys.stderr)
         return 130

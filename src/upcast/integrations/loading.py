@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from upcast.patching import engine
 from upcast.patching.plan import CONVERT, WRAP, decide
 from upcast.policy import policy as policies
 from upcast.policy.policy import Choice
+from upcast.tensor.packed_weight import PackedWeight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -65,9 +66,14 @@ class Loading:
         self.kv_cache, self.policy, self.strict = other.kv_cache, other.policy, True
         self.keep, self.trainable = other.keep, other.trainable
 
+    @property
+    def storage(self) -> str:
+        """How weights are to be stored."""
+        return policies.resolve(self.policy).storage
+
     def exact(self, name: str) -> bool:
         """Whether the model's tensor of this name is to keep all its digits."""
-        return any(matches(name, pattern) for pattern in (*self.keep, *self.trainable))
+        return self.storage == "float32" or any(matches(name, pattern) for pattern in (*self.keep, *self.trainable))
 
     def arrive(
         self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True, exact: bool = False
@@ -79,6 +85,8 @@ class Loading:
         """
         if not tensor.is_floating_point():
             return tensor
+        if isinstance(tensor, PackedWeight):
+            return _packed(tensor, in_place, exact)
         if exact:
             return to_float32(tensor)
         with self._turn:  # Transformers loads with several threads: that many tensors would be in memory at once
@@ -86,7 +94,7 @@ class Loading:
 
     def _arrived(self, name: str, tensor: Tensor, ours: bool, in_place: bool) -> Tensor:
         action, _ = decide(TensorRef(name, tensor, True, []), (), False)
-        if action == CONVERT and reading.will_be_packed(tensor, policies.resolve(self.policy).storage):
+        if action == CONVERT and reading.will_be_packed(tensor, self.storage):
             return plain(tensor)
         if action == CONVERT:
             half, rounding = to_half(tensor, self.memory if in_place else None)  # a block holds what stays
@@ -117,12 +125,26 @@ class Loading:
         known = {
             name: self.lost[parameter.data_ptr()]
             for name, parameter in model.named_parameters()
-            if parameter.data_ptr() in self.lost
+            if not isinstance(parameter, PackedWeight) and parameter.data_ptr() in self.lost
         }
         if not self.strict:
             self.keep, self.trainable = patterns(model)
         how = {"policy": self.policy, "keep": self.keep, "trainable": self.trainable}
         adopt(model, known, self.kv_cache, **how, asked=self.strict)
+
+
+def _packed(weight: PackedWeight, in_place: bool, exact: bool) -> Tensor:
+    """Return a weight that its file holds packed: as it is, where it goes into the model whole."""
+    if exact:
+        return weight.upcast()
+    return weight if in_place and weight.region is None else weight.memory().contiguous()
+
+
+def of_packed_files(policy: Choice) -> Choice:
+    """Return the policy for weights that are packed in their files: they stay so, unless the caller says otherwise."""
+    if isinstance(policy, policies.Stored) or policies.resolve(policy).storage != "float16":
+        return policy
+    return cast("Choice", policies.stored(policy, "packed"))
 
 
 def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Sequence[str]]:

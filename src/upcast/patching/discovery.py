@@ -15,6 +15,7 @@ from upcast.core.pattern import matches
 from upcast.core.tensor_ref import TensorRef
 from upcast.patching import trainable as learning
 from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.packed_weight import PackedWeight
 
 
 def refs(model: nn.Module) -> list[TensorRef]:
@@ -31,11 +32,11 @@ def refs(model: nn.Module) -> list[TensorRef]:
 
 
 def prepare(
-    model: object, keep: Sequence[str], trainable: Sequence[str] = (), *, optimizers: bool = False
+    model: object, keep: Sequence[str], trainable: Sequence[str] = (), *, optimizers: bool = False, loaded: bool = False
 ) -> tuple[nn.Module, list[TensorRef]]:
     """Return the module to patch and its tensors, after every check that can refuse it. Changes nothing.
 
-    ``optimizers`` says that one may hold what is replaced.
+    ``optimizers`` says that one may hold what is replaced; ``loaded``, that a loader may have packed weights.
     """
     root = unwrap(model)
     found = refs(root)
@@ -46,7 +47,8 @@ def prepare(
             "module that it was made of, for what does not need TorchScript."
         )
     for ref in found:
-        _check_tensor(ref, name)
+        if not (loaded and isinstance(ref.tensor, PackedWeight)):
+            _check_tensor(ref, name)
     check_patterns(root, found, keep, trainable)
     if not optimizers:
         _check_optimizers(found, keep)

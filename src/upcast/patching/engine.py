@@ -214,7 +214,8 @@ def adopt(
 ) -> Record:
     """Patch a model whose loader rounded some weights, of which it knows name -> (original dtype, what was lost)."""
     record = alone(
-        [root], lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable), roundings, watcher=watcher)
+        [root],
+        lambda: _patch(*_prepared(root, policy, keep, kv_cache, trainable, loaded=True), roundings, watcher=watcher),
     )
     record.asked = asked
     say(record)
@@ -236,6 +237,7 @@ def _prepared(
     trainable: Sequence[str] = (),
     *,
     trial: bool = False,
+    loaded: bool = False,
 ) -> Prepared:
     """Return the module to patch, its tensors, what to keep and the policy, after every check that can refuse them."""
     kernels.active()  # an impossible choice is refused before anything changes
@@ -243,7 +245,7 @@ def _prepared(
         policies.check_kv_cache(kv_cache)
     policies.resolve(policy)
     took_back(model)
-    root, found = prepare(model, keep, trainable, optimizers=trial)
+    root, found = prepare(model, keep, trainable, optimizers=trial, loaded=loaded)
     chosen = policies.resolve(policy, check=functools.partial(fingerprint.check, root))
     module_scope.check(root, chosen)
     if kv_cache is not None:
@@ -264,6 +266,11 @@ class _Weights:
 
     def look(self, tensor: Tensor) -> Rounding:
         """Pack a tensor, or round it to float16, unless it is float16 already, and say what that loses."""
+        if isinstance(tensor, PackedWeight):  # in its file
+            if self._storage in PACKING and tensor.region is None:
+                self._packed = tensor.store.matrix
+                return Rounding(escapes=None if self._packed is None else self._packed.escapes)
+            tensor = tensor.memory().contiguous()
         if self._storage not in PACKING:
             return self._round(tensor)
         found, why = fitting(tensor.detach(), self._storage)
@@ -364,7 +371,8 @@ def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> 
 
 
 def _upcast(ref: TensorRef) -> Tensor:
-    wide = to_float32(ref.tensor.detach())
+    held = ref.tensor.upcast() if isinstance(ref.tensor, PackedWeight) else ref.tensor
+    wide = to_float32(held.detach())
     return nn.Parameter(wide, ref.tensor.requires_grad and not ref.freezes) if ref.is_parameter else wide
 
 

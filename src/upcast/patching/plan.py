@@ -15,7 +15,7 @@ from upcast.patching.claims import alone
 from upcast.patching.discovery import prepare, refs
 from upcast.patching.parts import Part, parts_of, roots_of, took_back
 from upcast.policy.policy import check_storage
-from upcast.tensor.packed_weight import fitting, packed_size
+from upcast.tensor.packed_weight import PackedWeight, fitting, packed_size
 
 CONVERT = "convert"  # rounded to float16
 WRAP = "wrap"  # float16 already: used as it is, without a copy
@@ -129,7 +129,7 @@ def decide(ref: TensorRef, keep: Sequence[str], upcast_float64: bool) -> tuple[s
     if unsupported:
         return KEEP, unsupported
     if ref.learns:
-        return (KEEP if tensor.dtype == torch.float32 else UPCAST), "it learns"
+        return (KEEP if _is_float32(tensor) else UPCAST), "it learns"
     if memory_layout.is_expanded(tensor):
         return _to_float32(tensor), "expanded"
     pattern = next((p for p in keep if matches(ref.name, p)), None)
@@ -140,7 +140,11 @@ def decide(ref: TensorRef, keep: Sequence[str], upcast_float64: bool) -> tuple[s
 
 
 def _to_float32(tensor: Tensor) -> str:
-    return KEEP if tensor.dtype == torch.float32 and memory_layout.is_plain(tensor) else UPCAST
+    return KEEP if _is_float32(tensor) and memory_layout.is_plain(tensor) else UPCAST
+
+
+def _is_float32(tensor: Tensor) -> bool:
+    return tensor.dtype == torch.float32 and not isinstance(tensor, PackedWeight)
 
 
 def _decide_buffer(tensor: Tensor, upcast_float64: bool) -> tuple[str, str]:
@@ -158,7 +162,7 @@ def _unsupported(tensor: Tensor) -> str:
         torch.float64,
     ):
         return f"stored as {tensor.dtype}".replace("torch.", "")
-    if type(tensor) not in (Tensor, nn.Parameter):
+    if type(tensor) not in (Tensor, nn.Parameter, PackedWeight):  # packed: by a loader, from a file that holds it so
         return f"a {type(tensor).__name__}"
     return ""
 
@@ -206,11 +210,12 @@ def _left_in_float32(ref: TensorRef, numbers: Rounding) -> tuple[str, str]:
 def change_of(ref: TensorRef, action: str, reason: str, rounding: Rounding) -> Change:
     """Return the table's row for a ref."""
     tensor, elements = ref.tensor, ref.tensor.numel()
-    before = elements * tensor.element_size()
+    dtype = tensor.store.before if isinstance(tensor, PackedWeight) else tensor.dtype
+    before = elements * dtype.itemsize
     after = {CONVERT: 2 * elements, WRAP: 2 * elements, SHARE: 0, UPCAST: 4 * elements, KEEP: before, PACK: 0}[action]
     if action == PACK:
         after = packed_size(tensor, rounding.escapes or 0)
-    return Change(ref.name, action, reason, tuple(tensor.shape), tensor.dtype, before, after, rounding)
+    return Change(ref.name, action, reason, tuple(tensor.shape), dtype, before, after, rounding)
 
 
 def _bits(ref: TensorRef, numbers: Rounding) -> float:
@@ -229,6 +234,9 @@ class Aliases:
     def find(self, ref: TensorRef) -> TensorRef | None:
         """Return an earlier ref with the same bits, if there is one; remember this one otherwise."""
         tensor = ref.tensor
+        if isinstance(tensor, PackedWeight):  # its file says which are the same
+            known = self._seen.setdefault((tensor.blob.data_ptr(), tensor.region, tensor.shape), [ref])
+            return None if known[0] is ref else known[0]
         earlier = self._seen.setdefault((tensor.shape, tensor.dtype, _sample(tensor)), [])
         for other in earlier:
             if _bits_equal(other.tensor, tensor):
@@ -259,7 +267,8 @@ def plan(model: object, *, keep: Sequence[str] = (), trainable: Sequence[str] = 
     Args:
         model: any module on the CPU, or what else `upcast.patch` accepts.
         keep: patterns of parameter or module names to hold in float32 (``*`` and ``?`` as in file names).
-        trainable, storage: as for `upcast.patch`.
+        trainable: as for `upcast.patch`.
+        storage: as for `upcast.patch`.
 
     Raises:
         UpcastError: as `upcast.patch` would.

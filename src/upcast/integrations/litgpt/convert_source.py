@@ -1,6 +1,5 @@
 """The checkpoint folder that a conversion reads: what must be in it, and what comes along to the float16 copy."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,8 @@ import torch
 from torch import Tensor
 
 from upcast.checkpoint import reading
+from upcast.checkpoint.conversion_kind import Source
 from upcast.checkpoint.output_folder import OWN, WEIGHTS
-from upcast.core.about import VERSION
 from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import is_plain
 
@@ -28,57 +27,40 @@ NOT_COPIED = (
 )
 
 
-@dataclass(frozen=True)
-class Source:
-    """The checkpoint: its folder, its tensors, and what tells whether the file is still the same."""
+def read_source(folder: Path) -> Source:
+    """Return the checkpoint in ``folder``, mapped.
 
-    folder: Path
-    identity: dict[str, Any]
-    weights: dict[str, Tensor]
+    Raises:
+        UpcastError: it cannot be read, or holds tensors that are not dense.
+    """
+    identity = identity_of(folder)  # before the file is opened: what changes afterwards is told
+    weights = reading.read(folder / WEIGHTS)
+    _check_dense(folder / WEIGHTS, weights)
+    return Source(folder, identity, {WEIGHTS: weights})
 
-    @staticmethod
-    def read(folder: Path) -> "Source":
-        """Return the checkpoint in ``folder``, mapped.
 
-        Raises:
-            UpcastError: it cannot be read, or holds tensors that are not dense.
-        """
-        identity = identity_of(folder)  # before the file is opened: what changes afterwards is told
-        source = Source(folder, identity, reading.read(folder / WEIGHTS))
-        source._check_dense()
-        return source
+def is_usable(source: Source) -> bool:
+    """Whether the file can be mapped, and every tensor used where it lies."""
+    return reading.is_mappable(source.first) and all(map(is_plain, source.weights.values()))
 
-    @property
-    def mark(self) -> dict[str, Any]:
-        """What a plan and a manifest begin with."""
-        return {"upcast": VERSION, "source": self.identity, "beside": [p.name for p in beside(self.folder)]}
 
-    def is_of(self, content: dict[str, Any]) -> bool:
-        """Whether a plan or a manifest was made of this checkpoint, by this version."""
-        return content.get("source") == self.identity and content.get("upcast") == VERSION
+def is_float16(source: Source) -> bool:
+    """Whether every weight is float16 already."""
+    weights = [t for t in source.weights.values() if t.dim() >= 2 and t.is_floating_point()]
+    return bool(weights) and all(tensor.dtype == torch.float16 for tensor in weights)
 
-    @property
-    def is_usable(self) -> bool:
-        """Whether the file can be mapped, and every tensor used where it lies."""
-        return reading.is_mappable(self.folder / WEIGHTS) and all(map(is_plain, self.weights.values()))
 
-    @property
-    def is_float16(self) -> bool:
-        """Whether every weight is float16 already."""
-        weights = [t for t in self.weights.values() if t.dim() >= 2 and t.is_floating_point()]
-        return bool(weights) and all(tensor.dtype == torch.float16 for tensor in weights)
-
-    def _check_dense(self) -> None:
-        for name, tensor in self.weights.items():
-            kinds = {"meta": tensor.is_meta, "quantized": tensor.is_quantized, "nested": tensor.is_nested}
-            found = [kind for kind, so in kinds.items() if so]
-            if tensor.layout != torch.strided and not found:
-                found = [str(tensor.layout).removeprefix("torch.")]
-            if found:
-                raise UpcastError(
-                    f"{self.folder / WEIGHTS}: {name} is a {found[0]} tensor; convert takes dense tensors with their "
-                    "numbers. Save the state dict with such ones."
-                )
+def _check_dense(path: Path, weights: dict[str, Tensor]) -> None:
+    for name, tensor in weights.items():
+        kinds = {"meta": tensor.is_meta, "quantized": tensor.is_quantized, "nested": tensor.is_nested}
+        found = [kind for kind, so in kinds.items() if so]
+        if tensor.layout != torch.strided and not found:
+            found = [str(tensor.layout).removeprefix("torch.")]
+        if found:
+            raise UpcastError(
+                f"{path}: {name} is a {found[0]} tensor; convert takes dense tensors with their numbers. Save the "
+                "state dict with such ones."
+            )
 
 
 def checkpoint_folder(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """LitGPT: build a model from its checkpoint folder without a float32 copy, and LLM.load under UPCAST=1."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast.checkpoint import reading
+from upcast.checkpoint import packed_file, reading
 from upcast.core import config, pages
 from upcast.core.errors import UpcastError
 from upcast.core.torch_modes import float32_by_default, ordinary, outside_inference_mode
@@ -20,6 +21,7 @@ from upcast.integrations.litgpt import model_config
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.patching import engine
 from upcast.policy import policy as policies
+from upcast.tensor.packed_weight import PackedWeight
 
 
 def load_litgpt(
@@ -43,7 +45,8 @@ def load_litgpt(
     docs/compatibility.md.
 
     Args:
-        checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``.
+        checkpoint_dir: a folder with ``model_config.yaml`` and ``lit_model.pth``, or one that `python -m upcast convert
+            --storage packed` wrote, whose weights are then mapped and stay packed.
         policy: as for `upcast.patch`.
         keep: as for `upcast.patch`; what it names arrives in float32, with all its digits.
         kv_cache: as for `upcast.patch`.
@@ -79,6 +82,9 @@ def load_litgpt(
     folder = Path(checkpoint_dir)
     with _plainly():
         model, weights = _read_folder(folder, whole=mesh is None)
+        if any(isinstance(tensor, PackedWeight) for tensor in weights.values()):
+            _check_whole(folder, mesh)
+            policy = loading.of_packed_files(policy)
         engine.check(model, policy, keep, trainable)
         if mesh is None:
             fill(model, weights, kv_cache, policy, guard, heal, keep, trainable)
@@ -95,6 +101,14 @@ def _check_divided(policy: policies.Policy, **options: Any) -> None:
         raise UpcastError(
             f"mesh= with policy {str(policy)!r}{listed}; a model divided between ranks is for inference under 'safe', "
             "which needs no other option. Leave them out."
+        )
+
+
+def _check_whole(folder: Path, mesh: Any) -> None:
+    if mesh is not None:
+        raise UpcastError(
+            f"mesh= with packed weights ({folder}); a model divided between ranks takes parts of float16 ones. Convert "
+            f"it back: python -m upcast convert {folder} --storage bfloat16."
         )
 
 
@@ -118,12 +132,12 @@ def read_for(model: torch.nn.Module, path: Path, whole: bool = True) -> dict[str
 def _read_weights(path: Path, whole: bool) -> dict[str, Tensor]:
     if whole and path.is_file():
         pages.read_ahead(path)
-    return reading.read(path)
+    return packed_file.read(path) if path.name == model_config.PACKED else reading.read(path)
 
 
 def _read_folder(folder: Path, whole: bool = True) -> tuple[Any, dict[str, Tensor]]:
     """Return the folder's model, without memory, and its mapped weights."""
-    fields, path = model_config.read(folder), folder / model_config.WEIGHTS
+    fields, path = model_config.read(folder), model_config.weights(folder)
     weights = _read_weights(path, whole)
     model = model_config.build(folder, fields, weights)
     _check_fits(model, weights, path)
@@ -188,7 +202,17 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def activate(module: ModuleType) -> None:
     """Make ``LLM.load`` and ``LLM.distribute`` of ``litgpt.api`` give patched models."""
-    stepping_aside.wrap(module, {"LLM.load": _load, "LLM.distribute": _distribute})
+    finder = {"auto_download_checkpoint": _find} if hasattr(module, "auto_download_checkpoint") else {}
+    stepping_aside.wrap(module, {"LLM.load": _load, "LLM.distribute": _distribute, **finder})
+
+
+def _find(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    """Return a packed folder as LitGPT would an ordinary one; it would look for lit_model.pth, and download it."""
+    name = args[0] if args else kwargs.get("model_name")
+    for folder in (Path(str(name)), Path("checkpoints", str(name))):
+        if model_config.weights(folder).name == model_config.PACKED and os.path.isfile(folder / model_config.CONFIG):
+            return folder
+    return wrapped(*args, **kwargs)
 
 
 def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
@@ -270,7 +294,7 @@ def _place(llm: Any, fixed_kv_cache_size: Any) -> None:
     from litgpt.utils import check_file_size_on_cpu_and_warn
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="32-true")
-    check_file_size_on_cpu_and_warn(llm.checkpoint_dir / "lit_model.pth", fabric.device)
+    check_file_size_on_cpu_and_warn(model_config.weights(llm.checkpoint_dir), fabric.device)
     model = load_by_environment(llm.checkpoint_dir)
     placed = {"model": fabric.setup_module(model), "fabric": fabric}
     placed["kv_cache_initialized"] = fixed_kv_cache_size is not None

@@ -16,6 +16,7 @@ from upcast.core import text_file
 from upcast.core.errors import UpcastError, describe
 
 CONFIG, WEIGHTS = "model_config.yaml", "lit_model.pth"
+PACKED = "lit_model.safetensors"  # what convert --storage packed writes
 LARGEST = 1 << 16  # bytes; LitGPT writes about 2,000
 DEEPEST = 20
 ROTARY = 1 << 30  # bytes that the tables of any model's rotary embedding may take
@@ -46,25 +47,31 @@ def read(folder: Path) -> dict[str, Any]:
     return fields
 
 
-def build(folder: Path, fields: dict[str, Any], weights: dict[str, Tensor]) -> Any:
+def weights(folder: Path) -> Path:
+    """Return the folder's file of weights: LitGPT's own where it is there, or the packed one."""
+    own, packed = folder / WEIGHTS, folder / PACKED
+    return packed if os.path.isfile(packed) and not os.path.isfile(own) else own
+
+
+def build(folder: Path, fields: dict[str, Any], tensors: dict[str, Tensor]) -> Any:
     """Return the config's model, without memory.
 
     Raises:
-        UpcastError: LitGPT cannot build it, or it is larger than ``weights`` are.
+        UpcastError: LitGPT cannot build it, or it is larger than ``tensors`` are.
     """
     from litgpt import GPT, Config
 
-    path = folder / CONFIG
-    for name, found in (("n_layer", _counted(weights, "h")), ("n_expert", _counted(weights, "experts"))):
+    path, weights_path = folder / CONFIG, weights(folder)
+    for name, found in (("n_layer", _counted(tensors, "h")), ("n_expert", _counted(tensors, "experts"))):
         asked = fields.get(name, 0)
         if isinstance(asked, int) and asked > found:
             raise UpcastError(
-                f"{path}: {name} is {asked}, and {folder / WEIGHTS} has the weights of {found}; weights and {CONFIG} "
+                f"{path}: {name} is {asked}, and {weights_path} has the weights of {found}; weights and {CONFIG} "
                 "must belong together. Download or convert the checkpoint again."
             )
     try:
         settings = Config(**fields)
-        _check_rotary(settings, sum(tensor.numel() * tensor.element_size() for tensor in weights.values()))
+        _check_rotary(settings, sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
         with torch.device("meta"):
             return GPT(settings)
     except Exception as error:  # whatever LitGPT makes of other names, kinds and sizes

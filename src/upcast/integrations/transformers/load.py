@@ -10,7 +10,7 @@ import functools
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -19,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast.checkpoint import reading
+from upcast.checkpoint import packed_file, reading
 from upcast.core import pages
+from upcast.core.errors import UpcastError
 from upcast.core.memory_layout import plain
 from upcast.integrations import checkpoint_files, loading, stepping_aside
 from upcast.integrations.loading import Loading
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.integrations.transformers import saving
+from upcast.tensor.packed_weight import PackedWeight
 
 
 class Arriving:
@@ -79,6 +81,13 @@ def activate(module: ModuleType) -> None:
     saving.install(module)
 
 
+def reads_packed_files() -> bool:
+    """Whether this version of Transformers lets us say what the tensors of a file are."""
+    from transformers import PreTrainedModel
+
+    return _takes_arriving(PreTrainedModel)
+
+
 def _takes_arriving(model_class: Any) -> bool:
     """Whether this version materialises a state dict as Transformers 5 does."""
     loader = getattr(model_class, "_load_pretrained_model", None)
@@ -129,6 +138,9 @@ def _arrive(wrapped: Callable[..., Any], call: inspect.BoundArguments, ours: Loa
     checkpoint_files.check_inside(call.arguments["load_config"])
     mesh = call.arguments["load_config"].device_mesh
     ours.divided = mesh is not None
+    if _are_packed(files):
+        _check_whole(mesh)
+        ours.policy = loading.of_packed_files(ours.policy)
     ours.check(model)
     if mesh is None:
         for file in files or ():
@@ -152,8 +164,39 @@ def _arrive(wrapped: Callable[..., Any], call: inspect.BoundArguments, ours: Loa
         )
         for name, tensor in tensors.items()
     }
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     with _one_by_one() if parts else nullcontext():
-        return wrapped(*call.args, **call.kwargs)
+        result = wrapped(*call.args, **call.kwargs)
+    _check_shapes(model, shapes)
+    return result
+
+
+def _are_packed(files: Sequence[str] | None) -> bool:
+    """Whether a checkpoint's weights are packed in its files."""
+    for file in files or ():
+        if str(file).endswith(".safetensors"):
+            with checkpoint_files.read_from(file):
+                if packed_file.is_packed(Path(file)):
+                    return True
+    return False
+
+
+def _check_whole(mesh: Any) -> None:
+    if mesh is not None:
+        raise UpcastError(
+            "packed weights, and a model that is divided between ranks; those take parts of ordinary weights. Convert "
+            "the checkpoint back: python -m upcast convert FOLDER --storage bfloat16."
+        )
+
+
+def _check_shapes(model: Any, wanted: Mapping[str, torch.Size]) -> None:
+    """Refuse packed weights of other shapes than the config's: with a quantizer, Transformers does not look."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, PackedWeight) and parameter.shape != wanted.get(name, parameter.shape):
+            raise UpcastError(
+                f"{name} is {tuple(parameter.shape)} in the checkpoint, and the config makes it {tuple(wanted[name])}; "
+                "weights and config.json must belong together. Download or convert the checkpoint again."
+            )
 
 
 def _load_adapter(wrapped: Callable[..., Any], model: Any, args: Any, kwargs: Any) -> Any:
@@ -261,6 +304,9 @@ def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
         with checkpoint_files.read_from(file):
             if str(file).endswith(".safetensors"):
                 found = _mapped(file)
+                if any(isinstance(tensor, PackedWeight) for tensor in found.values()):
+                    tensors |= found  # looked at already
+                    continue
             elif reading.is_mappable(Path(file)):
                 found = load_state_dict(file, "cpu", weights_only)
             else:  # the library would map it all the same
@@ -272,5 +318,7 @@ def _read(files: Sequence[str] | None, weights_only: bool) -> dict[str, Tensor]:
 def _mapped(file: str) -> dict[str, Tensor]:
     from safetensors import safe_open
 
+    if packed_file.is_packed(Path(file)):
+        return packed_file.read(Path(file))
     with safe_open(file, framework="pt") as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - it is no dictionary

@@ -27,6 +27,8 @@ from upcast.integrations.transformers import load
 from upcast.integrations.transformers.saving import METHOD, saved
 from upcast.policy import policy as policies
 
+BACK = "python -m upcast convert FOLDER --storage bfloat16"
+
 
 class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Patch what ``from_pretrained`` of Transformers loads: ``quantization_config=upcast.UpcastConfig()``.
@@ -42,6 +44,8 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         keep: patterns of parameter or module names to hold in float32.
         trainable: patterns of what learns and is held in float32.
         storage: how weights are stored, as for `upcast.patch`; kept in the policy string.
+        weights: ``"packed"`` in the folders that `python -m upcast convert --storage packed` writes: their files hold
+            packed weights, and nothing but upcast reads them.
 
     Raises:
         UpcastError: an unknown policy, kv_cache or storage, patterns that are no list of texts, or a field of a
@@ -62,6 +66,7 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         keep: Sequence[str] = (),
         trainable: Sequence[str] = (),
         storage: str | None = None,
+        weights: str | None = None,
         **fields: Any,
     ) -> None:
         self.quant_method: Any = METHOD
@@ -69,11 +74,16 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if fields.pop("quant_method", METHOD) != METHOD or fields:
             raise UpcastError(
                 f"UpcastConfig with {', '.join(map(repr, fields)) or 'another quant_method'}; it has policy, kv_cache, "
-                f"keep, trainable and storage. It was made for upcast {made_by}, and this is {VERSION}. Correct it, or "
-                "load the checkpoint unpatched with UPCAST=0."
+                f"keep, trainable, storage and weights. It was made for upcast {made_by}, and this is {VERSION}. "
+                "Correct it, or load the checkpoint unpatched with UPCAST=0."
+            )
+        if weights not in (None, "packed"):
+            raise UpcastError(
+                f"UpcastConfig with weights={weights!r}; it can be 'packed'. Update upcast, or convert again."
             )
         if kv_cache is not None:
             policies.check_kv_cache(kv_cache)
+        self.weights = weights
         self.policy = str(policies.resolve(policies.stored(policy, storage)))
         self.kv_cache = kv_cache
         self.keep, self.trainable = _texts("keep", keep), _texts("trainable", trainable)
@@ -90,7 +100,9 @@ class UpcastConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON has them; config.json keeps them under ``quantization_config``."""
-        return saved(self.policy, self.kv_cache, self.keep) | ({"trainable": self.trainable} if self.trainable else {})
+        more = {"trainable": self.trainable, "weights": self.weights}
+        given = {name: value for name, value in more.items() if value}
+        return saved(self.policy, self.kv_cache, self.keep) | given
 
 
 def _texts(name: str, given: Any) -> list[str]:
@@ -110,6 +122,11 @@ class UpcastQuantizer(HfQuantizer):  # type: ignore[misc]
         # None: the model stays as it is
         self.loading: Loading | None = Loading(given.kv_cache, given.policy, given.keep, given.trainable, strict=True)
         load.install()
+        if given.weights and not load.reads_packed_files():
+            raise UpcastError(
+                "weights that are packed in their files, with a Transformers that does not take them; they need "
+                f"Transformers 5 or newer. Update it, or convert the checkpoint back: {BACK}."
+            )
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what asks for something else than a model on the CPU; a folder that only names us gives way."""
@@ -120,6 +137,11 @@ class UpcastQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._give_way(str(reason))
 
     def _give_way(self, why: str) -> None:
+        if self.quantization_config.weights:
+            raise UpcastError(
+                f"weights that are packed in their files, and cannot be used so: {why}; packed weights are for models "
+                f"that upcast patches, on the CPU. Convert the checkpoint back: {BACK}."
+            )
         if not self.pre_quantized:
             raise UpcastError(f"an UpcastConfig with {why}; upcast stores float16 on the CPU. Leave one of them out.")
         self.loading = None
