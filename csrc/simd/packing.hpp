@@ -85,22 +85,25 @@ static void list_escape(EscapeList &escapes, int64_t column, uint16_t bits) {
 
 // 64 numbers of a row, from `column` on.
 static void pack_record(const uint16_t *bits, const Codes &codes, int64_t column, uint8_t *record, EscapeList &escapes) {
-    uint8_t code[RECORD], *low = record + CODE_BYTES;
-    for (int lane = 0; lane < 4; ++lane) {
-        for (int vector = 0; vector < 4; ++vector) {
-            for (int i = 0; i < 4; ++i) {
-                const uint16_t number = bits[16 * vector + 4 * lane + i];
-                const int byte = 16 * lane + vector / 2 * 8 + 2 * i + vector % 2;
-                low[byte] = static_cast<uint8_t>(number);
-                code[byte] = codes.of[number >> 8];
-            }
+    uint8_t code[RECORD], high[RECORD], *low = record + CODE_BYTES;
+    for (int half = 0; half < 2; ++half) {
+        // Words of two bytes, of one vector and of the next; four words are neighbours.
+        uint16_t low_words[16], high_words[16];
+        for (int n = 0; n < 16; ++n) {
+            const uint16_t first = bits[32 * half + n], second = bits[32 * half + 16 + n];
+            low_words[n] = static_cast<uint16_t>((first & 0xff) | second << 8);
+            high_words[n] = static_cast<uint16_t>(first >> 8 | (second & 0xff00));
+        }
+        for (int lane = 0; lane < 4; ++lane) {
+            memcpy(low + 16 * lane + 8 * half, low_words + 4 * lane, 8);
+            memcpy(high + 16 * lane + 8 * half, high_words + 4 * lane, 8);
         }
     }
-    uint32_t absent = 0;
-    for (int byte = 0; byte < RECORD; ++byte) absent |= code[byte] - 1u; // only of 0 the upper bits are set
-    uint32_t zero = 0;
-    for (int i = 0; i < RECORD; ++i) zero |= bits[i] == 0;
-    if (absent >> 8 || zero) {
+    for (int byte = 0; byte < RECORD; ++byte) code[byte] = codes.of[high[byte]];
+    uint8_t absent = 0, zero = 0;
+    for (int byte = 0; byte < RECORD; ++byte) absent |= code[byte] == 0;
+    for (int n = 0; n < RECORD; ++n) zero |= bits[n] == 0;
+    if (absent || zero) {
         for (int n = 0; n < RECORD; ++n) {
             const int byte = n % 16 / 4 * 16 + n / 32 * 8 + n % 4 * 2 + n / 16 % 2;
             if (bits[n] == 0) code[byte] = 0;

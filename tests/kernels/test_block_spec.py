@@ -27,7 +27,7 @@ def test_the_fields_are_those_of_the_kernel_in_its_order() -> None:
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a list for a matrix": ({"proj": [None, None, 0]}, "a matrix of the block is no tuple of 3 items"),
     "a norm cut short": ({"norm_2": (None, None, 0)}, "a norm of the block is no tuple of 5 items"),
-    "an unknown storage": ({"down": Matrix(torch.zeros(256, 512).half(), None, 1)}, "unknown storage"),
+    "an unknown storage": ({"down": Matrix(torch.zeros(256, 512).half(), None, 2)}, "unknown storage"),
     "an unknown norm": ({"norm_k": Norm(kind=3)}, "unknown norm"),
     "an unknown activation": ({"activation": -1}, "unknown activation"),
     "an absent matrix": ({"gate": Matrix()}, "gate"),
