@@ -73,7 +73,7 @@ class Loading:
 
     def exact(self, name: str) -> bool:
         """Whether the model's tensor of this name is to keep all its digits."""
-        return self.storage == "float32" or any(matches(name, pattern) for pattern in (*self.keep, *self.trainable))
+        return any(matches(name, pattern) for pattern in (*self.keep, *self.trainable))
 
     def arrive(
         self, name: str, tensor: Tensor, ours: bool = True, in_place: bool = True, exact: bool = False
@@ -87,7 +87,7 @@ class Loading:
             return tensor
         if isinstance(tensor, PackedWeight):
             return _packed(tensor, in_place, exact)
-        if exact:
+        if exact or self.storage == "float32":
             return to_float32(tensor)
         with self._turn:  # Transformers loads with several threads: that many tensors would be in memory at once
             return self._arrived(name, tensor, ours, in_place)
