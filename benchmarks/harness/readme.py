@@ -85,7 +85,7 @@ def rows_of(record: dict[str, Any]) -> list[tuple[str, ...]]:
 def _row(variant: dict[str, Any], prompt_tokens: int) -> tuple[str, ...]:
     quality, timings, ratios = variant["quality"] or {}, variant["timings"], variant["ratios"]
     prefill, decode = (timings[f"{name}_seconds"] for name in ("prefill", "decode"))
-    name = f"**{variant['variant']}**" if variant["variant"] == "upcast" else variant["variant"]
+    name = f"**{variant['variant']}**" if variant["variant"].startswith("upcast") else variant["variant"]
     return (
         name,
         f"{variant['weight_bytes'] / 1e6:,.0f} MB",

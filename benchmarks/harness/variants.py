@@ -5,6 +5,7 @@ the checkpoint into it. `from_state` builds the same variant from a state dict, 
 """
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -66,16 +67,16 @@ def _autocast() -> AbstractContextManager[Any]:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-def _upcast_load(checkpoint: Path) -> GPT:
+def _upcast_load(checkpoint: Path, storage: str = "float16") -> GPT:
     import upcast
 
-    return upcast.load_litgpt(checkpoint)
+    return upcast.load_litgpt(checkpoint, storage=storage)
 
 
-def _upcast_patch(model: GPT) -> GPT:
+def _upcast_patch(model: GPT, storage: str = "float16") -> GPT:
     import upcast
 
-    return upcast.patch(model)
+    return upcast.patch(model, storage=storage)
 
 
 VARIANTS = {
@@ -105,6 +106,14 @@ VARIANTS = {
             "16-true",
             finish=_upcast_patch,
             load_with=_upcast_load,
+        ),
+        Variant(
+            "upcast-packed",
+            "bfloat16's numbers in 12 bits, float32 math",
+            torch.bfloat16,
+            "bf16-true",
+            finish=functools.partial(_upcast_patch, storage="packed"),
+            load_with=functools.partial(_upcast_load, storage="packed"),
         ),
     )
 }
@@ -163,4 +172,5 @@ def prompt_operations(model: GPT, tokens: int) -> int | None:
 
 
 def _storage(parameter: torch.Tensor) -> torch.UntypedStorage:
-    return getattr(parameter, "stored", parameter).untyped_storage()  # a HalfWeight's float16 tensor
+    inside = getattr(parameter, "blob", None)  # of a PackedWeight, or else a HalfWeight's float16 tensor
+    return (getattr(parameter, "stored", parameter) if inside is None else inside).untyped_storage()

@@ -28,7 +28,7 @@ class Worker:
         self.windows = torch.tensor(job.windows)
         if job.threads is not None:
             torch.set_num_threads(job.threads)
-        if job.variant == "upcast":
+        if job.variant.startswith("upcast"):
             importlib.import_module("upcast")  # an imported library, not part of loading
         # Start torch's thread pool and its matmul library, which belong to no variant's weights.
         torch.nn.functional.linear(torch.ones(256, 256), torch.ones(256, 256))

@@ -18,7 +18,7 @@ from litgpt import Config
 from litgpt.scripts.convert_lit_checkpoint import copy_weights_llama
 from safetensors.torch import save_file
 
-from benchmarks.models.smollm2 import prepare
+from benchmarks.models.smollm2 import MANIFEST, prepare
 
 PROMPT = list(range(100, 164))
 NEW_TOKENS = 64
@@ -28,7 +28,9 @@ def prepare_transformers(folder: Path | None = None) -> Path:
     """Return a folder for ``AutoModelForCausalLM.from_pretrained``, written beside LitGPT's on first use (float16)."""
     source = prepare()
     folder = folder or source.with_name(f"{source.name}-transformers")
-    if (folder / "config.json").is_file():
+    made_of = json.loads((source / MANIFEST).read_text())["files"]["lit_model.pth"]["sha256"]
+    note = folder / "made_of.txt"
+    if (folder / "config.json").is_file() and note.is_file() and note.read_text() == made_of:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     settings = Config.from_file(source / "model_config.yaml")
@@ -38,7 +40,8 @@ def prepare_transformers(folder: Path | None = None) -> Path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         shutil.copy(source / name, folder / name)
-    (folder / "config.json").write_text(json.dumps(_config(settings), indent=1))  # last: it says that all is there
+    (folder / "config.json").write_text(json.dumps(_config(settings), indent=1))
+    note.write_text(made_of)  # last: it says that all is there
     return folder
 
 

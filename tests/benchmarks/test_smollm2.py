@@ -80,6 +80,7 @@ def test_prepare_returns_at_once_and_writes_nothing(folder: Path) -> None:
 def test_weights_are_float16_and_load_strictly(state: dict[str, torch.Tensor]) -> None:
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
     assert all(tensor.isfinite().all() for tensor in state.values())
+    assert all(torch.equal(tensor.bfloat16().float(), tensor.float()) for tensor in state.values())  # as published
     assert sum(p.numel() for p in build(state).parameters()) == 162_826_560  # with the head's twin
 
 
