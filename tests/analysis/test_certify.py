@@ -52,6 +52,9 @@ def test_figures_are_those_of_their_definitions(model: Any) -> None:
     assert found.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-5)
     float32 = row(certificate, "float32")
     assert (float32.error, float32.kl_worst, float32.top1, float32.greedy) == (0.0, 0.0, 1.0, 1.0)
+    assert float32.times_float32 == 1.0  # a pass of its own, a moment ago
+    assert all(0 < each.times_float32 < math.inf for each in certificate.rows)
+    assert f"{found.times_float32:.2f}x" in certificate.to_markdown()
     assert row(certificate, "bfloat16").error > 3 * row(certificate, "float16").error > 3 * 1e-5
     assert found.weight_bytes < 0.6 * float32.weight_bytes
 
