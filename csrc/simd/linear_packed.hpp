@@ -1,10 +1,10 @@
 // y = x W^T for packed weights. Each number is added in the order in which `DotTile` adds a float16 one, so that what
 // both can hold gives the same bits, alone and in a batch.
 //
-// A few rows of x: those of a tile's weights are unpacked into the nearest cache, where what escaped is put back, and
-// then multiplied as any floats, their sums in registers. Record by record, so that the processor unpacks the next
-// one meanwhile; or chunk by chunk, where registers are short, or where several blocks of rows of x meet a chunk, whose
-// sums wait beside it. Many rows: a stretch of rows of weights is widened once.
+// One row of x: what is unpacked is multiplied at once. A few: rows of a tile's weights are unpacked into the nearest
+// cache, where what escaped is put back, and then multiplied as any floats, their sums in registers. Record by record,
+// so that the processor unpacks the next one meanwhile; or chunk by chunk, where several blocks of rows of x meet a
+// chunk, whose sums wait beside it. Many rows: a stretch of rows of weights is widened once.
 // The rows of a tile are neighbours, or lie far apart: see linear_far.hpp.
 #pragma once
 
@@ -60,6 +60,20 @@ UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, f
             UPCAST_UNROLL
             for (int v = 0; v < RECORD_VECTORS; ++v) store(numbers + r * DEPTH + i + v * LANES, wide[v]);
         }
+    }
+}
+
+// sums[r] += lane by lane, one record of the rows of a tile, where nothing escapes, against one row of x.
+template <int R> UPCAST_INLINE void add_packed(const TileRecords &at, int64_t k, const float *x, vf *sums) {
+    const uint8_t *w = at.first + k / RECORD * RECORD_BYTES;
+    UPCAST_UNROLL
+    for (int r = 0; r < R; ++r) {
+        const uint8_t *record = w + r * at.stride;
+        prefetch(record + at.ahead), prefetch(record + at.ahead + 64);
+        vf numbers[RECORD_VECTORS];
+        unpack_record(record, at.high, numbers);
+        UPCAST_UNROLL
+        for (int v = 0; v < RECORD_VECTORS; ++v) sums[r] += numbers[v] * load(x + v * LANES);
     }
 }
 
@@ -136,6 +150,10 @@ static void packed_block(const Linear &a, const RowBlocks &rows, const TileRows 
         UPCAST_UNROLL
         for (int i = 0; i < PADDED; ++i) sums[i] = vf{};
         for (; k + DEPTH <= end; k += DEPTH) {
+            if (COLS == 1 && __builtin_expect(soonest >= k + DEPTH, 1)) {
+                add_packed<R>(at, k, x + k, sums);
+                continue;
+            }
             widen_rows<R, DEPTH>(at, k, DEPTH, wide);
             if (__builtin_expect(soonest < k + DEPTH, 0)) soonest = escapes.patch(k, DEPTH, DEPTH, wide);
             UPCAST_STORED(wide);
