@@ -61,7 +61,7 @@ def test_a_piece_keeps_its_ties_and_outlives_the_model() -> None:
     del patched, head
     with torch.no_grad():
         assert relative_error(blocks(x), want) < 1e-5
-    assert "2 weights in float16" in upcast.report(blocks[0])
+    assert "2 weights stored so" in upcast.report(blocks[0])
     upcast.unpatch(blocks)
     assert relative_error(blocks(x), want) < 1e-5
     assert "forward" not in blocks[0].up.__dict__

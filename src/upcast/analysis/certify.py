@@ -329,8 +329,9 @@ def _bytes(model: nn.Module) -> int:
     """Return the bytes of parameters and buffers; shared storage counts once."""
     storages: dict[int, int] = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        plain = tensor.memory() if isinstance(tensor, HalfWeight) else tensor
-        storage = plain.untyped_storage()
+        held = tensor.store.bytes if isinstance(tensor, HalfWeight) and tensor.store.held else None
+        plain = tensor.memory() if isinstance(tensor, HalfWeight) and held is None else tensor
+        storage = (plain if held is None else held).untyped_storage()
         storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 

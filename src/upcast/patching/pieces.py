@@ -87,14 +87,14 @@ def _restore(wanted: Sequence[tuple[Tensor, torch.dtype]]) -> None:
 def _report(root: nn.Module, weights: dict[str, HalfWeight]) -> str:
     first = next(iter(weights.values()))
     others = [ref for ref in refs(root) if ref.is_parameter and ref.name not in weights]
-    rows = [(name, _shape(weight), "float16") for name, weight in weights.items()]
+    rows = [(name, _shape(weight), weight.store.name) for name, weight in weights.items()]
     rows += [(ref.name, _shape(ref.tensor), str(ref.tensor.dtype).removeprefix("torch.")) for ref in others]
-    size = console.megabytes(sum(weight.stored.nbytes for weight in weights.values()))
+    size = console.megabytes(sum(weight.nbytes for weight in weights.values()))
     return "\n".join(
         [
             console.table(("tensor", "shape", "stored in"), rows),
             f"{type(root).__name__}: a piece of a patched {first.fallbacks.model}, which has the whole report; "
-            f"{len(weights)} weights in float16, {size}",
+            f"{len(weights)} weights stored so, {size}",
             f"kernels: {kernels.describe()}",
             f"upcast whole, in all of {first.fallbacks.model}: {first.fallbacks}",
         ]
