@@ -14,28 +14,22 @@ from upcast import kernels
 from upcast.core import console, extensions, messages
 from upcast.core.errors import UpcastError, describe
 from upcast.core.extensions import Extension
-from upcast.core.memory_layout import to_float32
-from upcast.core.pages import Memory, give_back_pages
 from upcast.core.tensor_ref import TensorRef
-from upcast.core.torch_modes import ordinary, outside_inference_mode
-from upcast.kernels import packed
-from upcast.kernels.packed_matrix import PackedMatrix
-from upcast.kernels.rounding import Rounding, survey, to_half
+from upcast.core.torch_modes import outside_inference_mode
+from upcast.kernels.rounding import Rounding
 from upcast.patching import hooks, pieces, several, transaction
 from upcast.patching import trainable as learning
 from upcast.patching.claims import alone
 from upcast.patching.discovery import check_patterns, prepare, refs, unwrap
+from upcast.patching.new_weights import NewWeights
 from upcast.patching.parts import RECORD, Part, parts_of, patched_parts_of, roots_of, took_back
-from upcast.patching.plan import KEEP, PACKING, UPCAST, Change, Plan, change_of, decisions
+from upcast.patching.plan import KEEP, Change, Plan, change_of, decisions
 from upcast.patching.transaction import Assignments, Record, assignments, take_back
 from upcast.policy import fingerprint, module_scope
 from upcast.policy import policy as policies
 from upcast.policy.module_scope import Selection
 from upcast.policy.policy import Choice, Policy
-from upcast.tensor.half_weight import OURS, HalfWeight, parameter
-from upcast.tensor.packed_weight import PackedWeight, as_matrix, fitting
-from upcast.tensor.packed_weight import parameter as packed_parameter
-from upcast.tensor.store import Fallbacks
+from upcast.tensor.half_weight import OURS, HalfWeight
 
 Model = TypeVar("Model")
 
@@ -253,64 +247,6 @@ def _prepared(
     return root, found, [*keep, "*"] if chosen.storage == "float32" else [*keep], chosen
 
 
-class _Weights:
-    """What takes the place of a model's tensors."""
-
-    def __init__(self, model: str, storage: str, loaded: bool) -> None:
-        self.fallbacks, self._storage = Fallbacks(model), storage
-        self._loaded = loaded  # by us, from files: nobody has written to what is mapped
-        self._memory = Memory()
-        self._made: dict[str, HalfWeight] = {}
-        self._half: Tensor | None = None  # of the tensor that was looked at last
-        self._packed: PackedMatrix | None = None  # likewise
-
-    def look(self, tensor: Tensor) -> Rounding:
-        """Pack a tensor, or round it to float16, unless it is float16 already, and say what that loses."""
-        if isinstance(tensor, PackedWeight):  # in its file
-            if self._storage in PACKING and tensor.region is None:
-                self._packed = tensor.store.matrix
-                return Rounding(escapes=None if self._packed is None else self._packed.escapes)
-            tensor = tensor.memory().contiguous()
-        if self._storage not in PACKING:
-            return self._round(tensor)
-        found, why = fitting(tensor.detach(), self._storage)
-        if found is None:
-            return replace(self._round(tensor), unpacked=why)
-        self._packed = packed.pack(as_matrix(ordinary(tensor.detach())), found)
-        if self._loaded:
-            give_back_pages(tensor)
-        return Rounding(escapes=found.escapes)
-
-    def _round(self, tensor: Tensor) -> Rounding:
-        if tensor.dtype == torch.float16:
-            return survey(tensor)
-        self._half, rounding = to_half(tensor.detach(), self._memory)
-        return rounding
-
-    def make(self, ref: TensorRef, action: str, alias: TensorRef | None) -> Tensor | None:
-        """Return the new tensor, or None for one that is kept."""
-        half, self._half = self._half, None
-        matrix, self._packed = self._packed, None
-        if action == UPCAST:
-            return _upcast(ref)
-        if action == KEEP:
-            plain = type(ref.tensor) is nn.Parameter
-            return nn.Parameter(ref.tensor.detach(), requires_grad=False) if ref.freezes and plain else None
-        shared = None if alias is None else self._made[alias.name]
-        if isinstance(shared, PackedWeight):
-            matrix = shared.store.matrix
-        if matrix is not None:
-            weight: HalfWeight = packed_parameter(matrix, tuple(ref.tensor.shape), self.fallbacks, ref.wants_grad)
-        else:
-            if half is None:
-                half = ordinary(ref.tensor.detach()) if shared is None else shared.stored
-            weight = parameter(half, self.fallbacks, ref.wants_grad)
-        if shared is not None:
-            weight.store.share(shared.store)
-        self._made[ref.name] = weight
-        return weight
-
-
 @outside_inference_mode()
 def _patch(
     root: nn.Module,
@@ -323,7 +259,11 @@ def _patch(
     watcher: Watcher | None = None,
 ) -> Record:
     """Patch ``root``, all or nothing; what is replaced comes into ``originals`` as well, before it is."""
-    weights, tensors, lent = _Weights(type(root).__name__, policy.storage, known is not None), Assignments(), originals
+    weights, tensors, lent = (
+        NewWeights(type(root).__name__, policy.storage, known is not None),
+        Assignments(),
+        originals,
+    )
     originals = Assignments() if originals is None else originals
     changes: dict[str, Change] = {}
     for ref, action, reason, rounding, alias in decisions(found, keep, weights.look):
@@ -368,12 +308,6 @@ def _install_fast_ways(extension: Extension, root: nn.Module, kv_cache: str) -> 
         transaction.remove_extension(root, extension)
         why = f"{type(root).__name__} runs without its fast ways for {extension.name}: {describe(error)}"
         messages.say(why, level=logging.WARNING)
-
-
-def _upcast(ref: TensorRef) -> Tensor:
-    held = ref.tensor.upcast() if isinstance(ref.tensor, PackedWeight) else ref.tensor
-    wide = to_float32(held.detach())
-    return nn.Parameter(wide, ref.tensor.requires_grad and not ref.freezes) if ref.is_parameter else wide
 
 
 def _assignments(ref: TensorRef, new: Tensor) -> Assignments:
