@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from upcast.checkpoint import extents
 from upcast.checkpoint.conversion_kind import Conversion, Folders, Item
 from upcast.checkpoint.extents import Extent
-from upcast.checkpoint.output_folder import LAYING_OUT, MANIFEST, OWN, PLAN, journal_line, read_json, set_mode
+from upcast.checkpoint.output_folder import LAYING_OUT, MANIFEST, OWN, PLAN, WEIGHTS, journal_line, read_json, set_mode
 from upcast.core import console, messages, pages
 from upcast.core.errors import UpcastError
 
@@ -76,8 +76,9 @@ def already(folder: Path, output: Path, kind: str, folders: Folders, is_whole: C
             f"the output {output} is the checkpoint itself; nothing is overwritten. Name another folder with --output."
         )
     found = read_json(output / MANIFEST)
-    same = found.get("kind") == kind and found.get("source") == folders.identity(folder)
-    if same and all(isinstance(name, str) and is_whole(output / name) for name in found.get("weights") or [0]):
+    names = found.get("weights", [WEIGHTS])  # manifests of 0.1 say neither this nor the kind
+    same = found.get("kind", "a float16 copy") == kind and found.get("source") == folders.identity(folder)
+    if same and isinstance(names, list) and all(isinstance(name, str) and is_whole(output / name) for name in names):
         others = [path.name for path in folders.beside(folder) if not _is_same(path, output / path.name)]
         but = f". Not as in the checkpoint: {', '.join(others)}" if others else ""
         return f"{output} is there already, converted from this checkpoint: nothing to do{but}"

@@ -90,7 +90,8 @@ class Partial:
         names, known = self.names(), {FRESH}
         for mark in map(self.read, (PLAN, MANIFEST)):
             if "upcast" in mark and "source" in mark and isinstance(mark.get("beside"), list):
-                known.update(OWN, map(str, mark["beside"]), mark.get("weights") or ())
+                weights = mark.get("weights")
+                known.update(OWN, map(str, mark["beside"]), map(str, weights if isinstance(weights, list) else ()))
         foreign = [name for name in names if name not in known or not _is_plain_file(self.folder / name)]
         if foreign:
             listed = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")

@@ -98,8 +98,8 @@ class _Odd(Exception):
 
 
 def is_packed(path: Path) -> bool:
-    """Whether a file says that it holds packed weights, of this version or another."""
-    return KEY in safetensors_file.read_header(path).metadata
+    """Whether a file says that it holds packed weights, of this version or another, whatever else it says."""
+    return KEY in safetensors_file.peek(path)
 
 
 def read(path: Path) -> dict[str, Tensor]:

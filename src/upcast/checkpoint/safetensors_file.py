@@ -96,6 +96,17 @@ def read_header(path: Path) -> Header:
     return Header(entries, metadata)
 
 
+def peek(path: Path) -> dict[str, Any]:
+    """Return what the metadata of a file says; nothing of one that has none, or is for its reader to refuse."""
+    try:
+        with path.open("rb") as file:
+            length = _length(file.read(_LENGTH.size), os.fstat(file.fileno()).st_size)
+            found = _parsed(file.read(length)).get(_METADATA)
+    except (OSError, _Odd):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def refuse(path: Path, found: str) -> NoReturn:
     """Raise the error for a file that is not what it should be."""
     raise UpcastError(

@@ -122,7 +122,7 @@ def _transformers(folder: Path) -> Kind | None:
     fields = _config(folder)
     if "_diffusers_version" in fields:
         raise UpcastError(f"{folder} is of Diffusers; LitGPT's and Transformers' checkpoints can be packed. Pass one.")
-    packed = {packed_file.is_packed(folder / name) for name in files}
+    packed = {packed_file.KEY in safetensors_file.read_header(folder / name).metadata for name in files}
     if len(packed) > 1:
         raise UpcastError(f"{folder}: some files hold packed weights and some do not; all must. Convert it again.")
     return Kind(folder, tuple(files), packed.pop(), False)
