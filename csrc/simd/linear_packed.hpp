@@ -271,6 +271,9 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
     }
 }
 
+// Floats between rows of a stretch: rows whose distance is a multiple of 4 KiB would evict each other.
+static int64_t wide_row(const Linear &a) { return (a.K + 15) / 16 * 16 + 16; }
+
 static LinearPlan plan_packed(const Linear &a, int threads) {
     LinearPlan plan = plan_dot(a, threads);
     plan.strategy = Strategy::packed;
@@ -278,7 +281,7 @@ static LinearPlan plan_packed(const Linear &a, int threads) {
     if (RowBlocks(a, plan, 0).count <= PACKED_BLOCKS && plan.grid_m == 1) return plan;
     constexpr int64_t TALLEST_TILES = 12; // a multiple of every tile's height
     plan.block = least(STRETCH, most<int64_t>(1, PACKED_WIDE / (a.K + 1) / TALLEST_TILES) * TALLEST_TILES);
-    plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * plan.block * a.K);
+    plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * plan.block * wide_row(a));
     return plan;
 }
 
@@ -287,12 +290,13 @@ static void packed_task(const Linear &a, const LinearPlan &plan, float *scratch,
     const int64_t begin = a.N * tn / plan.grid_n, end = a.N * (tn + 1) / plan.grid_n;
     const RowBlocks x(a, plan, task);
     if (!plan.scratch) return packed_few_rows(a, x, begin, end, plan.reading);
-    float *wide = scratch + task * plan.block * a.K;
+    const int64_t ld = wide_row(a);
+    float *wide = scratch + task * plan.block * ld;
     for (int64_t n = begin; n < end; n += plan.block) {
         const int64_t next_n = least(end, n + plan.block);
-        for (int64_t i = n; i < next_n; ++i) widen_packed(a.packed, i, 0, a.K, wide + (i - n) * a.K);
+        for (int64_t i = n; i < next_n; ++i) widen_packed(a.packed, i, 0, a.K, wide + (i - n) * ld);
         for (int64_t block = 0; block < x.count; ++block)
-            dot_block<false>(a, Rows<float>{wide, a.K}, n, next_n, x.begin(block), x.begin(block + 1), Reading::one_stream);
+            dot_block<false>(a, Rows<float>{wide, ld}, n, next_n, x.begin(block), x.begin(block + 1), Reading::one_stream);
     }
 }
 
