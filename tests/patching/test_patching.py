@@ -163,8 +163,8 @@ def test_an_interrupted_patch_changes_nothing(monkeypatch: pytest.MonkeyPatch) -
             raise KeyboardInterrupt
         return original(*args)
 
-    original = upcast.patching.engine.to_half
-    monkeypatch.setattr("upcast.patching.engine.to_half", interrupt)
+    original = upcast.patching.new_weights.to_half
+    monkeypatch.setattr("upcast.patching.new_weights.to_half", interrupt)
     with pytest.raises(KeyboardInterrupt):
         upcast.patch(model)
     assert len(calls) == 4
