@@ -208,7 +208,7 @@ def rope_halves(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
 
 
 def _to_float16(array: NDArray[np.float32]) -> torch.Tensor:
-    numbers = torch.from_numpy(np.ascontiguousarray(array)).bfloat16()
+    numbers = torch.from_numpy(array.astype(np.float32)).bfloat16()
     half = numbers.half()
     if not torch.equal(half.float(), numbers.float()):
         raise PreparationError("bfloat16 numbers that float16 does not have; this model has none. Download it again.")

@@ -24,7 +24,8 @@ REFUSED = {"pythia-160m": "plain Llama", "Gemma-2-2b": "plain Llama", "Qwen3-0.6
 def tiny() -> tuple[Config, dict[str, torch.Tensor]]:
     config = Config.from_name("SmolLM2-135M-Instruct", **TINY)
     torch.manual_seed(0)
-    return config, {name: tensor.half() for name, tensor in GPT(config).state_dict().items()}
+    state = GPT(config).state_dict()  # with numbers that bfloat16 and float16 have: neither's small ones
+    return config, {name: torch.where(t.abs() < 2**-14, 0, t).bfloat16().half() for name, t in state.items()}
 
 
 def write(path: Path) -> tuple[Config, dict[str, torch.Tensor]]:
