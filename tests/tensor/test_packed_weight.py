@@ -249,6 +249,26 @@ def test_what_is_written_into_a_state_dict_arrives() -> None:
     assert not LENT  # nobody can write any more, and no copy is kept
 
 
+def test_a_state_dict_that_is_held_follows_the_weights() -> None:
+    model, plain = net()
+    upcast.patch(model, storage="packed")
+    with torch.no_grad():
+        states = [each.state_dict() for each in (model, plain)]
+        for each in (model, plain):
+            each.up.weight.mul_(2)
+        again = model.state_dict()["up.weight"]
+        for found in (states[0]["up.weight"], again):
+            assert torch.equal(found.float(), states[1]["up.weight"])
+        for state in states:  # a table, which no layer's short way asks for
+            state["table.weight"].mul_(2)
+        assert torch.equal(model.table(IDS), plain.table(IDS))
+        part = states[0]["up.weight"][:1]
+        del states, state, again, found
+        part.zero_()
+        plain.up.weight[:1].zero_()
+        assert relative_error(model.up(model.table(IDS)), plain.up(plain.table(IDS))) < 1e-6
+
+
 WRITES: dict[str, tuple[Callable[[Tensor], Any], bool]] = {  # what is written -> whether it can be packed
     "zeros": (lambda w: w.zero_(), True),
     "a row": (lambda w: w[0].fill_(2), True),

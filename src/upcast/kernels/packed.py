@@ -8,7 +8,7 @@ from types import ModuleType
 from torch import Tensor
 
 from upcast import kernels
-from upcast.kernels import packed_native, packed_portable
+from upcast.kernels import native, packed_native, packed_portable
 from upcast.kernels.packed_matrix import Born, PackedMatrix, size_of
 
 __all__ = [
@@ -25,11 +25,8 @@ __all__ = [
 ]
 
 
-_IMPLEMENTATIONS = {"native": packed_native, "portable": packed_portable}
-
-
 def _active() -> ModuleType:
-    return _IMPLEMENTATIONS[kernels.name()]
+    return packed_native if kernels.active() is native else packed_portable
 
 
 def examine(x: Tensor) -> Born:

@@ -70,12 +70,15 @@ class LinearForward(Forward):
             and not args
             and not kwargs
         ):
-            store, bias = weight.store, parameters["bias"]
-            if (store.held or weight.reclaim()) and (bias is None or not bias.is_neg()):
+            store, bias, is_packed = weight.store, parameters["bias"], type(weight) is PackedWeight
+            held = store.now if is_packed else store.half
+            if held is None and weight.reclaim():
+                held = store.half
+            if held is not None and (bias is None or not bias.is_neg()):
                 try:
-                    if type(weight) is PackedWeight:
-                        return packed.linear(input, store.matrix, bias)
-                    return (kernels._active or kernels.active()).linear(input, store.half, bias)
+                    if is_packed:
+                        return packed.linear(input, held, bias)
+                    return (kernels._active or kernels.active()).linear(input, held, bias)
                 except (UpcastError, TypeError, RuntimeError):
                     pass  # another dtype, say: the ordinary way has a result for it, or torch's own error
         args = args if input is _MISSING else (_like(input, weight), *args)

@@ -48,7 +48,8 @@ class PackedStore(Store):
     @property
     def half(self) -> Tensor | None:
         """The numbers in bfloat16, unpacked for this once."""
-        return kernels.unpack(self.matrix).view(self.shape) if self.held and self.matrix else None
+        matrix = self.now
+        return None if matrix is None else kernels.unpack(matrix).view(self.shape)
 
     @half.setter
     def half(self, value: Tensor | None) -> None:
@@ -56,10 +57,15 @@ class PackedStore(Store):
         self.matrix = None
 
     @property
-    def held(self) -> bool:
+    def now(self) -> PackedMatrix | None:
+        """The packed numbers, with what was written into a state dict; None once they have dissolved."""
         if self.given is not None:
             self._look()
-        return self.matrix is not None
+        return self.matrix
+
+    @property
+    def held(self) -> bool:
+        return self.now is not None
 
     @property
     def outline(self) -> Tensor:
@@ -102,7 +108,7 @@ class PackedStore(Store):
             given, handed = self.given, self._handed
             if given is None or handed is None:
                 return
-            if handed() is None:
+            if handed() is None and uses(given) == 1:
                 self.forget()
             if given._version != self._seen:
                 self._seen = given._version
@@ -116,6 +122,12 @@ class PackedStore(Store):
         materialize.dissolve_store(self, NOT_PACKED if self.blurred <= BLURRED else materialize.SMALL_STEPS)
         if self.wide is not None:
             self.wide.copy_(given)
+
+    def show(self, wide: Tensor) -> None:
+        """Have the state dict that somebody holds follow what was written into the weight: they share memory."""
+        if self.given is not None:
+            self.given.copy_(wide)
+            self._seen = self.given._version
 
     def forget(self) -> None:
         """Look no more for what is written into a state dict."""
@@ -182,8 +194,9 @@ class PackedWeight(HalfWeight):
     @property
     def blob(self) -> Tensor:
         """The packed bytes (uint8)."""
-        assert self.store.matrix is not None
-        return self.store.matrix.blob
+        matrix = self.store.now
+        assert matrix is not None
+        return matrix.blob
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Tell torch.compile what to trace: the packed bytes, and what they are."""
@@ -192,8 +205,9 @@ class PackedWeight(HalfWeight):
                 "torch.export of a weight stored in 12 bits; an exported program holds weights of 16 or 32 bits. Patch "
                 "the model with storage='float16', or export it unpatched."
             )
-        assert self.store.matrix is not None
-        return ["blob"], (self.store.matrix[1:], self.store.shape, self.region)
+        matrix = self.store.now
+        assert matrix is not None
+        return ["blob"], (matrix[1:], self.store.shape, self.region)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], form: Any, *_: Any) -> "PackedWeight":
@@ -207,10 +221,12 @@ class PackedWeight(HalfWeight):
     @property
     def operand(self) -> Any:
         """A PackedMatrix or PackedExperts where this is whole rows; else a float32 copy."""
-        assert self.store.matrix is not None
+        matrix = self.store.now
+        if matrix is None:  # what was written into a state dict, just found, cannot be packed
+            return materialize.alias(self)
         if self.row_major:
-            return self.store.matrix
-        found = _operand(self.store.matrix, self.outline)
+            return matrix
+        found = _operand(matrix, self.outline)
         return self.upcast() if found is None else found
 
     def memory_for_attention(self) -> Tensor:
@@ -242,13 +258,14 @@ class PackedWeight(HalfWeight):
                 wide = whole.float()
                 (wide if self.region is None else self.region.of(wide)).copy_(source)
                 if self.store.repack(wide):
+                    self.store.show(wide)
                     return self
                 materialize.dissolve(self, NOT_PACKED)
             materialize.alias(self).copy_(source)
         return self
 
     def hand_out(self) -> Tensor:
-        """Return the numbers in bfloat16, for a state dict; what is written there does not arrive."""
+        """Return the numbers in bfloat16, for a state dict; what is written there arrives when they are next used."""
         if not self.store.held:
             return self.memory()
         whole = self.store.give()
