@@ -43,7 +43,7 @@ class _Sent:
 
 
 KINDS = ("raised", "signal", "thread")
-LOCKS: tuple[Any, ...] = (store._changes, loading._turn)
+LOCKS: tuple[Any, ...] = (store.changes, loading._turn)
 
 
 @functools.cache
