@@ -63,26 +63,51 @@ UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, f
     }
 }
 
-// sums[r] += lane by lane, one record of the rows of a tile, where nothing escapes, against one row of x.
-template <int R> UPCAST_INLINE void add_packed(const TileRecords &at, int64_t k, const float *x, vf *sums) {
-    const uint8_t *w = at.first + k / RECORD * RECORD_BYTES;
+// sums[r] += lane by lane, `records` of each row of a tile, where nothing escapes, against one row of x. Not part of
+// what surrounds it: there the compiler keeps in memory what this loop needs in registers. Fetched into the second-level
+// cache, from further ahead than elsewhere: unpacking leaves too little room in a core's window to wait for memory.
+template <int R>
+static __attribute__((noinline)) void add_packed(const TileRecords &at, int64_t k, int64_t records, const float *x, vf *sums) {
+    const HighBytesOf high = at.high;
+    const int64_t stride = at.stride, ahead = 2 * at.ahead;
+    const uint8_t *w = at.first + k / RECORD * RECORD_BYTES, *end = w + records * RECORD_BYTES;
+    vf kept[R];
     UPCAST_UNROLL
-    for (int r = 0; r < R; ++r) {
-        const uint8_t *record = w + r * at.stride;
-        prefetch(record + at.ahead), prefetch(record + at.ahead + 64);
-        vf numbers[RECORD_VECTORS];
-        unpack_record(record, at.high, numbers);
+    for (int r = 0; r < R; ++r) kept[r] = sums[r];
+    for (; w != end; w += RECORD_BYTES, x += RECORD) {
         UPCAST_UNROLL
-        for (int v = 0; v < RECORD_VECTORS; ++v) sums[r] += numbers[v] * load(x + v * LANES);
+        for (int r = 0; r < R; ++r) {
+            const uint8_t *record = w + r * stride;
+            prefetch_far(record + ahead), prefetch_far(record + ahead + 64);
+            vf numbers[RECORD_VECTORS];
+            unpack_record(record, high, numbers);
+            UPCAST_UNROLL
+            for (int v = 0; v < RECORD_VECTORS; ++v) kept[r] += numbers[v] * load(x + v * LANES);
+        }
     }
+    UPCAST_UNROLL
+    for (int r = 0; r < R; ++r) sums[r] = kept[r];
 }
 
 // What escapes in the rows of a tile.
 template <int R> struct TileEscapes {
     Escapes rows[R];
 
-    UPCAST_ALWAYS_INLINE TileEscapes(const Linear &a, const TileRows &tile) {
+    UPCAST_ALWAYS_INLINE void find(const Linear &a, const TileRows &tile) {
         for (int r = 0; r < R; ++r) rows[r] = Escapes::of(a.packed, tile.n + r * tile.apart);
+    }
+    // Whether nothing does; most tiles are answered by their pointers alone.
+    UPCAST_INLINE bool none(const Linear &a, const TileRows &tile) {
+        if (!a.packed.pointers) return true;
+        const uint8_t *at = a.packed.pointers + 4 * (a.packed.first + tile.n);
+        uint32_t some = 0;
+        UPCAST_UNROLL
+        for (int r = 0; r < R; ++r, at += 4 * tile.apart) {
+            uint32_t ends[2];
+            memcpy(ends, at, sizeof ends);
+            some |= ends[0] ^ ends[1];
+        }
+        return some == 0;
     }
     // The first column of any.
     UPCAST_ALWAYS_INLINE int64_t soonest() const {
@@ -135,12 +160,12 @@ constexpr int64_t PACKED_CHAIN = DotTile<1, 1, false>::CHAIN;
 // dots[m * R + r] of one block of x.
 template <int R, int COLS>
 static void packed_block(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
-    constexpr int64_t DEPTH = RECORD;
     constexpr int PADDED = DotTile<R, COLS, false>::PADDED;
-    const TileRecords at = records_of<DEPTH>(a, tile);
-    TileEscapes<R> escapes(a, tile);
-    int64_t soonest = escapes.soonest();
-    alignas(64) float wide[R * DEPTH];
+    const TileRecords at = records_of<RECORD>(a, tile);
+    const bool plain = TileEscapes<R>::none(a, tile);
+    TileEscapes<R> escapes;
+    if (!plain) escapes.find(a, tile);
+    int64_t soonest = plain ? Escapes::NONE : escapes.soonest();
     const float *x = a.x + rows.first * a.ldx;
     int64_t k = 0;
     do {
@@ -149,22 +174,21 @@ static void packed_block(const Linear &a, const RowBlocks &rows, const TileRows 
         vf sums[PADDED];
         UPCAST_UNROLL
         for (int i = 0; i < PADDED; ++i) sums[i] = vf{};
-        for (; k + DEPTH <= end; k += DEPTH) {
-            if (COLS == 1 && __builtin_expect(soonest >= k + DEPTH, 1)) {
-                add_packed<R>(at, k, x + k, sums);
-                continue;
+        while (k < end) {
+            if constexpr (COLS == 1) {
+                const int64_t records = (least(end, soonest) - k) / RECORD;
+                add_packed<R>(at, k, records, x + k, sums);
+                k += records * RECORD;
+                if (k == end) break;
             }
-            widen_rows<R, DEPTH>(at, k, DEPTH, wide);
-            if (__builtin_expect(soonest < k + DEPTH, 0)) soonest = escapes.patch(k, DEPTH, DEPTH, wide);
+            const int64_t count = least(RECORD, end - k);
+            alignas(64) float wide[R * RECORD];
+            widen_rows<R, RECORD>(at, k, count, wide);
+            if (soonest < k + count) soonest = escapes.patch(k, count, RECORD, wide);
             UPCAST_STORED(wide);
-            add_products<R, COLS, DEPTH>(wide, x + k, a.ldx, DEPTH, sums);
+            add_products<R, COLS, RECORD>(wide, x + k, a.ldx, count, sums);
+            k += count;
         }
-        if (k < end) {
-            widen_rows<R, DEPTH>(at, k, end - k, wide);
-            escapes.patch(k, end - k, DEPTH, wide);
-            add_products<R, COLS, DEPTH>(wide, x + k, a.ldx, end - k, sums);
-        }
-        k = end;
         add_dots<R * COLS>(sums, first, dots);
     } while (k < a.K);
 }
@@ -197,7 +221,8 @@ template <int R, int COLS> static PackedChunk packed_chunk_for(int64_t cols) {
 template <int R> static void packed_blocks(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
     constexpr int MOST_SUMS = (R * DOT_COLS + LANES - 1) / LANES * LANES;
     const TileRecords at = records_of<PACKED_CHUNK>(a, tile);
-    TileEscapes<R> escapes(a, tile);
+    TileEscapes<R> escapes;
+    escapes.find(a, tile);
     alignas(64) float wide[R * PACKED_CHUNK];
     vf kept[PACKED_BLOCKS][MOST_SUMS];
     PackedChunk chunks[PACKED_BLOCKS];
@@ -219,56 +244,59 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
     } while (k < a.K);
 }
 
-typedef void (*PackedTile)(const Linear &, const RowBlocks &, const TileRows &, float *dots);
-
-struct PackedTiles {
-    PackedTile full, single;
-    int height; // rows of weights of a full one
-};
-
-template <int COLS> static PackedTiles packed_tiles_for(int64_t cols, bool several) {
-    if constexpr (COLS == 0) return {};
-    else {
-        if (cols != COLS) return packed_tiles_for<COLS - 1>(cols, several);
-        constexpr int R = packed_rows_of(COLS);
-        if (several) return {packed_blocks<dot_rows(COLS)>, packed_blocks<1>, dot_rows(COLS)};
-        return {packed_block<R, COLS>, packed_block<1, COLS>, R};
-    }
+// R rows of weights against the blocks of x, the widest of COLS rows.
+template <int R, int COLS, bool SEVERAL>
+UPCAST_INLINE void packed_tile(const Linear &a, const RowBlocks &x, const TileRows &tile, float *dots) {
+    if constexpr (SEVERAL) packed_blocks<R>(a, x, tile, dots);
+    else packed_block<R, COLS>(a, x, tile, dots);
 }
 
 // Rows [begin, end) of weights: their sums go to y a cache line at a time.
+template <int COLS, bool SEVERAL>
 static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, int64_t end, Reading reading) {
-    constexpr int64_t MOST_ROWS = PACKED_BLOCKS * DOT_COLS;
-    int64_t widest = 0;
-    for (int64_t b = 0; b < x.count; ++b) widest = most(widest, x.begin(b + 1) - x.begin(b));
-    float dots[8 * MOST_ROWS], sums[8 * MOST_ROWS * PACKED_LINE];
-    const PackedTiles tiles = packed_tiles_for<DOT_COLS>(widest, x.count > 1);
-    const int64_t height = tiles.height, count = (end - begin) / height;
+    constexpr int HEIGHT = SEVERAL ? dot_rows(COLS) : packed_rows_of(COLS), MOST_ROWS = SEVERAL ? PACKED_BLOCKS * COLS : COLS;
+    float dots[HEIGHT * MOST_ROWS + LANES], sums[HEIGHT * MOST_ROWS * PACKED_LINE];
+    const int64_t rows = SEVERAL ? x.rows : COLS, count = (end - begin) / HEIGHT;
     const bool far = reading == Reading::far_streams;
-    const int64_t apart = far ? count : 1, step = far ? 1 : height;
-    // sums[(r * rows + m) * LINE + j] where rows lie apart, else sums[m * LINE * height + j * height + r].
-    const int64_t by_r = far ? x.rows * PACKED_LINE : 1, by_m = far ? PACKED_LINE : PACKED_LINE * height, by_j = far ? 1 : height;
-    const int64_t last = begin + (far ? (height - 1) * count : 0);
-    constexpr int64_t FETCHED = 1024 + 128; // bytes, at most
-    const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - height - FETCHED / most<int64_t>(1, a.packed.row_bytes) - 2;
+    const int64_t apart = far ? count : 1, step = far ? 1 : HEIGHT;
+    // sums[(r * rows + m) * LINE + j] where rows lie apart, else sums[m * LINE * HEIGHT + j * HEIGHT + r].
+    const int64_t by_r = far ? rows * PACKED_LINE : 1, by_m = far ? PACKED_LINE : PACKED_LINE * HEIGHT, by_j = far ? 1 : HEIGHT;
+    const int64_t last = begin + (far ? (HEIGHT - 1) * count : 0);
+    constexpr int64_t FETCHED = 2048 + 128; // bytes, at most
+    const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - HEIGHT - FETCHED / most<int64_t>(1, a.packed.row_bytes) - 2;
     for (int64_t i = 0; i < count; i += PACKED_LINE) {
         const int64_t line = least(PACKED_LINE, count - i);
         for (int64_t j = 0; j < line; ++j) {
             const int64_t n = begin + (i + j) * step;
             const TileRows tile = {n, apart, last - begin + n <= fetching};
-            tiles.full(a, x, tile, dots);
-            for (int64_t m = 0; m < x.rows; ++m)
-                for (int64_t r = 0; r < height; ++r) sums[r * by_r + m * by_m + j * by_j] = dots[m * height + r];
+            packed_tile<HEIGHT, COLS, SEVERAL>(a, x, tile, dots);
+            float *to = sums + j * by_j;
+            for (int64_t m = 0; m < rows; ++m)
+                for (int r = 0; r < HEIGHT; ++r) to[r * by_r + m * by_m] = dots[m * HEIGHT + r];
         }
-        const int64_t rows = static_cast<int64_t>(x.rows);
-        for (int64_t r = 0; far && r < height; ++r)
+        for (int64_t r = 0; far && r < HEIGHT; ++r)
             finish_dots(a, begin + r * apart + i, line, x.first, static_cast<int>(rows), sums + r * by_r, by_m);
-        if (!far) finish_dots(a, begin + i * height, line * height, x.first, static_cast<int>(rows), sums, by_m);
+        if (!far) finish_dots(a, begin + i * HEIGHT, line * HEIGHT, x.first, static_cast<int>(rows), sums, by_m);
     }
-    for (int64_t n = begin + count * height; n < end; ++n) {
-        tiles.single(a, x, TileRows{n, 0, false}, dots);
-        finish_dots(a, n, 1, x.first, static_cast<int>(x.rows), dots, 1);
+    for (int64_t n = begin + count * HEIGHT; n < end; ++n) {
+        packed_tile<1, COLS, SEVERAL>(a, x, TileRows{n, 0, false}, dots);
+        finish_dots(a, n, 1, x.first, static_cast<int>(rows), dots, 1);
     }
+}
+
+typedef void (*PackedRowsOf)(const Linear &, const RowBlocks &, int64_t begin, int64_t end, Reading);
+
+template <int COLS> static PackedRowsOf packed_few_rows_for(int64_t cols, bool several) {
+    if constexpr (COLS == 0) return nullptr;
+    else if (cols != COLS) return packed_few_rows_for<COLS - 1>(cols, several);
+    else return several ? packed_few_rows<COLS, true> : packed_few_rows<COLS, false>;
+}
+
+// The widest block of the task's rows of x.
+static int64_t widest_block(const RowBlocks &x) {
+    int64_t widest = 0;
+    for (int64_t b = 0; b < x.count; ++b) widest = most(widest, x.begin(b + 1) - x.begin(b));
+    return widest;
 }
 
 // Floats between rows of a stretch: rows whose distance is a multiple of 4 KiB would evict each other.
@@ -289,7 +317,7 @@ static void packed_task(const Linear &a, const LinearPlan &plan, float *scratch,
     const int tn = task % plan.grid_n;
     const int64_t begin = a.N * tn / plan.grid_n, end = a.N * (tn + 1) / plan.grid_n;
     const RowBlocks x(a, plan, task);
-    if (!plan.scratch) return packed_few_rows(a, x, begin, end, plan.reading);
+    if (!plan.scratch) return packed_few_rows_for<DOT_COLS>(widest_block(x), x.count > 1)(a, x, begin, end, plan.reading);
     const int64_t ld = wide_row(a);
     float *wide = scratch + task * plan.block * ld;
     for (int64_t n = begin; n < end; n += plan.block) {
