@@ -4,7 +4,7 @@
 #include "simd/linear_axpy.hpp"
 #include "simd/linear_dot.hpp"
 #include "simd/linear_far.hpp"
-#include "simd/linear_packed.hpp"
+#include "simd/linear_packed_many.hpp"
 #include "simd/linear_panel.hpp"
 #include "simd/amx_linear.hpp"
 

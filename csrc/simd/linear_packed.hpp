@@ -4,7 +4,7 @@
 // One row of x: what is unpacked is multiplied at once. A few: rows of a tile's weights are unpacked into the nearest
 // cache, where what escaped is put back, and then multiplied as any floats, their sums in registers. Record by record,
 // so that the processor unpacks the next one meanwhile; or chunk by chunk, where several blocks of rows of x meet a
-// chunk, whose sums wait beside it. Many rows: a stretch of rows of weights is widened once.
+// chunk, whose sums wait beside it. Many rows: see linear_packed_many.hpp.
 // The rows of a tile are neighbours, or lie far apart: see linear_far.hpp.
 #pragma once
 
@@ -16,8 +16,8 @@ namespace upcast {
 namespace UPCAST_NS {
 
 constexpr int64_t PACKED_CHUNK = 512;      // numbers of each row of a tile; a divisor of CHAIN
+constexpr int64_t PACKED_DEPTH = 512 + 16; // floats between rows of a chunk: multiples of 4 KiB evict each other
 constexpr int64_t PACKED_BLOCKS = 4;       // of x that meet a chunk, at most
-constexpr int64_t PACKED_WIDE = 64 * 1024; // floats of a stretch that is widened once
 constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one another
 
 // Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
@@ -41,6 +41,12 @@ template <int64_t DEPTH> UPCAST_INLINE TileRecords records_of(const Linear &a, c
     // The next chunk, which takes longer to use than to come.
     constexpr int64_t AHEAD = DEPTH == RECORD ? 1024 : DEPTH / RECORD * RECORD_BYTES;
     return {HighBytesOf(a.packed.table), record_of(a.packed, tile.n, 0), tile.apart * a.packed.row_bytes, tile.fetch ? AHEAD : 0};
+}
+
+// How far from the last row of weights a tile has to end to fetch ahead.
+UPCAST_INLINE int64_t fetched_rows(const Linear &a) {
+    constexpr int64_t FETCHED = 2048 + 128; // bytes, at most
+    return FETCHED / most<int64_t>(1, a.packed.row_bytes) + 2;
 }
 
 // After numbers were stored: the compiler would rather keep them all beside it, in registers that it does not have.
@@ -199,7 +205,7 @@ static void packed_chunk(const float *wide, const float *x, int64_t ldx, int64_t
     vf sums[COUNT];
     UPCAST_UNROLL
     for (int i = 0; i < COUNT; ++i) sums[i] = kept[i];
-    add_products<R, COLS, PACKED_CHUNK>(wide, x, ldx, count, sums);
+    add_products<R, COLS, PACKED_DEPTH>(wide, x, ldx, count, sums);
     UPCAST_UNROLL
     for (int i = 0; i < COUNT; ++i) kept[i] = sums[i];
 }
@@ -223,7 +229,7 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
     const TileRecords at = records_of<PACKED_CHUNK>(a, tile);
     TileEscapes<R> escapes;
     escapes.find(a, tile);
-    alignas(64) float wide[R * PACKED_CHUNK];
+    alignas(64) float wide[R * PACKED_DEPTH];
     vf kept[PACKED_BLOCKS][MOST_SUMS];
     PackedChunk chunks[PACKED_BLOCKS];
     for (int64_t b = 0; b < rows.count; ++b) chunks[b] = packed_chunk_for<R, DOT_COLS>(rows.begin(b + 1) - rows.begin(b));
@@ -234,8 +240,8 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
         memset(kept, 0, sizeof kept);
         for (; k < end; k += PACKED_CHUNK) {
             const int64_t count = least(PACKED_CHUNK, end - k);
-            widen_rows<R, PACKED_CHUNK>(at, k, count, wide);
-            if (escapes.soonest() < k + count) escapes.patch(k, count, PACKED_CHUNK, wide);
+            widen_rows<R, PACKED_DEPTH>(at, k, count, wide);
+            if (escapes.soonest() < k + count) escapes.patch(k, count, PACKED_DEPTH, wide);
             for (int64_t b = 0; b < rows.count; ++b)
                 chunks[b].add(wide, a.x + rows.begin(b) * a.ldx + k, a.ldx, count, kept[b]);
         }
@@ -262,8 +268,7 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
     // sums[(r * rows + m) * LINE + j] where rows lie apart, else sums[m * LINE * HEIGHT + j * HEIGHT + r].
     const int64_t by_r = far ? rows * PACKED_LINE : 1, by_m = far ? PACKED_LINE : PACKED_LINE * HEIGHT, by_j = far ? 1 : HEIGHT;
     const int64_t last = begin + (far ? (HEIGHT - 1) * count : 0);
-    constexpr int64_t FETCHED = 2048 + 128; // bytes, at most
-    const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - HEIGHT - FETCHED / most<int64_t>(1, a.packed.row_bytes) - 2;
+    const int64_t fetching = reading == Reading::one_stream ? -1 : a.N - HEIGHT - fetched_rows(a);
     for (int64_t i = 0; i < count; i += PACKED_LINE) {
         const int64_t line = least(PACKED_LINE, count - i);
         for (int64_t j = 0; j < line; ++j) {
@@ -297,35 +302,6 @@ static int64_t widest_block(const RowBlocks &x) {
     int64_t widest = 0;
     for (int64_t b = 0; b < x.count; ++b) widest = most(widest, x.begin(b + 1) - x.begin(b));
     return widest;
-}
-
-// Floats between rows of a stretch: rows whose distance is a multiple of 4 KiB would evict each other.
-static int64_t wide_row(const Linear &a) { return (a.K + 15) / 16 * 16 + 16; }
-
-static LinearPlan plan_packed(const Linear &a, int threads) {
-    LinearPlan plan = plan_dot(a, threads);
-    plan.strategy = Strategy::packed;
-    plan.scratch = 0;
-    if (RowBlocks(a, plan, 0).count <= PACKED_BLOCKS && plan.grid_m == 1) return plan;
-    constexpr int64_t TALLEST_TILES = 12; // a multiple of every tile's height
-    plan.block = least(STRETCH, most<int64_t>(1, PACKED_WIDE / (a.K + 1) / TALLEST_TILES) * TALLEST_TILES);
-    plan.scratch = sizeof(float) * static_cast<size_t>(plan.tasks[0] * plan.block * wide_row(a));
-    return plan;
-}
-
-static void packed_task(const Linear &a, const LinearPlan &plan, float *scratch, int task) {
-    const int tn = task % plan.grid_n;
-    const int64_t begin = a.N * tn / plan.grid_n, end = a.N * (tn + 1) / plan.grid_n;
-    const RowBlocks x(a, plan, task);
-    if (!plan.scratch) return packed_few_rows_for<DOT_COLS>(widest_block(x), x.count > 1)(a, x, begin, end, plan.reading);
-    const int64_t ld = wide_row(a);
-    float *wide = scratch + task * plan.block * ld;
-    for (int64_t n = begin; n < end; n += plan.block) {
-        const int64_t next_n = least(end, n + plan.block);
-        for (int64_t i = n; i < next_n; ++i) widen_packed(a.packed, i, 0, a.K, wide + (i - n) * ld);
-        for (int64_t block = 0; block < x.count; ++block)
-            dot_block<false>(a, Rows<float>{wide, ld}, n, next_n, x.begin(block), x.begin(block + 1), Reading::one_stream);
-    }
 }
 
 } // namespace UPCAST_NS
