@@ -5,6 +5,7 @@ python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
 python benchmarks/run.py --peers                llama.cpp and OpenVINO as well (pip install llama-cpp-python openvino)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
+python benchmarks/run.py --suite contexts       prompts of 512, 2,048 and 8,000 tokens, beside the peers that are there
 python benchmarks/run.py --suite ablation       which op classes need float32
 python benchmarks/run.py --suite training       fine-tuning: memory and time of a step, 200 steps beside float32's
 python benchmarks/run.py --suite distributed    one and two ranks, and two hosts in network namespaces
@@ -32,11 +33,12 @@ from benchmarks.harness.variants import BASELINE, VARIANTS
 from benchmarks.models import smollm2
 from benchmarks.peers import registry as peers
 from benchmarks.suites import ablation
+from benchmarks.suites import contexts as contexts_suite
 from benchmarks.suites import distributed as distributed_suite
 from benchmarks.suites import serve as serve_suite
 from benchmarks.suites import training as training_suite
 
-SUITES = ("variants", "serve", "ablation", "training", "distributed")
+SUITES = ("variants", "serve", "contexts", "ablation", "training", "distributed")
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = chosen_effort(options)
     if options.suite == "serve":
         return serve(parser, options, effort)
+    if options.suite == "contexts":
+        return measure_contexts(parser, options)
     if options.suite == "distributed":
         return distribute(parser, options, effort)
     if options.suite == "training":
@@ -178,6 +182,30 @@ def serve(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: 
     path = options.output / f"{measured.title}-serve.json"
     path.write_text(json.dumps(serve_suite.record(measured, load, results), indent=1, allow_nan=False) + "\n")
     print(path)
+    return 0
+
+
+def measure_contexts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Run the contexts suite; return 0, or 1 if a variant failed."""
+    effort = contexts_suite.QUICK if options.quick else contexts_suite.FULL
+    effort = replace(effort, rounds=options.rounds or effort.rounds)
+    with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
+        try:
+            measured = subject.resolve(options.model, options.checkpoint, Path(scratch), FULL.window, FULL.windows)
+        except (subject.SubjectError, smollm2.PreparationError) as error:
+            parser.error(str(error))
+        try:
+            with Console(stderr=True).status("") as status:
+                results, rates, missing = contexts_suite.run(
+                    measured, effort, options.threads, Path(scratch), status.update
+                )
+        except contexts_suite.ContextsError as error:
+            print(f"contexts: {error}", file=sys.stderr)
+            return 1
+    print(*missing, sep="\n", end="\n" * bool(missing), file=sys.stderr)
+    contexts_suite.show(measured.title, results, rates)
+    content = contexts_suite.record(measured.title, effort, results, rates)
+    print(contexts_suite.write(options.output, measured.title, content))
     return 0
 
 

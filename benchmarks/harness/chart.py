@@ -64,13 +64,13 @@ def _prepare(axis: Axes, variants: list[Variant]) -> None:
         axis.spines[side].set_visible(False)
     axis.tick_params(left=False, bottom=False, labelbottom=False, labelleft=False)
     for row, variant in enumerate(variants):
-        if variant["variant"] == OURS:
+        if variant["variant"] in OURS:
             axis.axhspan(row - 0.5, row + 0.5, color=BAND, zorder=0, lw=0)
 
 
 def _label_rows(axis: Axes, variants: list[Variant]) -> None:
     for row, variant in enumerate(variants):
-        ours = variant["variant"] == OURS
+        ours = variant["variant"] in OURS
         label = variant["variant"].replace("quantize_dynamic", "quantize_dynamic\n(torch, float16)")
         color = ACCENT if ours else INK
         weight = "bold" if ours else "normal"
@@ -92,7 +92,7 @@ def _title(axis: Axes, title: str, hint: str) -> None:
 
 
 def _colour(variant: Variant) -> str:
-    return ACCENT if variant["variant"] == OURS else PLAIN
+    return ACCENT if variant["variant"] in OURS else PLAIN
 
 
 def _missing(axis: Axes, row: int, variant: Variant) -> None:
@@ -126,7 +126,7 @@ def _memory(axis: Axes, variants: list[Variant]) -> None:
 
 
 def _value(axis: Axes, x: float, row: int, variant: Variant, text: str) -> None:
-    ours = variant["variant"] == OURS
+    ours = variant["variant"] in OURS
     axis.annotate(
         text,
         (x, row),

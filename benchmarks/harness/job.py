@@ -70,6 +70,12 @@ def stress_outcome(scale: int, logits: Tensor, reference: Tensor) -> StressOutco
     return StressOutcome(scale, share, None if share else quality.relative_error(logits, reference))
 
 
+def prompt_of(job: Job, length: int) -> tuple[int, ...]:
+    """Return ``length`` tokens of the text, over again where it is too short."""
+    text = tuple(token for window in job.windows for token in window)
+    return (text * (length // len(text) + 1))[:length]
+
+
 def next_tokens(windows: Tensor) -> Tensor:
     """The token after each position, -100 after the last of each window; (windows * length,)."""
     following = windows.roll(-1, dims=1)

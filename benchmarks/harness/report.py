@@ -16,7 +16,7 @@ from benchmarks.harness.variants import BASELINE, about
 WIDTH = 120
 NOTHING = "-"
 NAME_WIDTH = 17
-OURS = "upcast"
+OURS = ("upcast", "upcast-packed")
 
 
 @dataclass(frozen=True)
@@ -209,4 +209,4 @@ def _table(title: str, columns: list[str]) -> Table:
 
 
 def _row_style(result: Result) -> str:
-    return "bold" if result.variant == OURS else ""
+    return "bold" if result.variant in OURS else ""

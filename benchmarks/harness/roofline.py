@@ -78,13 +78,13 @@ def draw(content: dict[str, Any], path: Path) -> Path | None:
 
 def _rows(axis: Axes, found: list[Bar], shares: dict[str, float]) -> None:
     axis.set_ylim(len(found) - 0.5, -0.5)
-    axis.set_xlim(0, (1.6 if shares else 1.32) * max(max(ms, bound) for _, ms, bound in found))
+    axis.set_xlim(0, (1.75 if shares else 1.32) * max(max(ms, bound) for _, ms, bound in found))
     for side in ("top", "right", "bottom", "left"):
         axis.spines[side].set_visible(False)
     axis.tick_params(left=False, bottom=False, labelbottom=False)
     axis.set_yticks(range(len(found)), [name for name, _, _ in found])
     for row, (label, (name, ms, bound)) in enumerate(zip(axis.get_yticklabels(), found, strict=True)):
-        ours = name == OURS
+        ours = name in OURS
         color, ink, weight = (ACCENT, ACCENT, "bold") if ours else (PLAIN, INK, "normal")
         label.set(color=ink, fontweight=weight)
         if ours:

@@ -162,12 +162,18 @@ def bytes_per_token(model: GPT) -> int | None:
     return weight_bytes(model) - (0 if shared else embedding.nbytes())
 
 
+def _products(module: torch.nn.Module) -> int:
+    """Numbers of a matrix; modules of `quantize_dynamic` have no parameter to ask."""
+    size: int = getattr(module, "in_features", 0) * getattr(module, "out_features", 0)
+    return size
+
+
 def prompt_operations(model: GPT, tokens: int) -> int | None:
     """Multiplications and additions of a prefill's products: every matrix for every token, the head for the last."""
     if model.config.n_expert:
         return None
-    layers: int = sum(each.numel() for each in model.transformer.h.parameters() if each.dim() == 2)
-    head: int = model.lm_head.weight.numel()
+    layers = sum(_products(each) for each in model.transformer.h.modules())
+    head = _products(model.lm_head)
     return 2 * (layers * tokens + head)
 
 

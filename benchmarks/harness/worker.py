@@ -14,7 +14,16 @@ from litgpt.generate.base import generate_fn
 from torch import Tensor
 
 from benchmarks.harness import memory, quality, stress
-from benchmarks.harness.job import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
+from benchmarks.harness.job import (
+    STRESS_TOKENS,
+    Job,
+    Loading,
+    Sample,
+    StressOutcome,
+    next_tokens,
+    prompt_of,
+    stress_outcome,
+)
 from benchmarks.harness.variants import BASELINE, VARIANTS, bytes_per_token, prompt_operations, weight_bytes
 
 
@@ -63,6 +72,11 @@ class Worker:
         answer, times = self._generate(self.chat, new_tokens)
         decode = (times[-1] - times[1]) / (new_tokens - 1)
         return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
+
+    def context(self, length: int, new_tokens: int) -> tuple[float, float]:
+        """Return the seconds of a prompt of ``length`` tokens, and per token after it."""
+        _, times = self._generate(torch.tensor(prompt_of(self.job, length)), new_tokens)
+        return times[1] - times[0], (times[-1] - times[1]) / (new_tokens - 1)
 
     def _generate(self, prompt: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
         """Return LitGPT's greedy tokens, and the time before the first and after each one."""

@@ -12,7 +12,16 @@ from litgpt.config import Config
 from torch import Tensor
 
 from benchmarks.harness import memory, quality
-from benchmarks.harness.job import STRESS_TOKENS, Job, Loading, Sample, StressOutcome, next_tokens, stress_outcome
+from benchmarks.harness.job import (
+    STRESS_TOKENS,
+    Job,
+    Loading,
+    Sample,
+    StressOutcome,
+    next_tokens,
+    prompt_of,
+    stress_outcome,
+)
 
 
 class Model(Protocol):
@@ -99,6 +108,10 @@ class PeerWorker:
         answer, times = self._generate(list(self.job.chat), new_tokens)
         decode = (times[-1] - times[1]) / (new_tokens - 1)
         return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
+
+    def context(self, length: int, new_tokens: int) -> tuple[float, float]:
+        _, times = self._generate(list(prompt_of(self.job, length)), new_tokens)
+        return times[1] - times[0], (times[-1] - times[1]) / (new_tokens - 1)
 
     def _generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
         self.model.reset()

@@ -22,7 +22,7 @@ from benchmarks.peers import base as peer
 from upcast.core import pages
 
 PACKAGE = "llama-cpp-python"
-CONTEXT, BATCH = 2048, 512  # positions in all, and at once: more than any measurement takes
+CONTEXT, BATCH = 2048, 512  # positions in all but for long prompts, and at once
 
 BLOCK_NAMES = {
     "norm_1.weight": "attn_norm.weight",
@@ -93,7 +93,7 @@ def _stored(tensor: Tensor) -> NDArray[Any]:
 class Model:
     """A model and its context; positions are counted from `reset`."""
 
-    def __init__(self, path: Path, threads: int, kv_cache: str = "float16") -> None:
+    def __init__(self, path: Path, threads: int, kv_cache: str = "float16", context: int = CONTEXT) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
@@ -102,13 +102,14 @@ class Model:
         settings = self.api.llama_model_default_params()
         self.model = self.api.llama_model_load_from_file(os.fsencode(path), settings)
         options = self.api.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = CONTEXT, BATCH, BATCH
+        options.n_ctx, options.n_batch, options.n_ubatch = context, BATCH, BATCH
         options.n_threads = options.n_threads_batch = threads
         if kv_cache == "float32":
             options.type_k = options.type_v = self.api.GGML_TYPE_F32
         self.context = self.api.llama_init_from_model(self.model, options)
         if not self.context:
             raise RuntimeError(f"llama.cpp could not load {path}")
+        self.positions = int(self.api.llama_n_ctx(self.context))
         self.vocabulary = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
         self.reset()
 
@@ -119,6 +120,9 @@ class Model:
 
     def run(self, tokens: list[int], all_logits: bool = False) -> Tensor:
         """Return the logits of the last position (1, vocabulary), or of all; float32, valid until the next call."""
+        while len(tokens) > BATCH and not all_logits:
+            self.run(tokens[:BATCH])
+            tokens = tokens[BATCH:]
         count = len(tokens)
         batch = self.api.llama_batch_init(count, 0, 1)
         batch.n_tokens = count
@@ -151,6 +155,12 @@ class LlamaCppWorker(peer.PeerWorker):
         path = self.job.scratch / f"llama-{scale}.gguf"
         write_gguf(stress.stress(self.state(), scale), config, config.norm_eps * scale**2, path)
         return path
+
+    def context(self, length: int, new_tokens: int) -> tuple[float, float]:
+        if length + new_tokens > self.model.positions:
+            self.model.close()
+            self.model = Model(self.job.scratch / "llama-1.gguf", self.threads(), context=length + new_tokens)
+        return super().context(length, new_tokens)
 
     def weight_bytes(self, path: Path) -> int:
         return int(self.model.api.llama_model_size(self.model.model))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from litgpt.model import GPT
 
 import upcast
 from tests.conftest import Run, half_weights, rounded
@@ -57,6 +58,23 @@ def test_figures_are_those_of_their_definitions(model: Any) -> None:
     assert f"{found.times_float32:.2f}x" in certificate.to_markdown()
     assert row(certificate, "bfloat16").error > 3 * row(certificate, "float16").error > 3 * 1e-5
     assert found.weight_bytes < 0.6 * float32.weight_bytes
+
+
+def test_a_bfloat16_checkpoint_has_a_row_for_packed_weights() -> None:
+    torch.manual_seed(0)
+    saved = GPT(small_config("Llama-3.2-1B", n_embd=128, padded_vocab_size=320)).eval().bfloat16()
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.mul_(2.0**-10)  # norms cancel it, float16 loses digits
+    certificate = upcast.certify(copy.deepcopy(saved).float(), IDS[:80], window=64, greedy=2)
+    assert [each.variant for each in certificate.rows][1:3] == ["upcast", "upcast packed"]
+    packed = row(certificate, "upcast packed")
+    assert packed.error < 1e-5
+    assert packed.error < 0.1 * row(certificate, "upcast").error  # float16 rounds its small numbers
+    assert packed.weight_bytes < 0.85 * row(certificate, "upcast").weight_bytes
+    again = upcast.certify(upcast.patch(saved, storage="packed"), IDS[:80], window=64, greedy=2)
+    assert [each.variant for each in again.rows] == [each.variant for each in certificate.rows]
+    assert row(again, "upcast packed").weight_bytes == packed.weight_bytes
 
 
 @pytest.mark.parametrize("state", ["float32", "safe", "none"])

@@ -22,7 +22,7 @@ from benchmarks.harness import chart, memory, quality, record, report, serving, 
 from benchmarks.harness.job import Loading, Sample, StressOutcome, next_tokens
 from benchmarks.harness.session import QUICK, Effort, Rates, Result, job_for, measure, started
 from benchmarks.harness.summary import summarise
-from benchmarks.harness.variants import BASELINE, VARIANTS, weight_bytes
+from benchmarks.harness.variants import BASELINE, VARIANTS, prompt_operations, weight_bytes
 from benchmarks.suites import serve as serve_suite
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -184,11 +184,14 @@ def test_weight_bytes_count_a_shared_storage_once() -> None:
     assert weight_bytes(model) == 4 * (parameters - 64 * 32)
 
 
-def test_weight_bytes_of_quantize_dynamic() -> None:
+def test_what_quantize_dynamic_holds_and_does() -> None:
     model = tiny()
+    operations = prompt_operations(model, 8)
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    assert weight_bytes(VARIANTS["quantize_dynamic"].finish(model)) == 2 * linear + 4 * (parameters - linear)
+    quantized = VARIANTS["quantize_dynamic"].finish(model)
+    assert weight_bytes(quantized) == 2 * linear + 4 * (parameters - linear)
+    assert prompt_operations(quantized, 8) == operations
 
 
 @pytest.mark.skipif(not memory.supported(), reason="only the Linux kernel tells")

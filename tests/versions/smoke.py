@@ -4,6 +4,7 @@
 them lacks (a class, a config) is left out, and named.
 """
 
+import copy
 import json
 import sys
 import tempfile
@@ -73,6 +74,7 @@ def litgpt(result: Result) -> None:
             continue
         _litgpt_model(name, result)
         result.ran.append(name)
+    _litgpt_packed(result)
     _lora(result)
     story(result)
 
@@ -94,6 +96,30 @@ def _litgpt_model(name: str, result: Result) -> None:
             for got, want in zip(_steps(model), _steps(plain), strict=True):
                 result.compare(f"{name}, {cache} cache", got, want, limit)
         result.count(model)
+
+
+def _litgpt_packed(result: Result) -> None:
+    from litgpt import GPT
+
+    from tests.litgpt_checkpoints import small_config
+
+    torch.manual_seed(0)
+    source = GPT(small_config("Llama-3-8B", n_embd=64)).eval().bfloat16()
+    plain, model = (
+        copy.deepcopy(source).float(),
+        upcast.patch(copy.deepcopy(source), storage="packed", kv_cache="float32"),
+    )
+    _packed("Llama-3-8B", model, result)
+    with torch.inference_mode():
+        for got, want in zip(_steps(model), _steps(plain), strict=True):
+            result.compare("Llama-3-8B, packed", got, want)
+
+
+def _packed(name: str, model: nn.Module, result: Result) -> None:
+    """Matrices are in 12 bits, and the state dict gives them back in bfloat16."""
+    assert any(isinstance(each, upcast.PackedWeight) for each in model.parameters()), name
+    assert all(each.dtype == torch.bfloat16 for each in model.state_dict().values() if each.dim() == 2), name
+    result.ran.append("packed")
 
 
 def _steps(model: Any) -> Iterator[torch.Tensor]:
@@ -193,6 +219,9 @@ def transformers(result: Result) -> None:
             result.compare(f"{family}, {cache} cache", _greedy(patched), _greedy(plain), limit)
             result.count(patched)
         result.ran.append(family)
+    packed = upcast.patch(_family("Llama", {}).bfloat16(), storage="packed", kv_cache="float32")
+    _packed("Llama", packed, result)
+    result.compare("Llama, packed", _greedy(packed), _greedy(_family("Llama", {}).bfloat16().float()))
     _loaded(result)
     _saved(result)
 

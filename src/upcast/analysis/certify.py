@@ -23,11 +23,13 @@ from upcast.core import console, messages
 from upcast.core.errors import UpcastError
 from upcast.patching import engine
 from upcast.patching.discovery import unwrap
+from upcast.patching.plan import PACK, plan
 from upcast.policy import fingerprint
 from upcast.policy import policy as policies
 from upcast.tensor.half_weight import HalfWeight
 
-VARIANTS = ("upcast", "bfloat16", "float16")
+PACKED = "upcast packed"  # only where something of the model can be packed
+VARIANTS = ("upcast", PACKED, "bfloat16", "float16")
 ROWS_AT_ONCE = 64  # float64 log-probabilities of 64 positions x 50k tokens: 25 MB
 
 
@@ -117,7 +119,8 @@ def certify(
 ) -> Certificate:
     """Compare upcast, bfloat16 and plain float16 with float32 on a text.
 
-    The model is copied for each variant, one at a time beside the original; it is not changed.
+    A model whose weights are bfloat16's numbers gets a row for ``storage="packed"`` as well. The model is copied for
+    each variant, one at a time beside the original; it is not changed.
 
     Args:
         model: a causal language model on the CPU, patched or not: called with token ids (1, T), it gives logits.
@@ -146,11 +149,12 @@ def certify(
             raise UpcastError(f"{name} is {value}; it must be at least {least}.")
     pieces = list(_windows(ids, window, windows))
     prompt = ids[:32]
-    with torch.no_grad(), console.Progress((1 + len(VARIANTS)) * len(pieces), unit="window") as progress:
+    names = [name for name in VARIANTS if name != PACKED or _packs(root)]
+    with torch.no_grad(), console.Progress((1 + len(names)) * len(pieces), unit="window") as progress:
         progress.phase("float32")
         reference = _Reference(root, pieces, prompt, greedy, progress)
         rows = [reference.row]
-        for name in VARIANTS:
+        for name in names:
             progress.phase(name)
             variant = _variant(root, name, policy)
             rows.append(_judged(name, variant, reference, progress))
@@ -197,11 +201,16 @@ def _plain(root: nn.Module) -> nn.Module:
     return model.eval()
 
 
+def _packs(root: nn.Module) -> bool:
+    """Whether a number of the model can be packed, which says that it comes from a bfloat16 checkpoint."""
+    return any(change.action == PACK for change in plan(_plain(root), storage="packed").changes)
+
+
 def _variant(root: nn.Module, name: str, policy: policies.Choice) -> nn.Module:
     model = _plain(root)
-    if name == "upcast":
+    if name in ("upcast", PACKED):
         with messages.silent():
-            return engine.patch(model, policy=policy)
+            return engine.patch(model, policy=policies.stored(policy, "packed" if name == PACKED else None))
     return model.to(getattr(torch, name))
 
 
