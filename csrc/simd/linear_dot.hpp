@@ -59,10 +59,7 @@ template <int R, int COLS, bool FETCH> struct DotTile {
         if constexpr (R <= COLS) {
             vf wide[R];
             UPCAST_UNROLL
-            for (int r = 0; r < R; ++r) {
-                wide[r] = load(w + r * ldw);
-                UPCAST_KEEP(wide[r]);
-            }
+            for (int r = 0; r < R; ++r) wide[r] = load(w + r * ldw);
             UPCAST_UNROLL
             for (int c = 0; c < COLS; ++c) {
                 vf xs = load(x + c * ldx);
