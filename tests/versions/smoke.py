@@ -116,9 +116,11 @@ def _litgpt_packed(result: Result) -> None:
 
 
 def _packed(name: str, model: nn.Module, result: Result) -> None:
-    """Matrices are in 12 bits, and the state dict gives them back in bfloat16."""
-    assert any(isinstance(each, upcast.PackedWeight) for each in model.parameters()), name
-    assert all(each.dtype == torch.bfloat16 for each in model.state_dict().values() if each.dim() == 2), name
+    """Matrices are in 12 bits where that is less, and the state dict gives them back in bfloat16."""
+    packed = [each for each, parameter in model.named_parameters() if isinstance(parameter, upcast.PackedWeight)]
+    state = model.state_dict()
+    assert packed, name
+    assert all(state[each].dtype == torch.bfloat16 for each in packed), name
     result.ran.append("packed")
 
 
