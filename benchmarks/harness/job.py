@@ -76,6 +76,11 @@ def prompt_of(job: Job, length: int) -> tuple[int, ...]:
     return (text * (length // len(text) + 1))[:length]
 
 
+def spans(times: list[float]) -> tuple[float, float]:
+    """Return the seconds of the prompt, and per token after it; ``times``: before the first, and after each token."""
+    return times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)
+
+
 def next_tokens(windows: Tensor) -> Tensor:
     """The token after each position, -100 after the last of each window; (windows * length,)."""
     following = windows.roll(-1, dims=1)

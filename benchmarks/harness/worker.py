@@ -22,6 +22,7 @@ from benchmarks.harness.job import (
     StressOutcome,
     next_tokens,
     prompt_of,
+    spans,
     stress_outcome,
 )
 from benchmarks.harness.variants import BASELINE, VARIANTS, bytes_per_token, prompt_operations, weight_bytes
@@ -70,13 +71,13 @@ class Worker:
         """Time one prefill of the long prompt, and the greedy answer to the chat prompt."""
         _, prefill = self._generate(self.prompt, 1)
         answer, times = self._generate(self.chat, new_tokens)
-        decode = (times[-1] - times[1]) / (new_tokens - 1)
-        return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
+        first_token, decode = spans(times)
+        return Sample(prefill[1] - prefill[0], decode, first_token, tuple(answer))
 
     def context(self, length: int, new_tokens: int) -> tuple[float, float]:
         """Return the seconds of a prompt of ``length`` tokens, and per token after it."""
         _, times = self._generate(torch.tensor(prompt_of(self.job, length)), new_tokens)
-        return times[1] - times[0], (times[-1] - times[1]) / (new_tokens - 1)
+        return spans(times)
 
     def _generate(self, prompt: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:
         """Return LitGPT's greedy tokens, and the time before the first and after each one."""

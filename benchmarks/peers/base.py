@@ -20,6 +20,7 @@ from benchmarks.harness.job import (
     StressOutcome,
     next_tokens,
     prompt_of,
+    spans,
     stress_outcome,
 )
 
@@ -106,12 +107,12 @@ class PeerWorker:
     def sample(self, new_tokens: int) -> Sample:
         _, prefill = self._generate(list(self.job.prompt), 1)
         answer, times = self._generate(list(self.job.chat), new_tokens)
-        decode = (times[-1] - times[1]) / (new_tokens - 1)
-        return Sample(prefill[1] - prefill[0], decode, times[1] - times[0], tuple(answer))
+        first_token, decode = spans(times)
+        return Sample(prefill[1] - prefill[0], decode, first_token, tuple(answer))
 
     def context(self, length: int, new_tokens: int) -> tuple[float, float]:
         _, times = self._generate(list(prompt_of(self.job, length)), new_tokens)
-        return times[1] - times[0], (times[-1] - times[1]) / (new_tokens - 1)
+        return spans(times)
 
     def _generate(self, prompt: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
         self.model.reset()
