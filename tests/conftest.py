@@ -1,6 +1,7 @@
 """What the tests share: tiny models, the prepared real model, and comparison against float32."""
 
 import copy
+import functools
 import importlib
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 import upcast
+from tests import warm
 from upcast import kernels
 from upcast.tensor.half_weight import HalfWeight
 
@@ -120,6 +122,13 @@ def each_kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+LONGEST = 500  # seconds of a process
+
+
+def environment(**variables: str) -> dict[str, str]:
+    """Return this process's environment with exactly the given UPCAST variables."""
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
+    return {**clean, "UPCAST_TUNING": "off", **variables}
 
 
 @pytest.fixture
@@ -127,15 +136,39 @@ def python(tmp_path: Path) -> Run:
     """Run a Python process in an empty folder, with exactly the given UPCAST variables."""
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
-        return subprocess.run(
-            [sys.executable, *arguments],
-            env={**clean, "UPCAST_TUNING": "off", **variables},
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        return _new_process(tmp_path, *arguments, **variables)
 
     return run
+
+
+def _new_process(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        env=environment(**variables),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=LONGEST,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def python_in() -> Iterator[Run]:
+    """As `python`, in the folder given first; LitGPT and Transformers are there from the start (see warm.py)."""
+    process = warm.Warm()
+
+    def run(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
+        words = [*map(str, arguments)]
+        if not (warm.POSSIBLE and warm.installed()):
+            return _new_process(folder, *words, **variables)
+        return process.run(words, environment(**variables), folder, LONGEST)
+
+    yield run
+    process.end()
+
+
+@pytest.fixture
+def python_with_libraries(python_in: Run, tmp_path: Path) -> Run:
+    """As `python`, where LitGPT and Transformers are there from the start."""
+    return functools.partial(python_in, tmp_path)

@@ -39,14 +39,13 @@ IN_ONE_STEP = ("Fabric.save", "save_pretrained", "save_file", "os.replace", "del
 
 
 @pytest.fixture(scope="module")
-def came(tmp_path_factory: pytest.TempPathFactory) -> Came:
+def came(python_in: Run, tmp_path_factory: pytest.TempPathFactory) -> Came:
     """Return what came of everything that `mapped_worker` tries, by form and name; each system is tried once."""
     found: dict[str, dict[str, str]] = {}
 
     def ask(choice: str) -> dict[str, str]:
         if choice not in found:
-            command = [sys.executable, "-m", "tests.mapped_worker", str(tmp_path_factory.mktemp("mapped")), choice]
-            result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+            result = python_in(ROOT, "-m", "tests.mapped_worker", tmp_path_factory.mktemp("mapped"), choice)
             lines = [f"{form}: {name}" for form, name in rows(choice)]
             said = result.stdout.splitlines()
             found[choice] = {
@@ -279,8 +278,8 @@ if who == "both":
 
 
 @pytest.mark.parametrize("who", ["child", "both", "grandchild", "child of C"])
-def test_forks(folder: Path, python: Run, who: str) -> None:
-    result = python("-c", FORKED, str(folder), who, PYTHONPATH=str(ROOT))
+def test_forks(folder: Path, python_with_libraries: Run, who: str) -> None:
+    result = python_with_libraries("-c", FORKED, str(folder), who, PYTHONPATH=str(ROOT))
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["child: same"] + ["parent: same"] * (who == "both")
 

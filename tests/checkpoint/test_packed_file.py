@@ -252,11 +252,11 @@ print(type(llm.model.lm_head.weight).__name__)
 """
 
 
-def test_llm_load_under_upcast_1(tmp_path: Path, python: Run) -> None:
+def test_llm_load_under_upcast_1(tmp_path: Path, python_with_libraries: Run) -> None:
     folder = litgpt(tmp_path)
-    done = python("-c", UNDER_UPCAST.replace("model-packed", str(folder)), UPCAST="1")
+    done = python_with_libraries("-c", UNDER_UPCAST.replace("model-packed", str(folder)), UPCAST="1")
     assert done.stdout.split() == ["PackedWeight"], done.stderr
-    done = python("-c", UNDER_UPCAST.replace("model-packed", str(folder)), UPCAST="0")
+    done = python_with_libraries("-c", UNDER_UPCAST.replace("model-packed", str(folder)), UPCAST="0")
     assert done.returncode
     assert "missing the files: ['lit_model.pth']" in done.stderr
 

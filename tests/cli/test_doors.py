@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 
+from tests.conftest import Run
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
 pytest.importorskip("litgpt")
@@ -116,30 +117,32 @@ def run(folder: Path, *arguments: str, **variables: str) -> subprocess.Completed
     )
 
 
-def driven(folder: Path, doors: dict[str, list[str]], mode: str, **variables: str) -> tuple[dict[str, Any], str]:
-    result = run(folder, "-c", DRIVER, json.dumps(doors), mode, **variables)
+def driven(
+    python_in: Run, folder: Path, doors: dict[str, list[str]], mode: str, **variables: str
+) -> tuple[dict[str, Any], str]:
+    result = python_in(folder, "-c", DRIVER, json.dumps(doors), mode, **ALONE, **variables)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout.rpartition("RESULTS")[2]), result.stderr
 
 
 @pytest.fixture(scope="module")
-def wanted(folder: Path) -> dict[str, str]:
+def wanted(python_in: Run, folder: Path) -> dict[str, str]:
     """What each door prints in plain LitGPT, float32 math on the same weights."""
     doors = {
         name: [a for a in arguments if a != "bf16-true"] + ["32-true"] * ("bf16-true" in arguments)
         for name, (arguments, _) in DOORS.items()
     }
     plain = {name: a if "--precision" in a else [*a, "--precision", "32-true"] for name, a in doors.items()}
-    results, errors = driven(folder, plain, "plain")
+    results, errors = driven(python_in, folder, plain, "plain")
     assert "upcast" not in errors
     texts = {name: result["text"] for name, result in results.items()}
     assert all(len(text) > 20 for text in texts.values())
     return texts
 
 
-def test_all_doors_in_one_process(folder: Path, wanted: dict[str, str]) -> None:
+def test_all_doors_in_one_process(python_in: Run, folder: Path, wanted: dict[str, str]) -> None:
     doors = {name: arguments for name, (arguments, _) in DOORS.items()}
-    results, errors = driven(folder, doors, "patched", UPCAST="1", UPCAST_VERBOSE="1")
+    results, errors = driven(python_in, folder, doors, "patched", UPCAST="1", UPCAST_VERBOSE="1")
     for name, (_, count) in DOORS.items():
         found = results[name]
         assert found["text"] == wanted[name], name
@@ -161,11 +164,11 @@ def test_each_door_as_a_command(folder: Path, wanted: dict[str, str], door: str)
     assert result.stderr.count("upcast: GPT ") == count
 
 
-def test_a_float32_cache_is_chosen_by_the_environment(folder: Path, wanted: dict[str, str]) -> None:
+def test_a_float32_cache_is_chosen_by_the_environment(python_in: Run, folder: Path, wanted: dict[str, str]) -> None:
     doors = {name: DOORS[name][0] for name in ("generate", "generate_speculatively")}
     doors["mixed"] = [*doors["generate"], "--precision", "bf16-mixed"]
     doors["adapter"] = [*DOORS["generate_adapter"][0], "--precision", "bf16-true"]
-    results, errors = driven(folder, doors, "patched", UPCAST="1", UPCAST_KV_CACHE="float32")
+    results, errors = driven(python_in, folder, doors, "patched", UPCAST="1", UPCAST_KV_CACHE="float32")
     for name in ("generate", "generate_speculatively"):
         assert results[name]["text"] == wanted[name]
         assert results[name]["caches"] == ["torch.float32"]

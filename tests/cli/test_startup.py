@@ -93,8 +93,8 @@ def test_both_lists_of_libraries_agree() -> None:
     assert tuple(activation.ACTIVATIONS) == _upcast_startup.TARGETS
 
 
-def test_a_wrong_value_warns_once_and_breaks_nothing(python: Run) -> None:
-    result = python("-c", "import litgpt, transformers; print('fine')", UPCAST="maybe")
+def test_a_wrong_value_warns_once_and_breaks_nothing(python_with_libraries: Run) -> None:
+    result = python_with_libraries("-c", "import litgpt, transformers; print('fine')", UPCAST="maybe")
     assert result.stdout.strip() == "fine"
     assert result.stderr.count("upcast is not active") == 1
     assert "UPCAST='maybe' in the environment; it takes one of '1', 'true'" in result.stderr
@@ -122,7 +122,7 @@ def test_nothing_breaks_a_start_or_an_import(python: Run, tmp_path: Path, case: 
     variables, wrapt, said = BREAKING[case]
     if wrapt:
         (tmp_path / "wrapt.py").write_text(wrapt)
-    program = "import litgpt.api; print('fine')" if not wrapt else "print('fine')"
+    program = "import transformers.modeling_utils; print('fine')" if not wrapt else "print('fine')"
     path = {"PYTHONPATH": str(tmp_path)} if wrapt else {}
     result = python("-W", strictness, "-W", "ignore::DeprecationWarning", "-c", program, **variables, **path)
     assert result.stdout.strip() == "fine", result.stderr
@@ -145,9 +145,8 @@ def test_another_project_in_our_place_is_named(python: Run, tmp_path: Path, case
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     said = f"'import upcast' finds another project of that name ({tmp_path / name}). Run: pip uninstall upcast"
-    result = python(
-        "-c", f"{ON_THE_PATH}import litgpt, transformers; print('fine')", UPCAST="1", PYTHONPATH=str(tmp_path)
-    )
+    program = f"{ON_THE_PATH}import transformers.modeling_utils, transformers.pipelines.base; print('fine')"
+    result = python("-c", program, UPCAST="1", PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == "fine", result.stderr
     assert result.stderr.count(said) == 1
     command = f"{ON_THE_PATH}import _upcast_startup; raise SystemExit(_upcast_startup.command())"

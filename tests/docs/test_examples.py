@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from benchmarks.harness import serving
+from tests.conftest import Run
 from tests.docs import stand_ins
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
@@ -150,7 +151,7 @@ def test_serve_litgpt(tmp_path: Path) -> None:
     assert "\n" in result.stdout  # what an untrained model answers may be blank
 
 
-def test_finetune_lora(tmp_path: Path) -> None:
+def test_finetune_lora(python_in: Run, tmp_path: Path) -> None:
     from litgpt.prompts import Alpaca, save_prompt_style
 
     base = write_checkpoint(tmp_path / "base", small_config("SmolLM2-135M-Instruct", block_size=512))
@@ -159,14 +160,8 @@ def test_finetune_lora(tmp_path: Path) -> None:
     for mode in ("--float32", None):
         output = tmp_path / (mode or "patched")
         short = ["--checkpoint", base, "--steps", "4", "--batch", "2", "--answer-tokens", "3", "--output", output]
-        result = subprocess.run(
-            [sys.executable, EXAMPLES / "finetune_lora.py", *short, *([mode] if mode else [])],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        options = [*short, *([mode] if mode else [])]
+        result = python_in(tmp_path, EXAMPLES / "finetune_lora.py", *options, OMP_NUM_THREADS="1")
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("before:") == result.stdout.count("after:") == 2
         assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -223,9 +223,9 @@ print("#", type(pipe.model.lm_head.weight).__name__, pipe.model.dtype, len(text)
 """
 
 
-def test_pipelines(tmp_path: Path, python: Run) -> None:
+def test_pipelines(tmp_path: Path, python_with_libraries: Run) -> None:
     write(tmp_path)
-    result = python("-c", PIPELINE, UPCAST="1")
+    result = python_with_libraries("-c", PIPELINE, UPCAST="1")
     assert "# HalfWeight torch.float32 True" in result.stdout, result.stderr
 
 
@@ -340,7 +340,7 @@ print("#", kinds, unet.dtype, bool(unet(torch.randn(1, 3, 16, 16), 1).sample.isf
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_diffusers_under_upcast_1(tmp_path: Path, python: Run) -> None:
+def test_diffusers_under_upcast_1(tmp_path: Path, python_with_libraries: Run) -> None:
     diffusers = pytest.importorskip("diffusers")
     pytest.importorskip("accelerate")
     from tests.coverage_table.diffusion import BLOCKS
@@ -348,5 +348,5 @@ def test_diffusers_under_upcast_1(tmp_path: Path, python: Run) -> None:
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     unet = diffusers.UNet2DModel(**BLOCKS, sample_size=16, **blocks)
     diffusers.DDPMPipeline(unet=unet.half(), scheduler=diffusers.DDPMScheduler()).save_pretrained(tmp_path)
-    result = python("-c", DIFFUSERS, UPCAST="1")
+    result = python_with_libraries("-c", DIFFUSERS, UPCAST="1")
     assert "# {'HalfWeight'} torch.float32 True" in result.stdout, result.stderr

@@ -43,11 +43,11 @@ for way in ways.values():
 """
 
 
-def test_under_the_environment_models_move_as_without(python: Run, tmp_path: Path) -> None:
+def test_under_the_environment_models_move_as_without(python_with_libraries: Run, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2)
     transformers.LlamaForCausalLM(config).half().save_pretrained(tmp_path / "model")
-    result = python("-c", MOVED, UPCAST="1")
+    result = python_with_libraries("-c", MOVED, UPCAST="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["HalfWeight meta"] * 4
     assert result.stderr.count("LlamaForCausalLM is converted to meta, as the program says") == 4

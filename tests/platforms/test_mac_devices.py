@@ -32,14 +32,14 @@ LOADS = {  # -> whether upcast chose
 
 
 @pytest.mark.parametrize("load", LOADS)
-def test_the_cpu_where_nobody_has_chosen(python: Run, tmp_path: Path, load: str) -> None:
+def test_the_cpu_where_nobody_has_chosen(python_with_libraries: Run, tmp_path: Path, load: str) -> None:
     write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"))
-    result = python("-c", MAC.format(load=load, patched=PATCHED), UPCAST="1")
+    result = python_with_libraries("-c", MAC.format(load=load, patched=PATCHED), UPCAST="1")
     assert "finished" in result.stdout, result.stderr
     assert result.stderr.count(LINE) == LOADS[load]
 
 
-def test_who_chose_mps_gets_what_litgpt_gives(python: Run, tmp_path: Path) -> None:
+def test_who_chose_mps_gets_what_litgpt_gives(python_with_libraries: Run, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"))
     load = """
 llm = LLM.load("checkpoint", distribute=None)
@@ -48,7 +48,7 @@ try:
 except Exception as error:
     print(type(error).__name__, str(error)[:60])
 """
-    plain, ours = (python("-c", MAC.format(load=load, patched=""), UPCAST=on) for on in ("0", "1"))
+    plain, ours = (python_with_libraries("-c", MAC.format(load=load, patched=""), UPCAST=on) for on in ("0", "1"))
     assert ours.stdout == plain.stdout != ""
     assert LINE not in ours.stderr
 
@@ -74,8 +74,8 @@ DEVICES = {
 
 
 @pytest.mark.parametrize("value", DEVICES)
-def test_a_pipeline_stays_where_nobody_has_chosen(python: Run, value: str) -> None:
-    done = python("-W", "ignore", "-c", PIPELINES, UPCAST=value)
+def test_a_pipeline_stays_where_nobody_has_chosen(python_with_libraries: Run, value: str) -> None:
+    done = python_with_libraries("-c", PIPELINES, UPCAST=value)
     kind = "HalfWeight" if value == "1" else "Parameter"
     assert done.stdout.splitlines() == [f"{kind} {device}" for device in DEVICES[value]], done.stderr
     assert done.stderr.count("a pipeline " + LINE) == (value == "1")

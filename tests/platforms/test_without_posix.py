@@ -79,8 +79,8 @@ assert main(["status"]) == 0
 
 
 @pytest.mark.parametrize("use", USES)
-def test_nothing_of_posix_is_needed(python: Run, tmp_path: Path, use: str) -> None:
+def test_nothing_of_posix_is_needed(python_with_libraries: Run, tmp_path: Path, use: str) -> None:
     write_checkpoint(tmp_path / "checkpoint", small_config("pythia-160m"), torch.float32)
     write_checkpoint(tmp_path / "experts", small_config("Mixtral-8x7B-v0.1"))
-    result = python("-c", HIDE + USES[use] + "print('finished')")
+    result = python_with_libraries("-c", HIDE + USES[use] + "print('finished')")
     assert result.stdout.endswith("finished\n"), result.stderr

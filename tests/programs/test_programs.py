@@ -2,14 +2,12 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import Run
 from tests.programs import checkpoints, runner
 
 pytest.importorskip("transformers")
@@ -44,16 +42,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[bool, Results]:
-    return {on: _run_all(folder, on) for on in (False, True)}
+def results(python_in: Run, folder: Path) -> dict[bool, Results]:
+    return {on: _run_all(python_in, folder, on) for on in (False, True)}
 
 
-def _run_all(folder: Path, on: bool) -> Results:
+def _run_all(python_in: Run, folder: Path, on: bool) -> Results:
     found: Results = {}
     for number, programs in enumerate(PROGRAMS):
         path, waiting = folder / f"{number}-{on}.jsonl", programs
         while waiting:
-            died = _run(folder, path, waiting, on)
+            died = _run(python_in, folder, path, waiting, on)
             found.update({name: result for name, result in map(json.loads, path.read_text().splitlines()) if result})
             waiting = [name for name in programs if name not in found]
             if waiting:  # the process died in the first of them
@@ -61,12 +59,10 @@ def _run_all(folder: Path, on: bool) -> Results:
     return found
 
 
-def _run(folder: Path, results: Path, programs: list[str], on: bool) -> str:
+def _run(python_in: Run, folder: Path, results: Path, programs: list[str], on: bool) -> str:
     """Run ``programs`` in a process, which may die; return how it ended."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("UPCAST")}
-    environment = {**clean, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "UPCAST": str(int(on))}
-    command = [sys.executable, "-m", "tests.programs.runner", str(folder), str(results), *programs]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    variables = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "UPCAST": str(int(on))}
+    done = python_in(ROOT, "-m", "tests.programs.runner", folder, results, *programs, **variables)
     return f"the process ended with {done.returncode}: {done.stderr[-1000:]}"
 
 

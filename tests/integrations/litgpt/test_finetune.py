@@ -2,16 +2,14 @@
 
 import csv
 import json
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import relative_error
+from tests.conftest import Run, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
 
 pytest.importorskip("litgpt")
@@ -56,6 +54,9 @@ print("RESULTS" + json.dumps(results))
 """
 
 
+Driven = Callable[..., tuple[dict[str, Any], str, str]]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from litgpt.prompts import Alpaca, save_prompt_style
@@ -68,19 +69,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(folder: Path, commands: dict[str, list[str]], mode: str, **variables: str) -> tuple[dict[str, Any], str, str]:
-    clean = {key: value for key, value in os.environ.items() if not key.startswith("UPCAST")}
-    result = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(commands), mode],
-        env={**clean, "OMP_NUM_THREADS": "1", **variables},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return json.loads(result.stdout.rpartition("RESULTS")[2]), result.stdout, result.stderr
+@pytest.fixture(scope="module")
+def run(python_in: Run, folder: Path) -> Driven:
+    """Run LitGPT's commands in a process; return what each model was made of, what was printed and what was said."""
+
+    def run(commands: dict[str, list[str]], mode: str, **variables: str) -> tuple[dict[str, Any], str, str]:
+        result = python_in(folder, "-c", DRIVER, json.dumps(commands), mode, OMP_NUM_THREADS="1", **variables)
+        assert result.returncode == 0, result.stderr[-3000:]
+        return json.loads(result.stdout.rpartition("RESULTS")[2]), result.stdout, result.stderr
+
+    return run
 
 
 def commands(out: str) -> dict[str, list[str]]:
@@ -88,12 +86,12 @@ def commands(out: str) -> dict[str, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> tuple[dict[str, Any], str]:
+def runs(run: Driven) -> tuple[dict[str, Any], str]:
     """Train with every command, in plain float32 and patched; return what was patched and what was said."""
     plain = {name: [*arguments, "--precision", "32-true"] for name, arguments in commands("plain").items()}
-    _, _, errors = run(folder, plain, "plain")
+    _, _, errors = run(plain, "plain")
     assert "upcast" not in errors
-    found, _, errors = run(folder, commands("patched"), "patched", UPCAST="1")
+    found, _, errors = run(commands("patched"), "patched", UPCAST="1")
     return found, errors
 
 
@@ -156,11 +154,11 @@ def test_merged_lora_is_float32_s_and_loads_in_plain_litgpt(folder: Path, runs: 
     assert relative_error(got, base.eval()(ids)) > 1e-2  # it has learned something
 
 
-def test_resume_takes_the_adapter_s_numbers(folder: Path, runs: object) -> None:
+def test_resume_takes_the_adapter_s_numbers(run: Driven, folder: Path, runs: object) -> None:
     again = {name: [*commands("patched")[name], "--resume", "true"] for name in COMMANDS if "adapter" in name}
     name = "finetune_adapter_v2"
     before = weights(folder / "patched" / name / "final" / COMMANDS[name][1])
-    found, said, _ = run(folder, {name: [*again[name], "--train.max_steps", "2"]}, "patched", UPCAST="1")
+    found, said, _ = run({name: [*again[name], "--train.max_steps", "2"]}, "patched", UPCAST="1")
     assert "Resuming training from" in said
     assert found[name][0]["half"] > 0
     after = weights(folder / "patched" / name / "final" / COMMANDS[name][1])
@@ -168,18 +166,18 @@ def test_resume_takes_the_adapter_s_numbers(folder: Path, runs: object) -> None:
     assert max(moved) < 1.5
 
 
-def test_another_precision_runs_unpatched_and_says_so(folder: Path) -> None:
+def test_another_precision_runs_unpatched_and_says_so(run: Driven) -> None:
     arguments = [*commands("bf16")["finetune_lora"], "--train.max_steps", "2", "--precision"]
     both = {precision: [*arguments, precision] for precision in ("bf16-true", "bf16-mixed")}
-    found, _, errors = run(folder, both, "patched", UPCAST="1")
+    found, _, errors = run(both, "patched", UPCAST="1")
     assert found == {"bf16-true": [], "bf16-mixed": []}
     assert errors.count("is loaded as it is, unpatched") == 2
 
 
 @pytest.mark.parametrize("policy", ["none"])
-def test_the_environment_s_policy_has_its_effect(folder: Path, runs: object, policy: str) -> None:
+def test_the_environment_s_policy_has_its_effect(run: Driven, folder: Path, runs: object, policy: str) -> None:
     arguments = [*commands(policy)["finetune_lora"], "--train.max_steps", "2"]
-    found, _, errors = run(folder, {"finetune_lora": arguments}, "patched", UPCAST="1", UPCAST_POLICY=policy)
+    found, _, errors = run({"finetune_lora": arguments}, "patched", UPCAST="1", UPCAST_POLICY=policy)
     assert found["finetune_lora"][0]["half"] >= 3 * 5
     assert {dtype for _, dtype in found["finetune_lora"][0]["learning"]} == {"torch.float32"}
     assert f"; policy {policy}" in errors
@@ -187,11 +185,9 @@ def test_the_environment_s_policy_has_its_effect(folder: Path, runs: object, pol
     assert 1e-6 < abs(got - safe) < 1e-2  # float16's digits
 
 
-def test_a_policy_that_names_no_module_is_refused_before_a_weight_is_read(folder: Path) -> None:
+def test_a_policy_that_names_no_module_is_refused_before_a_weight_is_read(run: Driven) -> None:
     arguments = [*commands("refused")["finetune_lora"], "--train.max_steps", "2"]
-    found, _, errors = run(
-        folder, {"finetune_lora": arguments}, "patched", UPCAST="1", UPCAST_POLICY="safe; elsewhere=norm"
-    )
+    found, _, errors = run({"finetune_lora": arguments}, "patched", UPCAST="1", UPCAST_POLICY="safe; elsewhere=norm")
     assert found == {"finetune_lora": []}
     assert errors.count("is loaded as it is, unpatched") == 1
     assert "elsewhere" in errors

@@ -177,7 +177,7 @@ def test_the_story_s_script_runs_unmodified(story: Path, python: Run) -> None:
     assert result.stderr.count("upcast: GPT ") == 1
 
 
-def test_the_story_in_plain_float16_fails_until_it_is_patched(story: Path, python: Run) -> None:
+def test_the_story_in_plain_float16_fails_until_it_is_patched(story: Path, python_with_libraries: Run) -> None:
     script = """
 import torch, upcast
 from litgpt import LLM
@@ -191,7 +191,7 @@ upcast.patch(llm)
 assert llm.model(torch.tensor([[1, 2]])).dtype == torch.float32
 llm.generate("What do Llamas eat?", max_new_tokens=5)
 """
-    result = python("-c", script)
+    result = python_with_libraries("-c", script)
     assert result.returncode == 0, result.stderr
     assert result.stdout == "probability tensor contains either `inf`, `nan` or element < 0\n"
 
@@ -222,8 +222,8 @@ for arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_distribute(story: Path, python: Run) -> None:
-    result = python("-c", WAYS, json.dumps([arguments for arguments, _ in DISTRIBUTE]), UPCAST="1")
+def test_distribute(story: Path, python_with_libraries: Run) -> None:
+    result = python_with_libraries("-c", WAYS, json.dumps([arguments for arguments, _ in DISTRIBUTE]), UPCAST="1")
     assert result.returncode == 0, result.stderr
     _, *spoken = result.stderr.split("#\n")
     for (arguments, said), found in zip(DISTRIBUTE, spoken, strict=True):
@@ -256,13 +256,13 @@ for name in json.loads(sys.argv[1]):
 """
 
 
-def test_what_lies_beside_the_weights(tmp_path: Path, python: Run) -> None:
+def test_what_lies_beside_the_weights(tmp_path: Path, python_with_libraries: Run) -> None:
     names = [name.replace(" ", "_") for name in BESIDE]
     for name, make in zip(names, BESIDE.values(), strict=True):
         folder = write_checkpoint(tmp_path / name, small_config("pythia-160m"))
         state = torch.load(folder / "lit_model.pth")
         torch.save({"model": state, "hparams": {"it": make()}}, folder / "lit_model.pth")
-    result = python("-c", LOAD, json.dumps(names), UPCAST="1")
+    result = python_with_libraries("-c", LOAD, json.dumps(names), UPCAST="1")
     assert result.returncode == 0, result.stderr
     found = dict(map(json.loads, result.stdout.splitlines()))
     assert list(found) == names
@@ -271,7 +271,7 @@ def test_what_lies_beside_the_weights(tmp_path: Path, python: Run) -> None:
         assert patched or f"{name}/lit_model.pth holds more than tensors" in result.stderr
 
 
-def test_the_environment_chooses_the_cache(story: Path, python: Run) -> None:
+def test_the_environment_chooses_the_cache(story: Path, python_with_libraries: Run) -> None:
     script = """
 from litgpt import LLM
 loaded = LLM.load("EleutherAI/pythia-160m")
@@ -281,25 +281,25 @@ for llm in (loaded, fixed):
     llm.generate("What do Llamas eat?", top_k=1, max_new_tokens=5)
     print({block.attn.kv_cache.k.dtype for block in llm.model.transformer.h})
 """
-    result = python("-c", script, UPCAST="1", UPCAST_KV_CACHE="float32")
+    result = python_with_libraries("-c", script, UPCAST="1", UPCAST_KV_CACHE="float32")
     assert result.stdout.split() == ["{torch.float32}"] * 2, result.stderr
 
 
-def test_random_weights_are_patched_too(story: Path, python: Run) -> None:
+def test_random_weights_are_patched_too(story: Path, python_with_libraries: Run) -> None:
     script = """
 from litgpt import LLM
 import upcast
 llm = LLM.load("pythia-14m", init="random", tokenizer_dir="checkpoints/EleutherAI/pythia-160m")
 assert isinstance(llm.model.lm_head.weight, upcast.HalfWeight)
 """
-    result = python("-c", script, UPCAST="1")
+    result = python_with_libraries("-c", script, UPCAST="1")
     assert result.returncode == 0, result.stderr
 
 
-def test_a_folder_without_a_tokenizer(story: Path, python: Run) -> None:
+def test_a_folder_without_a_tokenizer(story: Path, python_with_libraries: Run) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (story / name).unlink()
-    result = python("-c", STORY, UPCAST="1")
+    result = python_with_libraries("-c", STORY, UPCAST="1")
     assert result.returncode != 0
     assert "missing the files: ['tokenizer.json OR tokenizer.model', 'tokenizer_config.json']" in result.stderr
 

@@ -96,10 +96,13 @@ print(model.lm_head.weight.__class__.__name__, logits.dtype, bool(torch.isfinite
 """
 
 
-def test_plain_loading_goes_wrong_and_upcast_goes_right(checkpoint: Any, python: Run) -> None:
+def test_plain_loading_goes_wrong_and_upcast_goes_right(checkpoint: Any, python_with_libraries: Run) -> None:
     checkpoint(torch.float16)
     loading_information = LOAD.replace('("llama")', '("llama", output_loading_info=True)[0]')
-    plain, patched = python("-c", LOAD), python("-c", LOAD + loading_information, UPCAST="1")
+    plain, patched = (
+        python_with_libraries("-c", LOAD),
+        python_with_libraries("-c", LOAD + loading_information, UPCAST="1"),
+    )
     assert plain.stdout.split() == ["Parameter", "torch.float16", "False"], plain.stderr
     assert patched.stdout.split() == ["HalfWeight", "torch.float32", "True"] * 2, patched.stderr
     assert patched.stderr.count("upcast: LlamaForCausalLM") == 2
