@@ -36,6 +36,7 @@ help:
 	@echo "make wheels       the sdist and wheels for every platform that can be built here, checked and tried"
 	@echo "make workflows    read the GitHub workflows with actionlint"
 	@echo "make test-aarch64 the whole package on aarch64, under qemu (half an hour)"
+	@echo "make test-emulated  the kernels for AVX-512, and AMX in software, on an emulated processor (about 20 minutes)"
 	@echo "make check-macos  compile and link for Apple silicon, and look at the result"
 	@echo "make check-windows  the same for Windows, which runs on torch's own operations until somebody has tried the kernels there"
 	@echo "make test-free-threaded  under a Python without a GIL: the native module, and the package with torch"

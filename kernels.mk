@@ -9,10 +9,11 @@ AMX := $(V4) -mamx-tile -mamx-bf16
 AARCH64_FLAGS := -O3 -fPIC -fno-math-errno -fno-tree-loop-distribute-patterns -fno-schedule-insns
 SANITIZE := -O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 FUZZ_SECONDS ?= 60
+RELEASED := -O3 -fno-math-errno -fno-tree-loop-distribute-patterns -mprefer-vector-width=512
 CROSS_CXX ?= aarch64-linux-gnu-g++
 CROSS_RUN ?= qemu-aarch64-static
 
-.PHONY: sanitize sanitize-library fuzz driver-aarch64 check-libdispatch
+.PHONY: sanitize sanitize-library fuzz driver-aarch64 test-emulated check-libdispatch
 
 # Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan. AMX also on tiles in software.
 sanitize: | $(KERNEL_BUILD)
@@ -49,6 +50,14 @@ driver-aarch64: | $(KERNEL_BUILD)
 	$(CROSS_RUN) $(KERNEL_BUILD)/driver-aarch64
 	$(CROSS_CXX) $(KERNEL_FLAGS) $(AARCH64_FLAGS) -S -DUPCAST_LEVEL=64 $(NATIVE)/simd/level.cpp -o $(KERNEL_BUILD)/level-aarch64.s
 	$(PYTHON) tools/spills.py $(KERNEL_BUILD)/level-aarch64.s
+
+# AVX-512 for machines without: the driver with the flags of a release, on the oldest processor that has it, in Bochs.
+test-emulated: | $(KERNEL_BUILD)
+	@for level in "4 $(V4)" "5 $(AMX) -DUPCAST_EMULATE_TILES"; do set -- $$level; number=$$1; shift; \
+	  $(CXX) $(KERNEL_FLAGS) $(RELEASED) -static $$* -DUPCAST_LEVEL=$$number $(DRIVER) \
+	    -o $(KERNEL_BUILD)/driver-emulated-$$number || exit 1; done
+	$(PYTHON) tools/bochs.py corei7_skylake_x $(KERNEL_BUILD)/driver-emulated-4 $(KERNEL_BUILD)/driver-emulated-5
+	$(TOOK)
 
 # The macOS thread path cannot run here; it must keep compiling.
 check-libdispatch:

@@ -243,8 +243,8 @@ void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
 
 } // namespace
 
-#include "driver_block.hpp"
 #include "driver_packed.hpp"
+#include "driver_block.hpp"
 #include "runtime/digest.hpp"
 
 namespace {

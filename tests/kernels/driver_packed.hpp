@@ -39,6 +39,10 @@ struct PackedParts {
         Buffer<uint16_t> back(numbers.size);
         launch_unpack(LEVEL, {packed(0), back.data, false, columns}, rows, threads);
         if (numbers.size && memcmp(back.data, numbers.data, static_cast<size_t>(2 * numbers.size)) != 0) fail("unpacking");
+        Buffer<float> wide(numbers.size);
+        launch_unpack(LEVEL, {packed(0), wide.data, true, columns}, rows, threads);
+        for (int64_t i = 0; i < wide.size; ++i)
+            if (wide[i] != widened(numbers[i])) fail("unpacking to float32");
     }
     Numbers from() const { return {numbers.data, Number::bfloat16, rows, columns}; }
     PackedRows packed(int64_t begin) const { return packed_rows(blob.data, rows, columns, escapes, begin); }
@@ -51,6 +55,30 @@ struct PackedParts {
         launch_examine(LEVEL, from(), static_cast<int>(1 + below(3)), found);
         escapes = choose_table(found, table);
         return packed_layout(rows, columns, escapes).end;
+    }
+};
+
+// float16 numbers that are bfloat16 as well, packed; of none, nothing.
+struct PackedHalves {
+    int64_t height, width;
+    uint8_t table[PACKED_TABLE];
+    int64_t escapes;
+    Bytes blob;
+    PackedRows rows;
+
+    PackedHalves(const uint16_t *halves, int64_t count, int64_t columns)
+        : height(halves ? count : 0), width(columns), escapes(counted(halves)),
+          blob(packed_layout(height, width, escapes).end), rows(packed_rows(blob.data, height, width, escapes, 0)) {
+        if (launch_pack(LEVEL, {halves, Number::float16, height, width}, table, escapes, blob.data, 2) != Packed::done)
+            expect("packing float16", 1, 0, height, width, escapes);
+        if (!halves) rows = {};
+    }
+
+  private:
+    int64_t counted(const uint16_t *halves) {
+        HighBytes found;
+        launch_examine(LEVEL, {halves, Number::float16, height, width}, 2, found);
+        return choose_table(found, table);
     }
 };
 
@@ -68,13 +96,18 @@ void test_packed(int64_t M, int64_t rows, int64_t columns, int64_t odd, bool tra
     const int64_t begin = below(rows), left = rows - begin, N = transposed ? columns : left, K = transposed ? left : columns;
     Buffer<float> x(M * K), y(M * N);
     fill(x);
-    const Linear a = packed_linear(parts, M, begin, transposed, x, y);
+    Linear a = packed_linear(parts, M, begin, transposed, x, y);
+    Buffer<float> bias(N), residual(M * N);
+    fill(bias), fill(residual);
+    a.bias = below(2) ? bias.data : nullptr, a.residual = below(2) ? residual.data : nullptr, a.ldr = N;
     if (M == 0 || N == 0) return;
     run_linear(a, threads);
     double error = 0, size = 0;
     for (int64_t m = 0; m < M; ++m) {
         for (int64_t n = 0; n < N; ++n) {
-            double sum = 0;
+            const double rest[] = {a.bias ? bias[n] : 0.0f, a.residual ? residual[m * N + n] : 0.0f};
+            double sum = rest[0] + rest[1];
+            size += rest[0] * rest[0] + rest[1] * rest[1];
             for (int64_t k = 0; k < K; ++k) {
                 const int64_t at = transposed ? (begin + k) * columns + n : (begin + n) * columns + k;
                 const double term = static_cast<double>(x[m * K + k]) * widened(parts.numbers[at]);
@@ -89,6 +122,29 @@ void test_packed(int64_t M, int64_t rows, int64_t columns, int64_t odd, bool tra
     LEVEL.embedding({nullptr, 0, &row, out.data, 1, columns, parts.packed(0)}, 0, 1);
     for (int64_t i = 0; i < columns; ++i)
         if (out[i] != widened(parts.numbers[row * columns + i])) parts.fail("packed embedding");
+}
+
+void expect_same(const char *what, const Buffer<float> &x, const float *y, int64_t M, int64_t N, int64_t K) {
+    if (memcmp(x.data, y, sizeof(float) * static_cast<size_t>(x.size)) != 0) expect(what, 1, 0, M, N, K);
+}
+
+// What float16 holds as well gives the bits of a float16 product, whatever the number of rows; tiles add otherwise.
+void test_same_bits(int64_t M, int64_t N, int64_t K) {
+    Buffer<uint16_t> w(N * K);
+    Buffer<float> x(M * K), y(M * N), other(M * N), alone(N);
+    fill(w), fill(x);
+    for (int64_t i = 0; i < w.size; ++i) w[i] &= 0xfff8;
+    const PackedHalves packed(w.data, N, K);
+    Linear a = {};
+    a.x = x.data, a.ldx = K, a.w = w.data, a.ldw = K, a.y = y.data, a.ldy = N, a.M = M, a.N = N, a.K = K;
+    Linear b = a;
+    b.y = other.data, b.packed = packed.rows;
+    run_linear(a, 1), run_linear(b, 2);
+    if (LEVEL.plan_linear(a, 1).strategy != Strategy::tiles) expect_same("bits of packed and float16", y, other.data, M, N, K);
+    for (b.M = 1, b.y = alone.data; b.x < x.data + x.size; b.x += K) {
+        run_linear(b, 1);
+        expect_same("bits of a packed row alone", alone, other.data + (b.x - x.data) / K * N, M, N, K);
+    }
 }
 
 // Whatever the bytes are, nothing outside of the blob and the output is touched.
@@ -108,17 +164,23 @@ void test_hostile(int64_t M, int64_t rows, int64_t columns, int threads) {
 }
 
 void test_packed_edges() {
-    for (int64_t M : {0, 1, 2, 3, 4, 5, 8, 9, 16, 17, 33})
+    for (int64_t M : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 17, 33})
         for (int64_t rows : {1, 3, 31, 70})
             for (int64_t columns : {1, 15, 64, 65, 129, 200, 600})
                 for (bool transposed : {false, true}) test_packed(M, rows, columns, below(2) * 50, transposed, static_cast<int>(1 + below(3)));
-    for (int64_t M : {1, 3, 9, 40}) test_packed(M, 9, 9001, 1, false, 2), test_packed(M, 300, 130, 2, true, 2);
+    // Sums of several pieces of K, and more rows than are widened at once.
+    for (int64_t M : {1, 2, 3, 5, 8, 9, 40}) test_packed(M, 9, 9001, 1, false, 2), test_packed(M, 300, 130, 2, true, 2);
+    test_packed(36, 120, 4100, 1, false, 1), test_packed(40, 70, 8192, 0, false, 2), test_packed(3, 2100, 70, 1, true, 1);
+    for (int64_t M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 21, 40})
+        for (int64_t K : {1, 63, 64, 200, 577}) test_same_bits(M, 1 + below(70), K);
+    for (int64_t M : {1, 4, 8, 33}) test_same_bits(M, 31, 4097);
     for (int64_t M : {1, 2, 4, 7, 16, 40})
         for (int64_t columns : {1, 64, 100, 700}) test_hostile(M, 13, columns, 2), test_hostile(M, 40, columns, 1);
 }
 
 void test_packed_random() {
     test_packed(below(70), 1 + below(150), 1 + below(700), below(3) * 40, below(2), static_cast<int>(1 + below(5)));
+    test_same_bits(1 + below(50), 1 + below(90), 1 + below(700));
     test_hostile(1 + below(20), 1 + below(60), 1 + below(400), static_cast<int>(1 + below(3)));
 }
 

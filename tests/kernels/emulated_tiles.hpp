@@ -35,15 +35,22 @@ static void store(int tile, void *to, long stride) {
 }
 static void zero(int tile) { memset(&tiles[tile], 0, sizeof(Tile)); }
 
+// Pairs [row][column][first or second] of a tile as floats.
+static void widen(int tile, float pieces[16][16][2]) {
+    for (int row = 0; row < 16; ++row)
+        for (int i = 0; i < 32; ++i) pieces[row][i / 2][i % 2] = piece(&tiles[tile].bytes[row][2 * i]);
+}
+
 static void multiply(int sum, int left, int right) {
     ++products;
+    float first[16][16][2], second[16][16][2];
+    widen(left, first), widen(right, second);
     for (int m = 0; m < 16; ++m) {
         float sums[16];
         memcpy(sums, tiles[sum].bytes[m], 64);
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < 16; ++n)
-                for (int i = 0; i < 2; ++i)
-                    sums[n] += piece(&tiles[left].bytes[m][4 * k + 2 * i]) * piece(&tiles[right].bytes[k][4 * n + 2 * i]);
+                for (int i = 0; i < 2; ++i) sums[n] += first[m][k][i] * second[k][n][i];
         memcpy(tiles[sum].bytes[m], sums, 64);
     }
 }
