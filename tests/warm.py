@@ -161,7 +161,8 @@ def _leave(run: Callable[[list[str]], None], arguments: list[str]) -> NoReturn:
     except SystemExit as leaving:
         status = leaving.code
     except BaseException as error:
-        sys.excepthook(type(error), error, _of_the_program(error.__traceback__))
+        trace = _of_the_program(error.__traceback__)
+        sys.excepthook(type(error), error.with_traceback(trace), trace)
         status = 1
     if status is not None and not isinstance(status, int):
         print(status, file=sys.stderr)

@@ -18,6 +18,7 @@ import yaml
 
 from tests.conftest import Run
 from tests.litgpt_checkpoints import small_config, write_checkpoint
+from upcast.cli.main import main
 
 pytest.importorskip("litgpt")
 
@@ -35,7 +36,13 @@ DOORS = {
     "generate_speculatively": (["generate_speculatively", "draft", "base", *GREEDY], 2),
     "generate_adapter": (["generate_adapter", "base", *GREEDY, "--adapter_path", "adapter.pth"], 1),
     "generate_adapter_v2": (["generate_adapter_v2", "base", *GREEDY, "--adapter_path", "adapter_v2.pth"], 1),
+    "generate of packed weights": (["generate", "packed", *GREEDY], 1),
+    "generate_speculatively of packed weights": (["generate_speculatively", "draft", "packed", *GREEDY], 2),
+    "generate_adapter of packed weights": (["generate_adapter", "packed", *GREEDY, "--adapter_path", "adapter.pth"], 1),
 }
+
+SIZES = {"block_size": 512, "n_embd": 64, "intermediate_size": 160}  # large enough to be packed
+PLAIN = {"packed": "bfloat16"}  # what LitGPT itself reads of it
 
 # Runs several commands in one process; prints, as JSON, what each printed after its arguments and what was patched.
 DRIVER = """
@@ -43,7 +50,7 @@ import contextlib, io, json, sys
 from litgpt.__main__ import main
 models = []
 if sys.argv[2] == "patched":
-    from upcast import HalfWeight
+    from upcast import HalfWeight, PackedWeight
     from upcast.integrations.litgpt import load as ours
     from upcast.integrations.litgpt.modules import Fused
     fill = ours.fill
@@ -56,11 +63,13 @@ for name, arguments in json.loads(sys.argv[1]).items():
     sys.argv, text = ["litgpt", *arguments], io.StringIO()
     with contextlib.redirect_stdout(text):
         main()
-    stored = [p.dtype for m in models for p in m.parameters() if p.dim() == 2 and not isinstance(p, HalfWeight)]
+    matrices = [type(p) for m in models for p in m.parameters() if p.dim() == 2]
+    stored = [kind for kind in matrices if kind not in (HalfWeight, PackedWeight)] if matrices else []
     fused = [module.__dict__["forward"].calls for m in models for module in m.modules()
              if isinstance(module.__dict__.get("forward"), Fused)] if models else []
     cached = [str(b.attn.kv_cache.k.dtype) for m in models for b in m.transformer.h]
     results[name] = {"text": text.getvalue().partition("}\\n")[2], "models": len(models), "wide": len(stored),
+                     "packed": sum(kind.__name__ == "PackedWeight" for kind in matrices),
                      "fused": max(fused, default=0), "caches": sorted(set(cached))}
     models.clear()
 print("RESULTS" + json.dumps(results))
@@ -72,7 +81,7 @@ def _adapter(kind: str, path: Path) -> None:
     import importlib
 
     adapter = importlib.import_module(f"litgpt.{kind}")
-    settings = vars(small_config("SmolLM2-135M-Instruct", block_size=512))
+    settings = vars(small_config("SmolLM2-135M-Instruct", **SIZES))
     names = {field: settings[field] for field in settings if field in adapter.Config.__dataclass_fields__}
     torch.manual_seed(5)
     state = adapter.GPT(adapter.Config(**names)).state_dict()
@@ -87,7 +96,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from litgpt.prompts import Alpaca, save_prompt_style
 
     root = tmp_path_factory.mktemp("doors")
-    config = small_config("SmolLM2-135M-Instruct", block_size=512)
+    config = small_config("SmolLM2-135M-Instruct", **SIZES)
 
     def other(state: dict[str, torch.Tensor]) -> None:
         state["lm_head.weight"] += 0.01 * torch.randn_like(state["lm_head.weight"])
@@ -99,6 +108,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ):
         write_checkpoint(root / name, config, dtype, change)
         save_prompt_style(Alpaca(), root / name)
+    assert main(["convert", str(root / "bfloat16"), "--storage", "packed", "--output", str(root / "packed")]) == 0
     for kind in ("adapter", "adapter_v2"):
         _adapter(kind, root / f"{kind}.pth")
     return root
@@ -129,7 +139,7 @@ def driven(
 def wanted(python_in: Run, folder: Path) -> dict[str, str]:
     """What each door prints in plain LitGPT, float32 math on the same weights."""
     doors = {
-        name: [a for a in arguments if a != "bf16-true"] + ["32-true"] * ("bf16-true" in arguments)
+        name: [PLAIN.get(a, a) for a in arguments if a != "bf16-true"] + ["32-true"] * ("bf16-true" in arguments)
         for name, (arguments, _) in DOORS.items()
     }
     plain = {name: a if "--precision" in a else [*a, "--precision", "32-true"] for name, a in doors.items()}
@@ -147,6 +157,7 @@ def test_all_doors_in_one_process(python_in: Run, folder: Path, wanted: dict[str
         found = results[name]
         assert found["text"] == wanted[name], name
         assert (found["models"], found["wide"]) == (count, 0), name
+        assert bool(found["packed"]) is ("packed" in name), name
         assert found["fused"] > 0, name
         unfused = "adapter" in name  # attention of adapters keeps LitGPT's own forward and cache
         assert found["caches"] == ["torch.float32" if unfused else "torch.float16"], name

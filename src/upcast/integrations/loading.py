@@ -7,7 +7,7 @@ else one rounded tensor at a time.
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -145,6 +145,12 @@ def of_packed_files(policy: Choice) -> Choice:
     if isinstance(policy, policies.Stored) or policies.resolve(policy).storage != "float16":
         return policy
     return cast("Choice", policies.stored(policy, "packed"))
+
+
+def policy_for(weights: Mapping[str, Tensor], policy: Choice) -> Choice:
+    """Return the policy for these mapped weights, which may be packed in their file."""
+    packed = any(isinstance(tensor, PackedWeight) for tensor in weights.values())
+    return of_packed_files(policy) if packed else policy
 
 
 def patterns(model: nn.Module, quietly: bool = False) -> tuple[Sequence[str], Sequence[str]]:

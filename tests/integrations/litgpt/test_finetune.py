@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from tests.conftest import Run, relative_error
 from tests.litgpt_checkpoints import small_config, write_checkpoint
+from upcast.integrations import convert_packed
 
 pytest.importorskip("litgpt")
 
@@ -35,15 +37,16 @@ import json, sys
 from litgpt.__main__ import main
 found, results = [], {}
 if sys.argv[2] == "patched":
-    from upcast import HalfWeight
+    from upcast import HalfWeight, PackedWeight
     from upcast.integrations import loading
     adopt = loading.adopt
     def kept(model, *rest, **options):
         adopt(model, *rest, **options)
         half = sum(isinstance(p, HalfWeight) for p in model.parameters())
         wide = [n for n, p in model.named_parameters() if p.dim() > 1 and not isinstance(p, HalfWeight)]
+        packed = sum(isinstance(p, PackedWeight) for p in model.parameters())
         learning = [(n, str(p.dtype)) for n, p in model.named_parameters() if p.requires_grad]
-        found.append({"half": half, "wide": wide, "learning": learning})
+        found.append({"half": half, "packed": packed, "wide": wide, "learning": learning})
     loading.adopt = kept
 for name, arguments in json.loads(sys.argv[1]).items():
     sys.argv = ["litgpt", *arguments]
@@ -65,6 +68,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_checkpoint(root / "base", small_config("SmolLM2-135M-Instruct", block_size=512))
     save_prompt_style(Alpaca(), root / "base")
     samples = [{"instruction": f"Say {n}.", "input": "", "output": "ab" * (n % 5 + 1)} for n in range(20)]
+    config = small_config("SmolLM2-135M-Instruct", block_size=512, n_embd=64, intermediate_size=128)
+    write_checkpoint(root / "bfloat16", config, torch.bfloat16)
+    save_prompt_style(Alpaca(), root / "bfloat16")
+    convert_packed.pack(root / "bfloat16", root / "packed")
     (root / "data.json").write_text(json.dumps(samples))
     return root
 
@@ -164,6 +171,26 @@ def test_resume_takes_the_adapter_s_numbers(run: Driven, folder: Path, runs: obj
     after = weights(folder / "patched" / name / "final" / COMMANDS[name][1])
     moved = [relative_error(after[key], before[key]) for key in after if before[key].norm() > 0]
     assert max(moved) < 1.5
+
+
+@pytest.mark.parametrize("command", ["finetune_lora", "finetune_adapter"])
+def test_a_packed_base(run: Driven, folder: Path, command: str) -> None:
+    own, file = COMMANDS[command]
+    options = [*TRAINING, *own, "--train.max_steps", "4"]
+    run({command: [command, "bfloat16", "--out_dir", "of bfloat16", *options, "--precision", "32-true"]}, "plain")
+    found, _, _ = run({command: [command, "packed", "--out_dir", "of packed", *options]}, "patched", UPCAST="1")
+    assert found[command][0]["packed"] == 3 * 5 + 2
+    want, got = (curve(folder, out) for out in ("of bfloat16", "of packed"))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    written = [weights(folder / out / "final" / file) for out in ("of bfloat16", "of packed")]
+    if command == "finetune_lora":
+        assert not [*(folder / "of packed" / "final").glob("base-*")]
+        written += [weights(folder / out / "final" / "lit_model.pth") for out in ("of bfloat16", "of packed")]
+    for want, got in zip(written[::2], written[1::2], strict=True):
+        assert got.keys() == want.keys()
+        assert max(relative_error(got[name], want[name]) for name in want) < 1e-3
+    for out in ("of bfloat16", "of packed"):
+        shutil.rmtree(folder / out)
 
 
 def test_another_precision_runs_unpatched_and_says_so(run: Driven) -> None:

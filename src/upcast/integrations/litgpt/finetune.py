@@ -16,7 +16,7 @@ from upcast.checkpoint import reading
 from upcast.core import config, pages
 from upcast.core.errors import UpcastError
 from upcast.integrations import loading, stepping_aside
-from upcast.integrations.litgpt import load, scripts
+from upcast.integrations.litgpt import load, packed_folders, scripts
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.patching.discovery import unwrap
 from upcast.policy import policy as policies
@@ -31,7 +31,7 @@ def activate(module: ModuleType) -> None:
     }
     if hasattr(module, "load_checkpoint_update"):
         wrappers["load_checkpoint_update"] = _load_checkpoint
-    stepping_aside.wrap(module, wrappers)
+    stepping_aside.wrap(module, {**wrappers, **packed_folders.finders(module)})
 
 
 def _optimizer(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
@@ -66,7 +66,7 @@ def _not_float32(model: nn.Module) -> str:
 
 def _read(model: nn.Module, path: Path, adapter: Path | None) -> dict[str, Tensor]:
     """Return the mapped weights under the model's names; refuse those of another config."""
-    weights = reading.read(path)
+    weights = packed_folders.read(path)
     if adapter is not None:
         weights.update(reading.read(Path(adapter)))
     expected = model.state_dict()
@@ -95,6 +95,7 @@ def _fill(model: Any, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
         for name in learning.keys() & weights.keys():
             learning[name].copy_(weights.pop(name))
-    known = reading.to_float16(weights, pages.Memory(), keep, policies.resolve(policies.of(settings)).storage)
+    policy = loading.policy_for(weights, policies.of(settings))
+    known = reading.to_float16(weights, pages.Memory(), keep, policies.resolve(policy).storage)
     model.load_state_dict(weights, strict=False, assign=True)
-    loading.adopt(model, known, settings.kv_cache, policy=policies.of(settings), keep=keep, trainable=trainable)
+    loading.adopt(model, known, settings.kv_cache, policy=policy, keep=keep, trainable=trainable)

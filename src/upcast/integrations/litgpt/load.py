@@ -1,7 +1,6 @@
 """LitGPT: build a model from its checkpoint folder without a float32 copy, and LLM.load under UPCAST=1."""
 
 import inspect
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from upcast.checkpoint import packed_file, reading
+from upcast.checkpoint import reading
 from upcast.core import config, pages
 from upcast.core.errors import UpcastError
 from upcast.core.torch_modes import float32_by_default, ordinary, outside_inference_mode
 from upcast.guard.forward import watcher
 from upcast.integrations import loading, stepping_aside
-from upcast.integrations.litgpt import model_config
+from upcast.integrations.litgpt import model_config, packed_folders
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.patching import engine
 from upcast.policy import policy as policies
-from upcast.tensor.packed_weight import PackedWeight
 
 
 def load_litgpt(
@@ -82,9 +80,9 @@ def load_litgpt(
     folder = Path(checkpoint_dir)
     with _plainly():
         model, weights = _read_folder(folder, whole=mesh is None)
-        if any(isinstance(tensor, PackedWeight) for tensor in weights.values()):
+        if model_config.weights(folder).name == model_config.PACKED:
             _check_whole(folder, mesh)
-            policy = loading.of_packed_files(policy)
+        policy = loading.policy_for(weights, policy)
         engine.check(model, policy, keep, trainable)
         if mesh is None:
             fill(model, weights, kv_cache, policy, guard, heal, keep, trainable)
@@ -132,7 +130,7 @@ def read_for(model: torch.nn.Module, path: Path, whole: bool = True) -> dict[str
 def _read_weights(path: Path, whole: bool) -> dict[str, Tensor]:
     if whole and path.is_file():
         pages.read_ahead(path)
-    return packed_file.read(path) if path.name == model_config.PACKED else reading.read(path)
+    return packed_folders.read(path)
 
 
 def _read_folder(folder: Path, whole: bool = True) -> tuple[Any, dict[str, Tensor]]:
@@ -202,17 +200,8 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def activate(module: ModuleType) -> None:
     """Make ``LLM.load`` and ``LLM.distribute`` of ``litgpt.api`` give patched models."""
-    finder = {"auto_download_checkpoint": _find} if hasattr(module, "auto_download_checkpoint") else {}
-    stepping_aside.wrap(module, {"LLM.load": _load, "LLM.distribute": _distribute, **finder})
-
-
-def _find(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
-    """Return a packed folder as LitGPT would an ordinary one; it would look for lit_model.pth, and download it."""
-    name = args[0] if args else kwargs.get("model_name")
-    for folder in (Path(str(name)), Path("checkpoints", str(name))):
-        if model_config.weights(folder).name == model_config.PACKED and os.path.isfile(folder / model_config.CONFIG):
-            return folder
-    return wrapped(*args, **kwargs)
+    loaders = {"LLM.load": _load, "LLM.distribute": _distribute}
+    stepping_aside.wrap(module, {**loaders, **packed_folders.finders(module)})
 
 
 def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
@@ -233,7 +222,8 @@ def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> An
         _say_where("LLM.load")
         return llm
 
-    return stepping_aside.attempt("LLM.load", ours, theirs)
+    packed = packed_folders.of(args[0] if args else kwargs.get("model"))
+    return packed_folders.attempt(packed and model_config.weights(packed), "LLM.load", ours, theirs)
 
 
 def _patched(llm: Any) -> Any:
@@ -259,7 +249,8 @@ def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -
         if call["accelerator"] == "auto":
             _say_where("LLM.distribute")
 
-    return stepping_aside.attempt("LLM.distribute", ours, lambda: wrapped(*args, **kwargs))
+    file = llm.checkpoint_dir and model_config.weights(llm.checkpoint_dir)
+    return packed_folders.attempt(file, "LLM.distribute", ours, lambda: wrapped(*args, **kwargs))
 
 
 def _say_where(what: str) -> None:

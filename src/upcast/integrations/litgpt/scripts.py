@@ -12,29 +12,28 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from upcast.checkpoint import reading
 from upcast.core import config
 from upcast.core.forward_override import Attached
 from upcast.integrations import loading, stepping_aside
-from upcast.integrations.litgpt import load
+from upcast.integrations.litgpt import load, packed_folders
 from upcast.integrations.stepping_aside import NotOurs
 from upcast.patching import engine
 from upcast.patching.discovery import unwrap
 from upcast.policy import policy as policies
+from upcast.tensor.packed_weight import PackedWeight
 
 SPLIT = "it splits the model over devices"
 
 
 def activate(module: ModuleType) -> None:
     """Make ``load_checkpoint``, as ``module`` knows it, give patched models."""
-    stepping_aside.wrap(module, {"load_checkpoint": _load_checkpoint})
+    stepping_aside.wrap(module, {"load_checkpoint": _load_checkpoint, **packed_folders.finders(module)})
 
 
 def activate_adapter(module: ModuleType) -> None:
     """Make the GPT that ``module`` builds patch itself when it takes its weights, in float32 unless asked otherwise."""
-    stepping_aside.wrap(
-        module, {"get_default_supported_precision": default_precision, "lazy_load": _lazy_load, "GPT": _build}
-    )
+    loaders = {"get_default_supported_precision": default_precision, "lazy_load": _lazy_load, "GPT": _build}
+    stepping_aside.wrap(module, {**loaders, **packed_folders.finders(module)})
 
 
 def activate_unpatched(module: ModuleType) -> None:
@@ -64,11 +63,12 @@ def load_or_step_aside(
             ours(call)
 
     path = kwargs.get("checkpoint_path") or next((arg for arg in args if isinstance(arg, Path)), wrapped.__name__)
-    return stepping_aside.attempt(str(path), attempt, lambda: wrapped(*args, **kwargs), verb="is loaded")
+    file = packed_folders.file_of(path) if isinstance(path, Path) else None
+    return packed_folders.attempt(file, str(path), attempt, lambda: wrapped(*args, **kwargs), verb="is loaded")
 
 
 def _take_over(call: dict[str, Any]) -> None:
-    model, path = unwrap(call["model"]), Path(call["checkpoint_path"])
+    model, path = unwrap(call["model"]), packed_folders.file_of(Path(call["checkpoint_path"]))
     check(model, policies.of(config.read()))
     _fill(model, load.read_for(model, path))
     _compute_in_float32(call["fabric"])
@@ -98,7 +98,8 @@ def check(model: Any, policy: str) -> None:
 
 def _fill(model: Any, weights: dict[str, Tensor]) -> None:
     settings, (keep, trainable) = config.read(), loading.patterns(model)
-    load.fill(model, weights, settings.kv_cache, policies.of(settings), keep=keep, trainable=trainable)
+    policy = loading.policy_for(weights, policies.of(settings))
+    load.fill(model, weights, settings.kv_cache, policy, keep=keep, trainable=trainable)
     cache = model.transformer.h[0].attn.kv_cache
     if cache is not None:  # made before the model was patched, in another dtype
         model.set_kv_cache(batch_size=len(cache.k), max_seq_length=model.max_seq_length)
@@ -121,7 +122,7 @@ def default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: An
 
 def _lazy_load(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
     try:
-        return reading.read(Path(*args, **kwargs))
+        return packed_folders.read(Path(*args, **kwargs))
     except Exception:  # for LitGPT to load, or to say what is wrong
         return wrapped(*args, **kwargs)
 
@@ -148,7 +149,7 @@ class Taking(Attached):
         del model.__dict__["load_state_dict"]
 
         def ours() -> Any:
-            if not all(type(value) in (Tensor, nn.Parameter) for value in state.values()):
+            if not all(type(value) in (Tensor, nn.Parameter, PackedWeight) for value in state.values()):
                 raise NotOurs
             with stepping_aside.undone_if_it_fails(model):
                 return _fill(model, dict(state))

@@ -1,0 +1,106 @@
+"""LitGPT under UPCAST=1 with a packed folder: what looks for ``lit_model.pth`` there finds ``lit_model.safetensors``.
+
+LitGPT itself cannot read that file, so a call that is not for upcast, or fails, has nobody to be left to: it raises.
+"""
+
+import inspect
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from upcast.checkpoint import packed_file, reading
+from upcast.core.errors import UpcastError
+from upcast.integrations import stepping_aside
+from upcast.integrations.litgpt import model_config
+from upcast.integrations.stepping_aside import NotOurs
+
+Result = TypeVar("Result")
+
+
+def activate(module: ModuleType) -> None:
+    """Have ``module``, which looks for a folder and loads it by ``litgpt.api``, find packed ones."""
+    stepping_aside.wrap(module, finders(module))
+
+
+def finders(module: ModuleType) -> Mapping[str, Callable[..., Any]]:
+    """Return wrappers for what ``module`` finds and checks folders with, and merges into them."""
+    known = {"auto_download_checkpoint": _find, "check_valid_checkpoint_dir": _check, "merge_lora": _merge}
+    return {name: wrapper for name, wrapper in known.items() if hasattr(module, name)}
+
+
+def file_of(path: Path) -> Path:
+    """Return the packed file where LitGPT's ``path`` is not there and that one is; else ``path``."""
+    return model_config.weights(path.parent) if path.name == model_config.WEIGHTS else path
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """Return the mapped weights of LitGPT's ``path``, or of the packed file in its place."""
+    file = file_of(path)
+    return packed_file.read(file) if file.name == model_config.PACKED else reading.read(file)
+
+
+def of(name: object) -> Path | None:
+    """Return the packed folder that LitGPT would call ``name``, a path or a model under ``checkpoints``."""
+    for folder in (Path(str(name)), Path("checkpoints", str(name))):
+        if model_config.weights(folder).name == model_config.PACKED and os.path.isfile(folder / model_config.CONFIG):
+            return folder
+    return None
+
+
+def attempt(
+    file: Path | None, what: str, ours: Callable[[], Result], theirs: Callable[[], Result], verb: str = "runs"
+) -> Result:
+    """Return what ``ours`` gives, as `stepping_aside.attempt` does; of a packed ``file`` nobody else gives anything.
+
+    Raises:
+        UpcastError: the file is packed, and the call is not for upcast.
+    """
+    if file is None or file.name != model_config.PACKED:
+        return stepping_aside.attempt(what, ours, theirs, verb=verb)
+    try:
+        return ours()
+    except NotOurs as reason:
+        if str(reason):
+            raise UpcastError(
+                f"{file} holds packed weights, which upcast alone reads, and this call is not for upcast: {reason}. "
+                "Leave that out, or convert the folder back: "
+                f"python -m upcast convert {file.parent} --storage bfloat16."
+            ) from None
+    return theirs()
+
+
+def _find(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    """Return a packed folder as LitGPT would an ordinary one; it would look for lit_model.pth, and download it."""
+    packed = of(args[0] if args else kwargs.get("model_name")) if stepping_aside.enabled() else None
+    return packed or wrapped(*args, **kwargs)
+
+
+def _check(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    """Have LitGPT check a packed folder for its own file of weights, and for all others that it needs."""
+    folder = args[0] if args else kwargs.get("checkpoint_dir")
+    theirs = len(args) > 1 or "model_filename" in kwargs or not stepping_aside.enabled()
+    if theirs or of(folder) is None:
+        return wrapped(*args, **kwargs)
+    return wrapped(*args, **kwargs, model_filename=model_config.PACKED)
+
+
+def _merge(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    """Merge LoRA weights into a packed base by a copy of it in bfloat16, beside the result, gone afterwards."""
+    from litgpt.scripts.merge_lora import load_lora_metadata
+
+    from upcast.integrations import convert_packed
+
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    learned = Path(call["checkpoint_dir"])
+    packed = of(call.get("pretrained_checkpoint_dir") or load_lora_metadata(learned)[1])
+    if packed is None:
+        return wrapped(*args, **kwargs)
+    with tempfile.TemporaryDirectory(prefix="base-", dir=learned) as place:
+        base = Path(place, "bfloat16")
+        convert_packed.unpack(packed, base)
+        return wrapped(**{**call, "pretrained_checkpoint_dir": base})
