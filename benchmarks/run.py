@@ -204,7 +204,7 @@ def measure_contexts(parser: argparse.ArgumentParser, options: argparse.Namespac
             return 1
     print(*missing, sep="\n", end="\n" * bool(missing), file=sys.stderr)
     contexts_suite.show(measured.title, results, rates)
-    content = contexts_suite.record(measured.title, effort, results, rates)
+    content = contexts_suite.record(measured.title, effort, options.threads, results, rates)
     print(contexts_suite.write(options.output, measured.title, content))
     return 0
 

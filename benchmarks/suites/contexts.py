@@ -7,9 +7,11 @@ once (llama.cpp takes 512 tokens at a time), and wants the last position's logit
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from litgpt.config import Config
 from rich.console import Console
 from rich.table import Table
@@ -121,9 +123,10 @@ def show(title: str, results: Results, rates: list[float]) -> None:
     console.print(shown)
 
 
-def record(title: str, effort: Effort, results: Results, rates: list[float]) -> dict[str, Any]:
+def record(title: str, effort: Effort, threads: int | None, results: Results, rates: list[float]) -> dict[str, Any]:
     """Return the content of the JSON file, in seconds and bytes per second."""
     facts = {"machine": machine.describe(), "versions": machine.versions(), "commit": machine.commit()}
+    facts["date"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     samples = {
         name: {str(length): [sample._asdict() for sample in each] for length, each in by_length.items()}
         for name, by_length in results.items()
@@ -132,9 +135,18 @@ def record(title: str, effort: Effort, results: Results, rates: list[float]) -> 
         "suite": "contexts",
         "model": title,
         "new_tokens": effort.new_tokens,
+        "threads": threads or torch.get_num_threads(),
         **facts,
         "read": rates,
         "samples": samples,
+    }
+
+
+def samples_of(record: dict[str, Any]) -> Results:
+    """Return the samples that `record` made into JSON."""
+    return {
+        name: {int(length): [Sample(**sample) for sample in each] for length, each in by_length.items()}
+        for name, by_length in record["samples"].items()
     }
 
 

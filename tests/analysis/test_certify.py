@@ -181,8 +181,8 @@ def test_certify_on_the_command_line(checkpoint: Path, tmp_path: Path, capsys: A
     assert "| float16 | NaN |" in (tmp_path / "c.md").read_text()
 
 
-def test_mistakes_on_the_command_line(checkpoint: Path, tmp_path: Path, python: Run) -> None:
-    failed = python("-m", "upcast", "diagnose", str(tmp_path), "hello")
+def test_mistakes_on_the_command_line(checkpoint: Path, tmp_path: Path, python_with_libraries: Run) -> None:
+    failed = python_with_libraries("-m", "upcast", "diagnose", str(tmp_path), "hello")
     assert failed.returncode == 2
     assert "is no checkpoint folder" in failed.stderr
     assert main(["certify", str(checkpoint), "--policy", "sensible"]) == 2

@@ -10,6 +10,7 @@ from litgpt.model import GPT
 from litgpt.utils import save_config
 
 from benchmarks import run
+from benchmarks.harness import readme
 from benchmarks.harness.job import Job, prompt_of
 from benchmarks.suites import contexts
 from benchmarks.suites.contexts import Sample
@@ -60,6 +61,10 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
     assert "a peer is not installed" in errors
     assert "prefill of 256" in printed
     content = json.loads(next((tmp_path / "out").glob("*-contexts.json")).read_text())
+    assert contexts.samples_of(content)["upcast"][64][0].prefill > 0
+    section = readme.contexts_section(content)
+    assert "| **upcast-packed** | " in section
+    assert f"{content['threads']} threads" in section
     assert set(content["samples"]) == {"float32", "upcast", "upcast-packed"}
     assert {length for each in content["samples"].values() for length in each} == {"64", "256"}
     assert all(sample["decode"] > 0 for each in content["samples"].values() for of in each.values() for sample in of)

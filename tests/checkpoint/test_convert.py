@@ -177,16 +177,16 @@ WHERE = [["7"], ["999", "seal"], *(pytest.param(w, marks=pytest.mark.slow) for w
 
 
 @pytest.mark.parametrize("where", WHERE, ids=str)
-def test_killed_half_way_it_goes_on(tmp_path: Path, python: Run, where: list[str]) -> None:
+def test_killed_half_way_it_goes_on(tmp_path: Path, python_with_libraries: Run, where: list[str]) -> None:
     folder = checkpoint(tmp_path)
-    assert python("-c", KILLED, str(folder), *where).returncode == -9
+    assert python_with_libraries("-c", KILLED, str(folder), *where).returncode == -9
     assert not twin_of(folder).exists()
     partial = twin_of(folder).with_name("checkpoint-float16.partial")
     journal = partial / "upcast.journal"
     assert partial.is_dir()
     written = len(journal.read_text().splitlines()) if journal.exists() else 0
     assert written == {"0": 0, "7": 7}.get(where[0], 0 if "lay_out" in where else 23)
-    result = python("-m", "upcast", "convert", str(folder))
+    result = python_with_libraries("-m", "upcast", "convert", str(folder))
     assert result.returncode == 0, result.stderr
     assert (f"going on with checkpoint-float16.partial: {written} of 24" in result.stderr) == bool(written)
     assert not partial.exists()
@@ -198,19 +198,19 @@ def test_killed_half_way_it_goes_on(tmp_path: Path, python: Run, where: list[str
         assert torch.equal(upcast.load_litgpt(twin_of(folder))(IDS), upcast.load_litgpt(folder)(IDS))
 
 
-def test_a_journal_cut_short_counts_to_its_last_whole_line(tmp_path: Path, python: Run) -> None:
+def test_a_journal_cut_short_counts_to_its_last_whole_line(tmp_path: Path, python_with_libraries: Run) -> None:
     folder = checkpoint(tmp_path)
-    assert python("-c", KILLED, str(folder), "5").returncode == -9
+    assert python_with_libraries("-c", KILLED, str(folder), "5").returncode == -9
     journal = tmp_path / "checkpoint-float16.partial" / "upcast.journal"
     journal.write_text(journal.read_text()[:-9])
-    result = python("-m", "upcast", "convert", str(folder))
+    result = python_with_libraries("-m", "upcast", "convert", str(folder))
     assert "4 of 24 tensors are written" in result.stderr
     assert result.returncode == 0, result.stderr
 
 
-def test_another_source_starts_anew(tmp_path: Path, python: Run) -> None:
+def test_another_source_starts_anew(tmp_path: Path, python_with_libraries: Run) -> None:
     folder = checkpoint(tmp_path)
-    assert python("-c", KILLED, str(folder), "5").returncode == -9
+    assert python_with_libraries("-c", KILLED, str(folder), "5").returncode == -9
     state = torch.load(folder / "lit_model.pth")
     torch.save({name: tensor * 2 for name, tensor in state.items()}, folder / "lit_model.pth")
     convert.convert(folder)

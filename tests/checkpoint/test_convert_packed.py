@@ -108,10 +108,10 @@ EVERY = [
 
 @pytest.mark.parametrize(("stride", "seed", "way", "storage"), [*SOME, *FULL, *EVERY])
 def test_stopped_anywhere_it_ends_with_the_same_bytes(
-    tmp_path: Path, python: Run, stride: int, seed: int, way: str, storage: str
+    tmp_path: Path, python_with_libraries: Run, stride: int, seed: int, way: str, storage: str
 ) -> None:
     arguments = (str(tmp_path), way, str(stride), str(seed), storage)
-    result = python(PROGRAM, *arguments, PYTHONPATH=str(ROOT), UPCAST_VERBOSE="0")
+    result = python_with_libraries(PROGRAM, *arguments, PYTHONPATH=str(ROOT), UPCAST_VERBOSE="0")
     assert result.returncode == 0, result.stderr
     assert re.fullmatch(r"[1-9]\d* stops\n", result.stdout), result.stdout
 

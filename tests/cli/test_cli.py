@@ -55,15 +55,15 @@ def test_wrong_values_list_the_valid_ones(environ: dict[str, str], message: str)
         config.read(environ)
 
 
-def test_run_a_script(python: Run, tmp_path: Path) -> None:
+def test_run_a_script(python_with_libraries: Run, tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    result = python("-m", "upcast", "run", "script.py", "--flag", "x")
+    result = python_with_libraries("-m", "upcast", "run", "script.py", "--flag", "x")
     assert result.stdout.splitlines() == ["['--flag', 'x'] __main__ True", "True"], result.stderr
 
 
-def test_run_a_module(python: Run, tmp_path: Path) -> None:
+def test_run_a_module(python_with_libraries: Run, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(SCRIPT)
-    result = python("-m", "upcast", "run", "-m", "program", "y")
+    result = python_with_libraries("-m", "upcast", "run", "-m", "program", "y")
     assert result.stdout.splitlines() == ["['y'] __main__ True", "True"], result.stderr
 
 
@@ -146,9 +146,9 @@ def test_help_needs_neither_torch_nor_wrapt(python: Run, how: str, option: str) 
     assert result.stdout.startswith("usage:" if option == "--help" else f"torch-upcast {upcast.__version__}")
 
 
-def test_who_imports_upcast_has_its_operations(python: Run) -> None:
+def test_who_imports_upcast_has_its_operations(python_with_libraries: Run) -> None:
     script = "import upcast, torch; print(torch.ops.upcast.linear.default.name())"
-    assert python("-c", script).stdout.strip() == "upcast::linear"
+    assert python_with_libraries("-c", script).stdout.strip() == "upcast::linear"
 
 
 def test_the_choices_of_generate_are_those_that_there_are() -> None:

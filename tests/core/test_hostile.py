@@ -80,8 +80,8 @@ def test_a_hook_steps_aside_where_the_library_loads(tried: dict[str, Any]) -> No
     assert "files of a checkpoint lie in its folder" in got
 
 
-def test_the_environment(python: Run) -> None:
-    result = python("-m", "upcast", "status", UPCAST_POLICY="none; \udcff=safe")
+def test_the_environment(python_with_libraries: Run) -> None:
+    result = python_with_libraries("-m", "upcast", "status", UPCAST_POLICY="none; \udcff=safe")
     assert result.returncode == 2
     assert r"'\udcff' cannot be printed (character 7)" in result.stderr
     assert "Traceback" not in result.stderr

@@ -123,8 +123,8 @@ def decode(python: Run, kinds: dict[str, Any], ways: list[str], forbid: str) -> 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Linux has it")
-def test_a_token_reads_its_experts_only(python: Run) -> None:
-    lines = decode(python, KINDS, WAYS, "others")
+def test_a_token_reads_its_experts_only(python_with_libraries: Run) -> None:
+    lines = decode(python_with_libraries, KINDS, WAYS, "others")
     assert [line[0] for line in lines] == [*WAYS, "exit"] * len(KINDS)
     whole = 2 * 14 * 3 * 256 * 256 * 2  # layers, experts, matrices, rows, columns, bytes
     for way, *found in lines:
@@ -136,5 +136,7 @@ def test_a_token_reads_its_experts_only(python: Run) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect as Linux has it")
-def test_reading_a_closed_expert_is_fatal(python: Run) -> None:
-    assert decode(python, {"Mixtral": KINDS["Mixtral"]}, WAYS[:1], "chosen") == [["exit", str(-signal.SIGSEGV)]]
+def test_reading_a_closed_expert_is_fatal(python_with_libraries: Run) -> None:
+    assert decode(python_with_libraries, {"Mixtral": KINDS["Mixtral"]}, WAYS[:1], "chosen") == [
+        ["exit", str(-signal.SIGSEGV)]
+    ]

@@ -245,7 +245,7 @@ print(max(sizes[2:]) - sizes[1])
 """
 
 
-def test_memory_is_flat_over_reloads(python: Run, tmp_path: Path) -> None:
+def test_memory_is_flat_over_reloads(python_with_libraries: Run, tmp_path: Path) -> None:
     from benchmarks.harness import memory
 
     if not memory.supported():
@@ -254,6 +254,6 @@ def test_memory_is_flat_over_reloads(python: Run, tmp_path: Path) -> None:
     held = sum(2 * parameter.numel() for parameter in model.parameters())
     model.save_pretrained(tmp_path / "model")
     root = str(Path(__file__).parents[2])
-    result = python("-c", RELOADED, UPCAST="1", PYTHONPATH=root, OMP_NUM_THREADS="1")
+    result = python_with_libraries("-c", RELOADED, UPCAST="1", PYTHONPATH=root, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < held / 2

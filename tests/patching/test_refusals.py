@@ -170,7 +170,7 @@ SILENT: dict[str, str] = {
 
 
 @pytest.mark.parametrize("stderr", SILENT)
-def test_without_a_standard_error_everything_is_done_all_the_same(python: Run, stderr: str) -> None:
+def test_without_a_standard_error_everything_is_done_all_the_same(python_with_libraries: Run, stderr: str) -> None:
     program = f"""
 import os, sys, torch, upcast
 model = torch.nn.Linear(9, 7)
@@ -180,5 +180,5 @@ print(type(model.weight).__name__, len(upcast.report(model)) > 50)
 model.weight.data_ptr()
 print(type(upcast.unpatch(model).weight).__name__)
 """
-    result = python("-c", program)
+    result = python_with_libraries("-c", program)
     assert result.stdout.split() == ["HalfWeight", "True", "Parameter"], result.stderr

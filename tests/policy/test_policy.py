@@ -158,9 +158,12 @@ def test_storage_is_a_choice_of_the_policy() -> None:
     )
 
 
-def test_the_environment_takes_the_same_string(python: Run) -> None:
+def test_the_environment_takes_the_same_string(python_with_libraries: Run) -> None:
     script = "from upcast.core import config; print(config.read().policy)"
-    assert python("-c", script, UPCAST_POLICY="none; h.1=norm+linear").stdout.strip() == "none; h.1=norm+linear"
-    failed = python("-c", script, UPCAST_POLICY="sensible")
+    assert (
+        python_with_libraries("-c", script, UPCAST_POLICY="none; h.1=norm+linear").stdout.strip()
+        == "none; h.1=norm+linear"
+    )
+    failed = python_with_libraries("-c", script, UPCAST_POLICY="sensible")
     assert "UPCAST_POLICY='sensible' in the environment: policy 'sensible'" in failed.stderr
     assert "did you mean 'sensitive'" in failed.stderr

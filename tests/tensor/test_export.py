@@ -62,7 +62,7 @@ def test_a_program_is_dynamic_and_differentiable() -> None:
     assert relative_error(got, wanted) < 1e-6
 
 
-def test_a_saved_program_runs_in_another_process(tmp_path: Path, python: Run) -> None:
+def test_a_saved_program_runs_in_another_process(tmp_path: Path, python_with_libraries: Run) -> None:
     model = small()
     torch.export.save(torch.export.export(model, (IDS,)), tmp_path / "model.pt2")
     torch.save((IDS, model(IDS)), tmp_path / "answer.pt")
@@ -72,7 +72,7 @@ ids, wanted = torch.load("answer.pt")
 assert torch.equal(torch.export.load("model.pt2").module()(ids), wanted)
 print("same")
 """
-    result = python("-W", "ignore", "-c", code)
+    result = python_with_libraries("-W", "ignore", "-c", code)
     assert "same" in result.stdout, result.stderr
 
 

@@ -188,7 +188,7 @@ def test_onnx_s_table_of_decompositions_knows_our_operators() -> None:
     assert not any(name.startswith("upcast.") for name in called)
 
 
-def test_a_lowered_program_runs_where_nothing_is_patched(tmp_path: Any, python: Run) -> None:
+def test_a_lowered_program_runs_where_nothing_is_patched(tmp_path: Any, python_with_libraries: Run) -> None:
     plain, model, x = two("mlp")
     program = torch.export.export(model, (x,)).run_decompositions(dict(torch._decomp.decomposition_table))
     torch.export.save(program, tmp_path / "model.pt2")
@@ -201,5 +201,5 @@ assert (got - want).norm() < 1e-5 * want.norm()
 assert "upcast" not in sys.modules
 print("same")
 """
-    result = python("-W", "ignore", "-c", code)
+    result = python_with_libraries("-W", "ignore", "-c", code)
     assert "same" in result.stdout, result.stderr
