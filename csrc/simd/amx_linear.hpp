@@ -2,8 +2,8 @@
 //
 // A half is the exact sum of two bfloat16 numbers and a float of three, by truncation: 11 = 8 + 3 and
 // 24 = 8 + 8 + 8 significant bits. Five of the six products of these pieces are added up; the sixth, of both
-// last pieces, is below the last bit of a float. Weights that were bfloat16 have no second piece: three are left. (The idea of splitting is Dekker's, 1971; for bfloat16 units
-// see Henry, Tang and Heinecke, 2019, arXiv:1904.06376.)
+// last pieces, is below the last bit of a float. Weights that were bfloat16, or are packed, have no second piece: three are
+// left. (The idea of splitting is Dekker's, 1971; for bfloat16 units see Henry, Tang and Heinecke, 2019, arXiv:1904.06376.)
 //
 // Rows of weights or of x go into tiles of 16 by 32 pieces, the second operand with pairs of k side by side.
 // Any pairing of k will do if both operands use the same: here k with k + 16. Pieces of numbers that are
@@ -13,9 +13,11 @@
 
 #include "runtime/kernels.hpp"
 #include "simd/linear_dot.hpp"
+#include "simd/linear_packed_many.hpp"
 #include "simd/linear_panel.hpp"
 #include "simd/simd.hpp"
 #include "simd/amx_pack.hpp"
+#include "simd/amx_packed.hpp"
 #include "simd/amx_products.hpp"
 
 #if UPCAST_LEVEL == 5
@@ -59,7 +61,7 @@ static void finish_thin(const Linear &a, const TileBlock &block, const TileSums 
 // that are not whole are left out: addresses stay inside the weights. Rows of n are fetched when they are packed.
 static Ahead ahead_of(const Linear &a, const TileBlock &block, int64_t n, int64_t i, int64_t count) {
     const int64_t begin = n + TILES_N + TILES_N * i / count, end = n + TILES_N + TILES_N * (i + 1) / count;
-    if (a.transposed || end > a.N || block.k + block.steps() * STEP > a.K) return {};
+    if (a.packed.records || a.transposed || end > a.N || block.k + block.steps() * STEP > a.K) return {};
     return {a.w + begin * a.ldw + block.k, a.ldw, end - begin};
 }
 
@@ -87,9 +89,10 @@ static void tile_group(const Linear &a, const TileBlock &block, const uint16_t *
 
 static bool pack_x(const Linear &a, const TileBlock &block, int64_t begin, int64_t end, uint16_t *out) {
     const Source rows = {a.x + block.k, a.ldx, a.M};
+    const int32_t tiny = a.packed.records ? TINY_X_PACKED : TINY_X;
     bool exact = true;
     for (int64_t m = begin; m < end; m += TILE, out += block.steps() * X_PIECES * PIECE) {
-        exact &= a.transposed ? pack_rows_of_x(rows, m, block.depth, out) : pack_columns_of_x(rows, m, block.depth, out);
+        exact &= a.transposed ? pack_rows_of_x(rows, m, block.depth, tiny, out) : pack_columns_of_x(rows, m, block.depth, tiny, out);
     }
     return exact;
 }
@@ -102,10 +105,13 @@ static int64_t tile_x(const Linear &a) { return (least(a.M, TILES_M) + TILE - 1)
 // bfloat16 numbers of the weights of a group of columns.
 static int64_t tile_w(const Linear &a) { return TILES_N * tile_depth(a) * W_PIECES; }
 
-// Bytes of scratch per task: a block of x and a group's weights, or what panels take instead.
+// Floats of packed rows while they go into tiles.
+static int64_t tile_wide(const Linear &a) { return a.packed.records ? TILE * unpacked_row(tile_depth(a)) : 0; }
+
+// Bytes of scratch per task: a block of x and a group's weights, or what others take instead.
 static size_t tile_scratch(const Linear &a) {
-    const size_t own = sizeof(uint16_t) * static_cast<size_t>(tile_x(a) + tile_w(a));
-    const size_t instead = a.transposed ? plan_panel(a, 1).scratch : 0;
+    const size_t own = sizeof(uint16_t) * static_cast<size_t>(tile_x(a) + tile_w(a)) + sizeof(float) * static_cast<size_t>(tile_wide(a));
+    const size_t instead = a.packed.records ? plan_packed(a, 1).scratch : a.transposed ? plan_panel(a, 1).scratch : 0;
     return (most(own, instead) + 63) / 64 * 64;
 }
 
@@ -129,7 +135,10 @@ static bool multiply_block(const Linear &a, const TileBlock &block, int64_t m, i
     const int64_t tile = block.steps() * W_PIECES * PIECE;
     HalfRange range;
     for (int64_t n = 0; n < a.N; n += TILES_N) {
-        if (a.transposed) {
+        if (a.packed.records) {
+            float *const wide = reinterpret_cast<float *>(w + tile_w(a));
+            if (!pack_packed(a, block, n, wide, w) || !pack_packed(a, block, n + TILE, wide, w + tile)) return false;
+        } else if (a.transposed) {
             pack_stacked(a, block, n, w, tile, range);
         } else {
             pack_rows(a, block, n, w, range);
@@ -162,7 +171,9 @@ static Linear tile_part(const Linear &a, const LinearPlan &plan, int task) {
     const int64_t m = a.M * tm / plan.grid_m;
     Linear part = a;
     part.M = a.M * (tm + 1) / plan.grid_m - m, part.N = end - n;
-    part.x += m * a.ldx, part.w += a.transposed ? n : n * a.ldw, part.y += m * a.ldy + n;
+    part.x += m * a.ldx, part.y += m * a.ldy + n;
+    if (a.packed.records) part.packed.first += n;
+    else part.w += a.transposed ? n : n * a.ldw;
     if (a.bias) part.bias += n;
     if (a.residual) part.residual += m * a.ldr + n;
     return part;
@@ -172,7 +183,8 @@ static void tile_task(const Linear &a, const LinearPlan &plan, void *scratch, in
     const Linear part = tile_part(a, plan, task);
     char *own = static_cast<char *>(scratch) + static_cast<size_t>(task) * tile_scratch(a);
     if (multiply_tiles(part, reinterpret_cast<uint16_t *>(own))) return;
-    if (a.transposed) panel_task(part, plan_panel(part, 1), reinterpret_cast<float *>(own), 0);
+    if (a.packed.records) packed_task(part, plan_packed(part, 1), reinterpret_cast<float *>(own), 0);
+    else if (a.transposed) panel_task(part, plan_panel(part, 1), reinterpret_cast<float *>(own), 0);
     else dot_task(part, plan_dot(part, 1), nullptr, 0);
 }
 

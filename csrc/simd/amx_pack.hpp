@@ -44,10 +44,10 @@ struct Range {
         const vi size = (vi)v & 0x7fffffff;
         largest = size > largest ? size : largest;
     }
-    // Whether the pieces of every row add up to its numbers.
-    UPCAST_ALWAYS_INLINE bool exact() const {
-        constexpr int32_t INFINITE = 0x7f800000, SMALL = (127 - 80) << 23;
-        const vi bad = (largest >= INFINITE) | ((largest > 0) & (largest < SMALL));
+    // Whether the pieces of every row add up to its numbers, which must not all be below `tiny`, the bits of a float.
+    UPCAST_ALWAYS_INLINE bool exact(int32_t tiny) const {
+        constexpr int32_t INFINITE = 0x7f800000;
+        const vi bad = (largest >= INFINITE) | ((largest > 0) & (largest < tiny));
         int32_t any = 0;
         for (int i = 0; i < LANES; ++i) any |= bad[i];
         return any == 0;
@@ -94,7 +94,7 @@ struct Source {
 };
 
 // First operand, from rows of k: row i of a tile holds the pairs of row first + i.
-static bool pack_rows_of_x(Source from, int64_t first, int64_t depth, uint16_t *out) {
+static bool pack_rows_of_x(Source from, int64_t first, int64_t depth, int32_t tiny, uint16_t *out) {
     Range ranges[TILE];
     for (int64_t k = 0; k < depth; k += STEP, out += X_PIECES * PIECE) {
         for (int64_t i = 0; i < TILE; ++i) {
@@ -108,13 +108,13 @@ static bool pack_rows_of_x(Source from, int64_t first, int64_t depth, uint16_t *
     for (const Range &range : ranges) {
         Range whole;
         whole.largest = splat_bits(largest_lane(range.largest));
-        exact &= whole.exact();
+        exact &= whole.exact(tiny);
     }
     return exact;
 }
 
 // Second operand, from rows of k: column i of a tile holds the pairs of row first + i.
-static bool pack_columns_of_x(Source from, int64_t first, int64_t depth, uint16_t *out) {
+static bool pack_columns_of_x(Source from, int64_t first, int64_t depth, int32_t tiny, uint16_t *out) {
     Range range;
     for (int64_t k = 0; k < depth; k += STEP, out += X_PIECES * PIECE) {
         vf a[TILE], b[TILE];
@@ -128,7 +128,7 @@ static bool pack_columns_of_x(Source from, int64_t first, int64_t depth, uint16_
             store_pieces<X_PIECES>(out + j * STEP, a[j], b[j]);
         }
     }
-    return range.exact();
+    return range.exact(tiny);
 }
 
 // First operand, from rows of k of the weights: [n, n + TILE), the last row repeated. Tile by tile, which writes

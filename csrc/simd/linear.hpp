@@ -17,11 +17,12 @@ constexpr int64_t WORK_PER_THREAD = 32 * 1024;
 static LinearPlan plan_linear(const Linear &a, int threads) {
     const int64_t work = a.M * a.N * a.K;
     threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
+#if UPCAST_LEVEL == 5
+    const bool many = a.M >= (a.transposed ? LEAST_BACKWARD : LEAST_FORWARD) && a.N >= TILE && a.K >= STEP;
+    if (many && !(a.packed.records && a.transposed)) return plan_tiles(a, threads);
+#endif
     // Without products there is only bias and residual, which the tiles add without touching a weight.
     if (a.packed.records) return a.transposed && a.K > 0 ? plan_panel(a, threads) : plan_packed(a, threads);
-#if UPCAST_LEVEL == 5
-    if (a.M >= (a.transposed ? LEAST_BACKWARD : LEAST_FORWARD) && a.N >= TILE && a.K >= STEP) return plan_tiles(a, threads);
-#endif
     if (a.transposed && a.K > 0) return a.M == 1 ? plan_axpy(a, threads) : plan_panel(a, threads);
     return plan_dot(a, threads);
 }

@@ -140,10 +140,41 @@ void test_same_bits(int64_t M, int64_t N, int64_t K) {
     Linear b = a;
     b.y = other.data, b.packed = packed.rows;
     run_linear(a, 1), run_linear(b, 2);
-    if (LEVEL.plan_linear(a, 1).strategy != Strategy::tiles) expect_same("bits of packed and float16", y, other.data, M, N, K);
+    if (LEVEL.plan_linear(a, 1).strategy == Strategy::tiles) return;
+    expect_same("bits of packed and float16", y, other.data, M, N, K);
     for (b.M = 1, b.y = alone.data; b.x < x.data + x.size; b.x += K) {
         run_linear(b, 1);
         expect_same("bits of a packed row alone", alone, other.data + (b.x - x.data) / K * N, M, N, K);
+    }
+}
+
+// Rows of weights and of x that are tiny as a whole, and numbers that are not finite: each number of y has its own bound.
+void test_unusual(int64_t M, int64_t N, int64_t K, int tiny, bool infinite) {
+    Buffer<uint16_t> w(N * K);
+    Buffer<float> x(M * K), y(M * N);
+    fill_packed(w, 0), fill(x);
+    for (int64_t k = 0; k < K; ++k) w[(N / 2) * K + k] = static_cast<uint16_t>(w[(N / 2) * K + k] - (w[(N / 2) * K + k] ? tiny << 7 : 0));
+    for (int64_t k = 0; k < K; ++k) x[(M / 2) * K + k] = static_cast<float>(ldexp(x[(M / 2) * K + k], -tiny / 2));
+    if (infinite) w[K + K / 3] = 0x7f80;
+    HighBytes found;
+    uint8_t table[PACKED_TABLE];
+    launch_examine(LEVEL, {w.data, Number::bfloat16, N, K}, 1, found);
+    const int64_t escapes = choose_table(found, table);
+    const Bytes blob(packed_layout(N, K, escapes).end);
+    if (launch_pack(LEVEL, {w.data, Number::bfloat16, N, K}, table, escapes, blob.data, 1) != Packed::done) expect("packing", 1, 0, M, N, K);
+    Linear a = {};
+    a.x = x.data, a.ldx = K, a.y = y.data, a.ldy = N, a.M = M, a.N = N, a.K = K, a.packed = packed_rows(blob.data, N, K, escapes, 0);
+    run_linear(a, 2);
+    for (int64_t m = 0; m < M; ++m) {
+        for (int64_t n = 0; n < N; ++n) {
+            double sum = 0, size = 0;
+            for (int64_t k = 0; k < K; ++k) {
+                const double term = static_cast<double>(x[m * K + k]) * widened(w[n * K + k]);
+                sum += term, size += fabs(term);
+            }
+            const bool same = isfinite(sum) ? fabs(y[m * N + n] - sum) <= 2e-6 * size + 2e-38 : !isfinite(y[m * N + n]);
+            if (!same) expect("packed rows of another size", 1, 0, M, N, K);
+        }
     }
 }
 
@@ -174,6 +205,8 @@ void test_packed_edges() {
     for (int64_t M : {1, 2, 3, 4, 5, 6, 7, 8, 9, 21, 40})
         for (int64_t K : {1, 63, 64, 200, 577}) test_same_bits(M, 1 + below(70), K);
     for (int64_t M : {1, 4, 8, 33}) test_same_bits(M, 31, 4097);
+    for (int64_t M : {1, 5, 36})
+        for (int tiny : {0, 40, 70, 100}) test_unusual(M, 45, 300, tiny, false), test_unusual(M, 45, 300, tiny, true);
     for (int64_t M : {1, 2, 4, 7, 16, 40})
         for (int64_t columns : {1, 64, 100, 700}) test_hostile(M, 13, columns, 2), test_hostile(M, 40, columns, 1);
 }
