@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TARGETS = (
     "litgpt.api",
     "litgpt.chat.base",
+    "litgpt.deploy.serve",
     "litgpt.finetune.adapter",
     "litgpt.finetune.adapter_v2",
     "litgpt.finetune.lora",

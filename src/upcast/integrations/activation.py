@@ -4,7 +4,7 @@ from types import ModuleType
 
 from upcast.core import config
 from upcast.integrations import diffusers
-from upcast.integrations.litgpt import finetune, scripts
+from upcast.integrations.litgpt import finetune, packed_folders, scripts
 from upcast.integrations.litgpt import load as litgpt
 from upcast.integrations.transformers import load as transformers
 from upcast.integrations.transformers import pipeline
@@ -12,6 +12,7 @@ from upcast.integrations.transformers import pipeline
 ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
     "litgpt.chat.base": scripts.activate,
+    "litgpt.deploy.serve": packed_folders.activate,
     "litgpt.finetune.adapter": finetune.activate,
     "litgpt.finetune.adapter_v2": finetune.activate,
     "litgpt.finetune.lora": finetune.activate,

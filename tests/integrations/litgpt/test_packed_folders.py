@@ -23,6 +23,9 @@ REFUSED = {
     GENERATE.format("'generate', 'packed', '--precision', 'bf16-mixed'"): NOT_OURS.format("precision='bf16-mixed'"),
     "import litgpt\nlitgpt.LLM.load('damaged')": "damaged/lit_model.safetensors",
     GENERATE.format("'generate', 'damaged'"): "damaged/lit_model.safetensors",
+    "import litgpt.generate.adapter as a\na.lazy_load(__import__('pathlib').Path('damaged/lit_model.pth'))": (
+        "damaged/lit_model.safetensors"
+    ),
 }
 
 
@@ -50,6 +53,20 @@ def test_a_model_s_name_finds_it(folder: Path, python_with_libraries: Run) -> No
     done = python_with_libraries("-c", NAMED, UPCAST="1")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("upcast: GPT ") == 1
+
+
+SERVE = """
+from pathlib import Path
+from litgpt.deploy import serve
+serve.LitServer = lambda api, **_: (print(type(api).__name__, api.checkpoint_dir), exit())
+serve.run_server(Path("packed"), devices=1, accelerator="cpu")
+"""
+
+
+def test_a_server_finds_it(folder: Path, python_with_libraries: Run) -> None:
+    pytest.importorskip("litserve")
+    done = python_with_libraries("-c", SERVE, UPCAST="1")
+    assert done.stdout.split()[-2:] == ["SimpleLitAPI", "packed"], done.stderr
 
 
 def test_a_missing_tokenizer_is_litgpt_s_error(folder: Path, python_with_libraries: Run) -> None:

@@ -222,8 +222,8 @@ def _load(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> An
         _say_where("LLM.load")
         return llm
 
-    packed = packed_folders.of(args[0] if args else kwargs.get("model"))
-    return packed_folders.attempt(packed and model_config.weights(packed), "LLM.load", ours, theirs)
+    file = packed_folders.weights_of(args[0] if args else kwargs.get("model"))
+    return packed_folders.attempt(file, "LLM.load", ours, theirs)
 
 
 def _patched(llm: Any) -> Any:
@@ -249,7 +249,7 @@ def _distribute(wrapped: Callable[..., Any], llm: Any, args: Any, kwargs: Any) -
         if call["accelerator"] == "auto":
             _say_where("LLM.distribute")
 
-    file = llm.checkpoint_dir and model_config.weights(llm.checkpoint_dir)
+    file = packed_folders.weights_of(llm.checkpoint_dir)
     return packed_folders.attempt(file, "LLM.distribute", ours, lambda: wrapped(*args, **kwargs))
 
 

@@ -44,11 +44,12 @@ def read(path: Path) -> dict[str, Tensor]:
     return packed_file.read(file) if file.name == model_config.PACKED else reading.read(file)
 
 
-def of(name: object) -> Path | None:
-    """Return the packed folder that LitGPT would call ``name``, a path or a model under ``checkpoints``."""
+def weights_of(name: object) -> Path | None:
+    """Return the file of the packed folder that LitGPT would call ``name``, a path or a model under ``checkpoints``."""
     for folder in (Path(str(name)), Path("checkpoints", str(name))):
-        if model_config.weights(folder).name == model_config.PACKED and os.path.isfile(folder / model_config.CONFIG):
-            return folder
+        file = model_config.weights(folder)
+        if file.name == model_config.PACKED and os.path.isfile(folder / model_config.CONFIG):
+            return file
     return None
 
 
@@ -76,31 +77,38 @@ def attempt(
 
 def _find(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     """Return a packed folder as LitGPT would an ordinary one; it would look for lit_model.pth, and download it."""
-    packed = of(args[0] if args else kwargs.get("model_name")) if stepping_aside.enabled() else None
-    return packed or wrapped(*args, **kwargs)
+    file = weights_of(args[0] if args else kwargs.get("model_name")) if stepping_aside.enabled() else None
+    return file.parent if file else wrapped(*args, **kwargs)
 
 
 def _check(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     """Have LitGPT check a packed folder for its own file of weights, and for all others that it needs."""
     folder = args[0] if args else kwargs.get("checkpoint_dir")
     theirs = len(args) > 1 or "model_filename" in kwargs or not stepping_aside.enabled()
-    if theirs or of(folder) is None:
+    if theirs or weights_of(folder) is None:
         return wrapped(*args, **kwargs)
     return wrapped(*args, **kwargs, model_filename=model_config.PACKED)
 
 
 def _merge(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     """Merge LoRA weights into a packed base by a copy of it in bfloat16, beside the result, gone afterwards."""
-    from litgpt.scripts.merge_lora import load_lora_metadata
-
     from upcast.integrations import convert_packed
 
-    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    learned = Path(call["checkpoint_dir"])
-    packed = of(call.get("pretrained_checkpoint_dir") or load_lora_metadata(learned)[1])
-    if packed is None:
+    try:
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        file = weights_of(_base(call)) if stepping_aside.enabled() else None
+    except Exception:  # for LitGPT to say what is wrong
+        file = None
+    if file is None:
         return wrapped(*args, **kwargs)
-    with tempfile.TemporaryDirectory(prefix="base-", dir=learned) as place:
+    with tempfile.TemporaryDirectory(prefix="base-", dir=call["checkpoint_dir"]) as place:
         base = Path(place, "bfloat16")
-        convert_packed.unpack(packed, base)
+        convert_packed.unpack(file.parent, base)
         return wrapped(**{**call, "pretrained_checkpoint_dir": base})
+
+
+def _base(call: Mapping[str, Any]) -> object:
+    """Return the folder that LoRA weights belong to, as the call says or what was learned itself."""
+    from litgpt.scripts.merge_lora import load_lora_metadata
+
+    return call.get("pretrained_checkpoint_dir") or load_lora_metadata(Path(call["checkpoint_dir"]))[1]

@@ -121,9 +121,12 @@ def default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: An
 
 
 def _lazy_load(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
+    path = Path(*args, **kwargs)
     try:
-        return packed_folders.read(Path(*args, **kwargs))
-    except Exception:  # for LitGPT to load, or to say what is wrong
+        return packed_folders.read(path)
+    except Exception:  # for LitGPT to load, or to say what is wrong, unless there is nothing of its own
+        if packed_folders.file_of(path) != path:
+            raise
         return wrapped(*args, **kwargs)
 
 
