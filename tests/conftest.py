@@ -160,7 +160,7 @@ def python_in() -> Iterator[Run]:
 
     def run(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
-        if not (warm.POSSIBLE and warm.installed()):
+        if not process.ready():
             return _new_process(folder, *words, **variables)
         return process.run(words, environment(**variables), folder, LONGEST)
 

@@ -26,25 +26,33 @@ from typing import Any, NoReturn, cast
 
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("litgpt", "litgpt.__main__", "transformers.pipelines", "transformers.models.llama.modeling_llama")
-POSSIBLE = sys.platform == "linux"  # elsewhere a fork is not safe, and there is no pidfd_open
-
-
-def installed() -> bool:
-    return all(importlib.util.find_spec(name.partition(".")[0]) for name in LIBRARIES)
+POSSIBLE = sys.platform == "linux"  # elsewhere a fork is not safe
 
 
 class Warm:
-    """The process, begun at the first run."""
+    """The process, begun at the first question."""
 
     def __init__(self) -> None:
         self._server: subprocess.Popen[str] | None = None
+        self._ready: bool | None = None
+
+    def ready(self) -> bool:
+        """Return whether there is such a process: its libraries are here, and it is alone, not so under qemu."""
+        if self._ready is None:
+            installed = all(importlib.util.find_spec(name.partition(".")[0]) for name in LIBRARIES)
+            self._ready = POSSIBLE and installed and self._begin()
+        return self._ready
+
+    def _begin(self) -> bool:
+        self._server = _begun()
+        assert self._server.stdout
+        return self._server.stdout.readline() == "ready\n"
 
     def run(
         self, arguments: Sequence[str], environment: dict[str, str], folder: Path, timeout: float
     ) -> "subprocess.CompletedProcess[str]":
         """Return what ``python *arguments`` in ``folder`` said and how it ended, as subprocess.run does."""
-        if self._server is None:
-            self._server = _begun()
+        assert self._server
         assert self._server.stdin
         assert self._server.stdout
         with tempfile.TemporaryDirectory() as place:
@@ -78,7 +86,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for name in LIBRARIES:
         importlib.import_module(name)
-    assert len(os.listdir("/proc/self/task")) == 1  # a fork takes this thread only
+    if len(os.listdir("/proc/self/task")) > 1:  # a fork would take this thread only
+        return
+    print("ready", file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         child = os.fork()
