@@ -23,7 +23,7 @@ REFUSED = {
     GENERATE.format("'generate', 'packed', '--precision', 'bf16-mixed'"): NOT_OURS.format("precision='bf16-mixed'"),
     "import litgpt\nlitgpt.LLM.load('damaged')": "damaged/lit_model.safetensors",
     GENERATE.format("'generate', 'damaged'"): "damaged/lit_model.safetensors",
-    "import litgpt.generate.adapter as a\na.lazy_load(__import__('pathlib').Path('damaged/lit_model.pth'))": (
+    "import litgpt.generate.adapter as a\na.lazy_load(filename='damaged/lit_model.pth')": (
         "damaged/lit_model.safetensors"
     ),
 }

@@ -121,7 +121,7 @@ def default_precision(wrapped: Callable[..., str], _: Any, args: Any, kwargs: An
 
 
 def _lazy_load(wrapped: Callable[..., Any], _: Any, args: Any, kwargs: Any) -> Any:
-    path = Path(*args, **kwargs)
+    path = Path(str(args[0] if args else kwargs.get("filename")))
     try:
         return packed_folders.read(path)
     except Exception:  # for LitGPT to load, or to say what is wrong, unless there is nothing of its own
