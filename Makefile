@@ -47,9 +47,13 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/*.pth src/*.start csrc/* csrc/*/*)
 	@$(READY) || { $(RECENT) && $(PYTHON) -m venv $(VENV); }
-	$(PIP) install --constraint constraints.txt torch
-	$(PIP) uninstall --yes upcast # its name until it was published; or the other project of that name
-	$(PIP) install --constraint constraints.txt --editable '.[dev]'
+	@echo "Setting up $(VENV): torch for the CPU, the libraries, and upcast's kernels, compiled here; some minutes."
+	@$(PIP) uninstall --yes upcast 2> /dev/null # its name until it was published; or the other project of that name
+	@# Side by side: the kernels, which the second line finds compiled, and Python's own files, which pip does one by one.
+	$(PIP) wheel --no-deps --wheel-dir build/first . & \
+	  $(PIP) install --no-compile --requirement constraints.txt || exit 1; wait
+	$(BIN)/python -m compileall -q -j $(JOBS) $(VENV) src tests benchmarks > /dev/null 2>&1 & \
+	  $(PIP) install --no-compile --constraint constraints.txt --editable '.[dev]' || exit 1; wait
 	touch $@
 
 # Less is installed for it than for the rest, and nothing again once the rest is there.
