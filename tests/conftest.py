@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import gc
 import importlib
 import os
 import subprocess
@@ -20,6 +21,12 @@ from upcast import kernels
 from upcast.tensor.half_weight import HalfWeight
 
 torch.set_num_threads(min(2, torch.get_num_threads()))  # OMP_NUM_THREADS=1 where other programs are busy
+
+
+def pytest_collection_finish() -> None:
+    """What the libraries made while they were imported is nobody's garbage: a collection need not walk through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -154,18 +161,23 @@ def _new_process(folder: Path, *arguments: str, **variables: str) -> subprocess.
 
 
 @pytest.fixture(scope="session")
-def python_in() -> Iterator[Run]:
-    """As `python`, in the folder given first; LitGPT and Transformers are there from the start (see warm.py)."""
+def warm_process() -> Iterator[warm.Warm]:
     process = warm.Warm()
+    yield process
+    process.end()
+
+
+@pytest.fixture(scope="session")
+def python_in(warm_process: warm.Warm) -> Run:
+    """As `python`, in the folder given first; LitGPT and Transformers are there from the start (see warm.py)."""
 
     def run(folder: Path, *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
         words = [*map(str, arguments)]
-        if not process.ready():
+        if not warm_process.ready():
             return _new_process(folder, *words, **variables)
-        return process.run(words, environment(**variables), folder, LONGEST)
+        return warm_process.run(words, [environment(**variables)], folder, LONGEST)[0]
 
-    yield run
-    process.end()
+    return run
 
 
 @pytest.fixture

@@ -11,15 +11,18 @@ from typing import Any
 import torch
 
 import upcast
+from tests.conftest import half_weights
 from tests.fused_models import calls
 from upcast.distributed import join, leave
 from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.packed_weight import PackedWeight
 
 PROMPT, NEW = 9, 12
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    seen = {w.stored.data_ptr(): w.stored.nbytes for w in model.parameters() if isinstance(w, HalfWeight)}
+    weights = [w.store.bytes if isinstance(w, PackedWeight) else w.stored for w in half_weights(model).values()]
+    seen = {numbers.data_ptr(): numbers.nbytes for numbers in weights if numbers is not None}
     return sum(seen.values()) + sum(p.nbytes for p in model.parameters() if not isinstance(p, HalfWeight))
 
 
@@ -47,14 +50,20 @@ def results(model: Any) -> dict[str, Any]:
         "fused": calls(model),
         "blocks": model.forward.calls,  # of the model with one native call for each block or half of it
         "float32": floats,
+        "packed": sum(isinstance(p, PackedWeight) for p in model.parameters()),
     }
+
+
+def load(folder: Path, **options: Any) -> Any:
+    storage = "packed" if folder.name == "packing" else None
+    return upcast.load_litgpt(folder, kv_cache="float32", storage=storage, **options)
 
 
 def main(output: Path, wire: str, folders: list[Path]) -> None:
     mesh = join(timeout=120)
     with torch.inference_mode():
         for folder in folders:
-            model = upcast.load_litgpt(folder, kv_cache="float32", mesh=mesh, wire=wire)
+            model = load(folder, mesh=mesh, wire=wire)
             group = model.parallel_group
             found = results(model)
             found.update(calls=group.calls, repeated=group.repeated)

@@ -49,20 +49,28 @@ class Warm:
         return self._server.stdout.readline() == "ready\n"
 
     def run(
-        self, arguments: Sequence[str], environment: dict[str, str], folder: Path, timeout: float
-    ) -> "subprocess.CompletedProcess[str]":
-        """Return what ``python *arguments`` in ``folder`` said and how it ended, as subprocess.run does."""
+        self, arguments: Sequence[str], environments: Sequence[dict[str, str]], folder: Path, timeout: float
+    ) -> list["subprocess.CompletedProcess[str]"]:
+        """Run ``python *arguments`` in ``folder`` once in each environment, side by side, as subprocess.run does."""
         assert self._server
         assert self._server.stdin
         assert self._server.stdout
         with tempfile.TemporaryDirectory() as place:
-            asked = {"arguments": [*arguments], "environment": environment, "folder": str(folder)}
-            print(json.dumps({**asked, "timeout": timeout, "place": place}), file=self._server.stdin, flush=True)
-            status = json.loads(self._server.stdout.readline())
-            out, err = ((Path(place) / name).read_text() for name in ("out", "err"))
-        if status is None:
-            raise subprocess.TimeoutExpired([*arguments], timeout, out, err)
-        return subprocess.CompletedProcess([*arguments], status, out, err)
+            places = [Path(place, str(number)) for number in range(len(environments))]
+            asked = {"arguments": [*arguments], "folder": str(folder), "timeout": timeout}
+            children = [
+                {"environment": variables, "place": str(own)}
+                for variables, own in zip(environments, places, strict=True)
+            ]
+            print(json.dumps({**asked, "children": children}), file=self._server.stdin, flush=True)
+            statuses = json.loads(self._server.stdout.readline())
+            said = [[(own / name).read_text() for name in ("out", "err")] for own in places]
+        if None in statuses:
+            raise subprocess.TimeoutExpired([*arguments], timeout, *said[statuses.index(None)])
+        return [
+            subprocess.CompletedProcess([*arguments], status, *texts)
+            for status, texts in zip(statuses, said, strict=True)
+        ]
 
     def end(self) -> None:
         if self._server is not None:
@@ -82,7 +90,7 @@ def _begun() -> "subprocess.Popen[str]":
 
 
 def main() -> None:
-    """Fork for each line that is read; write the child's status, or null after its time."""
+    """Fork the children that each line names; write their statuses, or null after their time."""
     answers = os.fdopen(os.dup(1), "w")
     for name in LIBRARIES:
         importlib.import_module(name)
@@ -91,12 +99,15 @@ def main() -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
-        child = os.fork()
-        if child == 0:
-            answers.close()
-            _become(asked)
-            _leave(_execute, asked["arguments"])
-        print(json.dumps(_waited(child, asked["timeout"])), file=answers, flush=True)
+        children = []
+        for each in asked["children"]:
+            children.append(os.fork())
+            if children[-1] == 0:
+                answers.close()
+                _become(Path(asked["folder"]), **each)
+                _leave(_execute, asked["arguments"])
+        statuses = [_waited(child, asked["timeout"]) for child in children]
+        print(json.dumps(statuses), file=answers, flush=True)
 
 
 def _waited(child: int, timeout: float) -> int | None:
@@ -109,12 +120,12 @@ def _waited(child: int, timeout: float) -> int | None:
     return status if in_time else None
 
 
-def _become(asked: dict[str, Any]) -> None:
+def _become(folder: Path, environment: dict[str, str], place: str) -> None:
     os.setsid()
-    _connect(Path(asked["place"]))
+    _connect(Path(place))
     os.environ.clear()
-    os.environ.update(asked["environment"])
-    os.chdir(asked["folder"])
+    os.environ.update(environment)
+    os.chdir(folder)
     sys.path[:] = [each for each in sys.path if each not in ("", str(ROOT))]
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     _start_as_python_does()
@@ -122,6 +133,7 @@ def _become(asked: dict[str, Any]) -> None:
 
 def _connect(place: Path) -> None:
     """Give the child the files of its outputs, and no input."""
+    place.mkdir()
     for number, path, flags in ((0, "/dev/null", os.O_RDONLY), (1, place / "out", 0), (2, place / "err", 0)):
         opened = os.open(path, flags or os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(opened, number)

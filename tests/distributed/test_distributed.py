@@ -17,18 +17,21 @@ from torch import Tensor
 
 import upcast
 from tests.conftest import Run, relative_error
-from tests.distributed_worker import results
+from tests.distributed_worker import load, results
 from tests.litgpt_checkpoints import small_config, write_checkpoint
+from tests.warm import Warm
 from upcast.core import config
 from upcast.core.errors import UpcastError
 from upcast.distributed import rendezvous
 from upcast.distributed.sharding import divide_heads, even, turned
+from upcast.integrations import convert_packed
 
 pytest.importorskip("litgpt")
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 1e-5
 
+WIDE = {"n_embd": 256, "n_query_groups": 2, "intermediate_size": 384}  # narrower ones do not get smaller
 # What each adds: fused qkv and biases, both halves from one input; grouped queries; a norm per head; one group for
 # all heads and shared embeddings; experts and their router; an uneven number of groups, rows and tokens.
 MODELS = {
@@ -43,6 +46,8 @@ MODELS = {
         "Llama-3.2-1B",
         {"n_head": 9, "n_query_groups": 3, "n_embd": 72, "intermediate_size": 101, "padded_vocab_size": 323},
     ),
+    "packing": ("Llama-3.2-1B", WIDE),  # from bfloat16, while it is read
+    "packed": ("Llama-3.2-1B", WIDE),  # in its file
 }
 
 
@@ -60,12 +65,22 @@ def rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def run_ranks(
-    ranks: int, arguments: Sequence[object], timeout: float = 240, environment: Mapping[str, str] = MappingProxyType({})
+    ranks: int,
+    arguments: Sequence[object],
+    timeout: float = 240,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    warm_process: Warm | None = None,
 ) -> list[Any]:
-    """Start one process per rank, wait for all, and return each one's output, errors and exit code."""
+    """Start one process per rank, wait for all, and return each one's output, errors and exit code.
+
+    They are forks of ``warm_process``, where one is given.
+    """
     port, command = free_port(), [sys.executable, *map(str, arguments)]
     pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     places = [{**rank_environment(rank, ranks, port), **environment} for rank in range(ranks)]
+    if warm_process is not None and warm_process.ready():
+        ended = warm_process.run(command[1:], places, ROOT, timeout)
+        return [(each.stdout, each.stderr, each.returncode) for each in ended]
     started = [subprocess.Popen(command, env=place, **pipes) for place in places]
     try:
         return [(*process.communicate(timeout=timeout), process.returncode) for process in started]
@@ -83,16 +98,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             if tensor.dim() == 1:  # biases are zeros and norms are ones otherwise: twice added, they would not show
                 tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
 
-    return {
-        name: write_checkpoint(home / name, small_config(base, **changes), spoil=spoil)
-        for name, (base, changes) in MODELS.items()
-    }
+    for name, (base, changes) in MODELS.items():
+        dtype = torch.bfloat16 if changes is WIDE else torch.float16
+        write_checkpoint(home / name, small_config(base, **changes), dtype, spoil=spoil)
+    convert_packed.pack((home / "packed").rename(home / "plain"), home / "packed")
+    return {name: home / name for name in MODELS}
 
 
-def measure(ranks: int, checkpoints: dict[str, Path], output: Path, wire: str = "float32") -> dict[str, list[Any]]:
+def measure(
+    process: Warm, ranks: int, checkpoints: dict[str, Path], output: Path, wire: str = "float32"
+) -> dict[str, list[Any]]:
     output.mkdir()
     worker = ROOT / "tests" / "distributed_worker.py"
-    for _, errors, code in run_ranks(ranks, [worker, output, wire, *checkpoints.values()]):
+    for _, errors, code in run_ranks(ranks, [worker, output, wire, *checkpoints.values()], warm_process=process):
         assert code == 0, errors
     return {name: [torch.load(output / f"{name}-{rank}.pt") for rank in range(ranks)] for name in checkpoints}
 
@@ -100,7 +118,7 @@ def measure(ranks: int, checkpoints: dict[str, Path], output: Path, wire: str = 
 @pytest.fixture(scope="module")
 def alone(checkpoints: dict[str, Path]) -> dict[str, Any]:
     with torch.inference_mode():
-        return {name: results(upcast.load_litgpt(path, kv_cache="float32")) for name, path in checkpoints.items()}
+        return {name: results(load(path)) for name, path in checkpoints.items()}
 
 
 def check(found: dict[str, list[Any]], alone: dict[str, Any], limit: float) -> None:
@@ -111,6 +129,7 @@ def check(found: dict[str, list[Any]], alone: dict[str, Any], limit: float) -> N
             assert (rank["blocks"] > 0) == (name not in ("mixtral", "few-experts")), name
             assert not rank["float32"], name
             assert rank["calls"] > 0, name
+            assert (rank["packed"] > 10) == name.startswith("pack"), name
             for what in ("whole", "steps", "copy"):
                 assert relative_error(rank[what], alone[name][what]) < limit, (name, what)
             assert torch.equal(rank["whole"], every[0]["whole"]), name
@@ -120,9 +139,9 @@ def check(found: dict[str, list[Any]], alone: dict[str, Any], limit: float) -> N
 
 @pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_equal_one_process(
-    ranks: int, checkpoints: dict[str, Path], alone: dict[str, Any], tmp_path: Path
+    warm_process: Warm, ranks: int, checkpoints: dict[str, Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    found = measure(ranks, checkpoints, tmp_path / "o")
+    found = measure(warm_process, ranks, checkpoints, tmp_path / "o")
     check(found, alone, LIMIT)
     for name, every in found.items():
         assert max(rank["bytes"] for rank in every) < 0.8 * alone[name]["bytes"], name
@@ -131,18 +150,18 @@ def test_ranks_equal_one_process(
 @pytest.mark.slow
 @pytest.mark.parametrize(("wire", "limit"), [("bfloat16", 2e-2), ("float16", 2e-3)])
 def test_sums_in_half_precision(
-    wire: str, limit: float, checkpoints: dict[str, Path], alone: dict[str, Any], tmp_path: Path
+    warm_process: Warm, wire: str, limit: float, checkpoints: dict[str, Path], alone: dict[str, Any], tmp_path: Path
 ) -> None:
-    check(measure(2, checkpoints, tmp_path / "o", wire), alone, limit)
+    check(measure(warm_process, 2, checkpoints, tmp_path / "o", wire), alone, limit)
 
 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_smollm2(ranks: int, smollm2: Path, tmp_path: Path) -> None:
+def test_smollm2(warm_process: Warm, ranks: int, smollm2: Path, tmp_path: Path) -> None:
     with torch.inference_mode():
         want = results(upcast.load_litgpt(smollm2, kv_cache="float32"))
-    found = measure(ranks, {smollm2.name: smollm2}, tmp_path / "o")[smollm2.name]
+    found = measure(warm_process, ranks, {smollm2.name: smollm2}, tmp_path / "o")[smollm2.name]
     check({"smollm2": found}, {"smollm2": want}, LIMIT)
     groups_held = max(ranks, 3) / 3 - 1  # ranks that share a query group each hold its keys and values
     replicated = groups_held * 30 * 2 * 3 * 64 * 576 * 2 / ranks
@@ -186,12 +205,13 @@ print(process_group())
 """
 
 
-def test_whoever_leaves_ends_gloo_s_threads(tmp_path: Path, python: Run) -> None:
+def test_whoever_leaves_ends_gloo_s_threads(tmp_path: Path, python_with_libraries: Run) -> None:
     folder = write_checkpoint(tmp_path / "model", small_config("pythia-14m"))
-    result = python("-c", ALONE, str(folder))  # model and mesh still live
+    result = python_with_libraries("-c", ALONE, str(folder))  # model and mesh still live
     assert (result.returncode, result.stdout) == (0, "None\n"), result.stderr
 
 
+@pytest.mark.slow
 def test_generate_with_torchrun_and_alone(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "model", small_config("pythia-14m"))
     asked = ["upcast", "generate", str(folder), "--prompt", "hello", "--max-new-tokens", "12", "--kv-cache", "float32"]

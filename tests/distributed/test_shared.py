@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.distributed.test_distributed import ROOT, run_ranks
+from tests.warm import Warm
 from upcast.core.errors import UpcastError
 from upcast.distributed import shared_memory
 from upcast.kernels import native
@@ -17,9 +18,9 @@ pytestmark = pytest.mark.skipif(not native.available(), reason="ranks meet in th
 
 
 @pytest.fixture(scope="module")
-def every(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+def every(warm_process: Warm, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     output = tmp_path_factory.mktemp("shared")
-    for _, errors, code in run_ranks(RANKS, [ROOT / "tests" / "shared_worker.py", output]):
+    for _, errors, code in run_ranks(RANKS, [ROOT / "tests" / "shared_worker.py", output], warm_process=warm_process):
         assert code == 0, errors
     return [torch.load(output / f"{rank}.pt") for rank in range(RANKS)]
 

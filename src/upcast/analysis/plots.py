@@ -191,7 +191,7 @@ def _bars(
         if value is None:
             axis.text(low, y, " not finite", va="center", color=BAD, weight="bold", fontsize=8.5)
             continue
-        colour = COLOURS["linear"] if name == "upcast" else OTHER
+        colour = COLOURS["linear"] if name.startswith("upcast") else OTHER
         if value > low:
             axis.barh(y, value - low, 0.6, left=low, color=colour)
         axis.text(max(value, low), y, f" {form.format(value)}", va="center", fontsize=8.5, color=INK)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from upcast.core.about import VERSION
 from upcast.core.pages import give_back_pages
+from upcast.tensor.packed_weight import PackedWeight
 
 _SAMPLE = 16  # numbers from each place of a tensor
 
@@ -28,8 +29,15 @@ def fingerprint(weights: Mapping[str, Tensor]) -> str:
     crc = 0
     for name, tensor in sorted(weights.items()):
         crc = zlib.crc32(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), crc)
-        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()[:_SAMPLE]
+        held = _in_memory(tensor)
+        flat = held.reshape(-1) if held.is_contiguous() else held.flatten()[:_SAMPLE]
         for start in (0, flat.numel() // 2, max(0, flat.numel() - _SAMPLE)):
             crc = zlib.crc32(str(flat[start : start + _SAMPLE].tolist()).encode(), crc)
-        give_back_pages(tensor)  # a look may map 2 MiB
+        give_back_pages(held)  # a look may map 2 MiB
     return f"{crc:08x}"
+
+
+def _in_memory(tensor: Tensor) -> Tensor:
+    """Return the bytes of a packed weight, whose numbers would all have to be unpacked, or else the tensor itself."""
+    held = tensor.store.bytes if isinstance(tensor, PackedWeight) else None
+    return tensor.detach() if held is None else held

@@ -154,6 +154,8 @@ def embedding(indices: Tensor, weight: Operand) -> Tensor:
     if isinstance(weight, PackedMatrix):
         if way == transforms.DIRECT and not weight.transposed:
             return packed.embedding(indices, weight)
+        if way == transforms.OPERATORS and not weight.transposed:
+            return torch.ops.upcast.packed_embedding(indices, weight.blob, weight[1:])  # type: ignore[no-any-return]
         return portable.embedding(indices, unpack(weight))
     if way == transforms.OPERATORS:
         return torch.ops.upcast.embedding(indices, weight)  # type: ignore[no-any-return]

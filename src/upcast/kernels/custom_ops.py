@@ -102,6 +102,17 @@ def _packed_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, Tensor
 packed_linear.register_autograd(_packed_backward, setup_context=_keep_packed)
 
 
+@torch.library.custom_op("upcast::packed_embedding", mutates_args=())
+def packed_embedding(indices: Tensor, blob: Tensor, form: list[int]) -> Tensor:
+    """Return rows of a packed matrix (V, D) at ``indices`` (integers, any shape) in float32."""
+    return packed.embedding(indices, _matrix(blob, form))
+
+
+@packed_embedding.register_fake
+def _(indices: Tensor, blob: Tensor, form: list[int]) -> Tensor:
+    return blob.new_empty((*indices.shape, _matrix(blob, form).columns), dtype=torch.float32)
+
+
 @register_decomposition(torch.ops.upcast.linear.default)  # for ONNX, which asks torch's table of decompositions
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight.float(), bias)

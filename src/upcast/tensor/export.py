@@ -1,10 +1,12 @@
 """HalfWeights for torch.export: the program keeps them as they are, and opens them with an operator.
 
 Exporting traces a model on imitations of its tensors. In the imitation of a HalfWeight a look at ``stored`` is an
-operation of its own, ``upcast::stored``, so that the program has it between a parameter and the products. The
-decompositions that come before lowering replace both by the float16 tensor inside.
+operation of its own, ``upcast::stored``, so that the program has it between a parameter and the products; of a
+PackedWeight a look at its bytes, ``upcast::packed_bytes``. The decompositions that come before lowering replace both by
+the tensor inside.
 """
 
+import weakref
 from typing import Any
 
 import torch
@@ -13,7 +15,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from upcast.core.errors import UpcastError
+from upcast.kernels.packed_matrix import PackedMatrix
 from upcast.tensor.half_weight import OTHERWISE, HalfWeight
+from upcast.tensor.packed_weight import PackedStore, PackedWeight, packable
+from upcast.tensor.store import Fallbacks, Region
 from upcast.tensor.view_ops import handles
 
 
@@ -71,8 +76,76 @@ def around(inner: Tensor) -> HalfWeight:
 
     torch.compile, whose imitations know their place in a program already, gets an ordinary HalfWeight.
     """
+    return ImitatedWeight(inner) if _is_for_export(inner) else HalfWeight(inner)
+
+
+def _is_for_export(inner: Tensor) -> bool:
     compiles = torch._guards.TracingContext.try_get() is not None and not torch.compiler.is_exporting()
-    return HalfWeight(inner) if compiles or not isinstance(inner, FakeTensor) else ImitatedWeight(inner)
+    return isinstance(inner, FakeTensor) and not compiles
 
 
-OTHERWISE["unflatten"] = around
+# --- packed weights ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("upcast::packed_bytes", mutates_args=())
+def packed_bytes(weight: Tensor, size: int) -> Tensor:
+    """Return the bytes (uint8, (size,)) of ``weight``, a PackedWeight; every PackedWeight answers this itself.
+
+    A program that was saved and loaded has ordinary parameters with numbers of bfloat16: those are packed once.
+    """
+    known: tuple[int, Tensor] | None = getattr(weight, "_upcast_packed", None)
+    version = -1 if weight.is_inference() else weight._version
+    if known is None or known[0] != version:
+        matrix = packable(weight.detach())
+        if matrix is None or matrix.nbytes != size:
+            raise UpcastError(
+                f"upcast::packed_bytes of a {type(weight).__name__} with other numbers than the program was exported "
+                "with; their bytes would have another form. Export the model again."
+            )
+        known = weight._upcast_packed = version, matrix.blob  # type: ignore[attr-defined]
+    return known[1]
+
+
+@handles(torch.ops.upcast.packed_bytes.default)
+def _packed_bytes(weight: PackedWeight, size: int) -> Tensor:
+    return weight.blob
+
+
+class ImitatedStore(PackedStore):
+    """The bytes of a PackedWeight without numbers; while operations are recorded, as the result of one."""
+
+    weight: "weakref.ref[PackedWeight]"
+
+    @property
+    def now(self) -> PackedMatrix | None:
+        """The matrix, with the recorded bytes."""
+        matrix, weight = self.matrix, self.weight()
+        if matrix is None or weight is None or get_proxy_mode() is None:
+            return matrix
+        with torch._C.DisableTorchFunctionSubclass():
+            return matrix._replace(blob=torch.ops.upcast.packed_bytes(weight, matrix.nbytes))
+
+
+class ImitatedPackedWeight(PackedWeight):
+    """A PackedWeight without numbers, in whose place torch.export records what is done."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.upcast.packed_bytes.default:
+            return args[0].store.matrix.blob
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def around_packed(matrix: PackedMatrix, shape: tuple[int, ...], region: Region | None) -> PackedWeight:
+    """Return a PackedWeight of ``matrix``, whose bytes torch may have imitated."""
+    if not _is_for_export(matrix.blob):
+        return PackedWeight(PackedStore(matrix, shape, Fallbacks()), region)
+    store = ImitatedStore(matrix, shape, Fallbacks())
+    weight = ImitatedPackedWeight(store, region)
+    store.weight = weakref.ref(weight)
+    return weight
+
+
+OTHERWISE["unflatten"], OTHERWISE["unflatten packed"] = around, around_packed

@@ -17,11 +17,10 @@ from torch import Tensor
 
 from upcast import kernels
 from upcast.core import memory_layout
-from upcast.core.errors import UpcastError
 from upcast.kernels import packed
 from upcast.kernels.packed_matrix import RECORD, Born, PackedExperts, PackedMatrix
 from upcast.tensor import materialize
-from upcast.tensor.half_weight import HalfWeight
+from upcast.tensor.half_weight import OTHERWISE, HalfWeight
 from upcast.tensor.store import BLURRED, Fallbacks, Region, Store, changes, uses
 
 LENT: "weakref.WeakSet[PackedStore]" = weakref.WeakSet()
@@ -198,21 +197,24 @@ class PackedWeight(HalfWeight):
         assert matrix is not None
         return matrix.blob
 
+    @property
+    def floats(self) -> Tensor:
+        """The packed bytes, called floats: torch's tools make a parameter that learns of them."""
+        return self.blob.view(torch.float8_e4m3fn)
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        """Tell torch.compile what to trace: the packed bytes, and what they are."""
-        if torch.compiler.is_exporting():
-            raise UpcastError(
-                "torch.export of a weight stored in 12 bits; an exported program holds weights of 16 or 32 bits. Patch "
-                "the model with storage='float16', or export it unpatched."
-            )
+        """Tell torch.compile and torch.export what to trace: the packed bytes, and what they are."""
         matrix = self.store.now
         assert matrix is not None
-        return ["blob"], (matrix[1:], self.store.shape, self.region)
+        bytes_as = "floats" if self.requires_grad and torch._guards.TracingContext.try_get() is None else "blob"
+        return [bytes_as], (matrix[1:], self.store.shape, self.region)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], form: Any, *_: Any) -> "PackedWeight":
         fields, shape, region = form
-        return PackedWeight(PackedStore(PackedMatrix(inner["blob"], *fields), shape, Fallbacks()), region)
+        (data,) = inner.values()
+        made: PackedWeight = OTHERWISE["unflatten packed"](PackedMatrix(data.view(torch.uint8), *fields), shape, region)
+        return made
 
     @property
     def outline(self) -> Tensor:

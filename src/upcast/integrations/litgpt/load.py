@@ -80,8 +80,6 @@ def load_litgpt(
     folder = Path(checkpoint_dir)
     with _plainly():
         model, weights = _read_folder(folder, whole=mesh is None)
-        if model_config.weights(folder).name == model_config.PACKED:
-            _check_whole(folder, mesh)
         policy = loading.policy_for(weights, policy)
         engine.check(model, policy, keep, trainable)
         if mesh is None:
@@ -89,7 +87,9 @@ def load_litgpt(
             return model.eval()
         from upcast.integrations.litgpt import tensor_parallel
 
-        return tensor_parallel.load(model, folder, weights, mesh, chosen, kv_cache or chosen.kv_cache, wire).eval()
+        return tensor_parallel.load(
+            model, folder, weights, mesh, policies.resolve(policy), kv_cache or chosen.kv_cache, wire
+        ).eval()
 
 
 def _check_divided(policy: policies.Policy, **options: Any) -> None:
@@ -99,14 +99,6 @@ def _check_divided(policy: policies.Policy, **options: Any) -> None:
         raise UpcastError(
             f"mesh= with policy {str(policy)!r}{listed}; a model divided between ranks is for inference under 'safe', "
             "which needs no other option. Leave them out."
-        )
-
-
-def _check_whole(folder: Path, mesh: Any) -> None:
-    if mesh is not None:
-        raise UpcastError(
-            f"mesh= with packed weights ({folder}); a model divided between ranks takes parts of float16 ones. Convert "
-            f"it back: python -m upcast convert {folder} --storage bfloat16."
         )
 
 

@@ -28,6 +28,8 @@ from upcast.integrations.litgpt.divided_block import DividedBlock
 from upcast.integrations.litgpt.gpt import wants_last
 from upcast.integrations.litgpt.versions import setting
 from upcast.policy import policy as policies
+from upcast.tensor.packed_weight import PackedStore, PackedWeight, packable
+from upcast.tensor.store import Fallbacks
 
 Cuts = dict[str, Cut | None]  # parameter -> what this rank takes of it; None: nothing
 
@@ -61,7 +63,7 @@ def load(
 def take(weights: dict[str, Tensor], cuts: Cuts, storage: str = "float16") -> tuple[dict[str, Tensor], reading.Known]:
     """Return this rank's part of the mapped weights in float16, or as it will be packed, and what rounding lost.
 
-    One tensor at a time.
+    One tensor at a time; one that is packed in its file is unpacked for that.
     """
     local: dict[str, Tensor] = {}
     known: reading.Known = {}
@@ -69,12 +71,25 @@ def take(weights: dict[str, Tensor], cuts: Cuts, storage: str = "float16") -> tu
         if name in cuts and cuts[name] is None:
             continue
         cut = cuts.get(name)
-        one = {name: tensor if cut is None else cut.of(tensor)}
+        one = {name: tensor if cut is None else _part(tensor, cut)}
         known.update(reading.to_float16(one, storage=storage))
         local.update(one)
+        if isinstance(tensor, PackedWeight):
+            continue
         if one[name].untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr():
             give_back_pages(tensor)  # the part is a copy, the pages of the whole are not needed
     return local, known
+
+
+def _part(tensor: Tensor, cut: Cut) -> Tensor:
+    """Return what ``cut`` leaves of ``tensor``; of a packed one it is packed again, where it can be."""
+    if not isinstance(tensor, PackedWeight):
+        return cut.of(tensor)
+    part = cut.of(tensor.stored).clone()  # not a view, which would keep the whole
+    if tensor.store.bytes is not None:
+        give_back_pages(tensor.store.bytes)
+    matrix = packable(part)
+    return part if matrix is None else PackedWeight(PackedStore(matrix, tuple(part.shape), Fallbacks()))
 
 
 def _group_of(mesh: Any) -> Any:
