@@ -6,6 +6,7 @@ python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random
 python benchmarks/run.py --peers                llama.cpp and OpenVINO as well (pip install llama-cpp-python openvino)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
 python benchmarks/run.py --suite contexts       prompts of 512, 2,048 and 8,000 tokens, beside the peers that are there
+python benchmarks/run.py --suite batches        1 to 32 sequences at once, in LitGPT, Transformers, llama.cpp
 python benchmarks/run.py --suite ablation       which op classes need float32
 python benchmarks/run.py --suite training       fine-tuning: memory and time of a step, 200 steps beside float32's
 python benchmarks/run.py --suite distributed    one and two ranks, and two hosts in network namespaces
@@ -19,6 +20,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: make `benchmarks` importable
 
@@ -27,18 +29,18 @@ from litgpt.config import Config
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.harness import chart, machine, record, report, roofline, stress, subject
+from benchmarks.harness import chart, machine, record, report, roofline, stress, subject, sweep
 from benchmarks.harness.session import FULL, QUICK, Effort, Rates, Result, job_for, measure, started
 from benchmarks.harness.variants import BASELINE, VARIANTS
 from benchmarks.models import smollm2
 from benchmarks.peers import registry as peers
-from benchmarks.suites import ablation
-from benchmarks.suites import contexts as contexts_suite
+from benchmarks.suites import ablation, batches, contexts
 from benchmarks.suites import distributed as distributed_suite
 from benchmarks.suites import serve as serve_suite
 from benchmarks.suites import training as training_suite
 
-SUITES = ("variants", "serve", "contexts", "ablation", "training", "distributed")
+SUITES = ("variants", "serve", "contexts", "batches", "ablation", "training", "distributed")
+SWEEPS = {"contexts": contexts, "batches": batches}
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -49,8 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     effort = chosen_effort(options)
     if options.suite == "serve":
         return serve(parser, options, effort)
-    if options.suite == "contexts":
-        return measure_contexts(parser, options)
+    if options.suite in SWEEPS:
+        return sweep_over(parser, options)
     if options.suite == "distributed":
         return distribute(parser, options, effort)
     if options.suite == "training":
@@ -185,9 +187,10 @@ def serve(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: 
     return 0
 
 
-def measure_contexts(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
-    """Run the contexts suite; return 0, or 1 if a variant failed."""
-    effort = contexts_suite.QUICK if options.quick else contexts_suite.FULL
+def sweep_over(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Run the suite of contexts or batches; return 0, or 1 if a variant failed."""
+    suite: ModuleType = SWEEPS[options.suite]
+    effort = suite.QUICK if options.quick else suite.FULL
     effort = replace(effort, rounds=options.rounds or effort.rounds)
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:
@@ -196,16 +199,14 @@ def measure_contexts(parser: argparse.ArgumentParser, options: argparse.Namespac
             parser.error(str(error))
         try:
             with Console(stderr=True).status("") as status:
-                results, rates, missing = contexts_suite.run(
-                    measured, effort, options.threads, Path(scratch), status.update
-                )
-        except contexts_suite.ContextsError as error:
-            print(f"contexts: {error}", file=sys.stderr)
+                results, rates, missing = suite.run(measured, effort, options.threads, Path(scratch), status.update)
+        except sweep.SweepError as error:
+            print(f"{options.suite}: {error}", file=sys.stderr)
             return 1
     print(*missing, sep="\n", end="\n" * bool(missing), file=sys.stderr)
-    contexts_suite.show(measured.title, results, rates)
-    content = contexts_suite.record(measured.title, effort, options.threads, results, rates)
-    print(contexts_suite.write(options.output, measured.title, content))
+    sweep.show(measured.title, suite.table(results), rates)
+    content = sweep.record(options.suite, measured.title, effort.new_tokens, options.threads, results, rates)
+    print(sweep.write(options.output, content))
     return 0
 
 

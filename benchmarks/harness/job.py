@@ -76,6 +76,15 @@ def prompt_of(job: Job, length: int) -> tuple[int, ...]:
     return (text * (length // len(text) + 1))[:length]
 
 
+BATCHED = 32  # tokens of each prompt of a batch
+
+
+def prompts_of(job: Job, size: int) -> list[tuple[int, ...]]:
+    """Return ``size`` prompts of `BATCHED` tokens, each beginning one token later in the text."""
+    text = prompt_of(job, BATCHED + size)
+    return [text[first : first + BATCHED] for first in range(size)]
+
+
 def spans(times: list[float]) -> tuple[float, float]:
     """Return the seconds of the prompt, and per token after it; ``times``: before the first, and after each token."""
     return times[1] - times[0], (times[-1] - times[1]) / (len(times) - 2)

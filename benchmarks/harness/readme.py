@@ -1,7 +1,7 @@
 """Write a measured run into README.md and docs/performance.md: tables between their markers, and the picture.
 
 python benchmarks/harness/readme.py benchmarks/results/SmolLM2-135M-Instruct.json
-python benchmarks/harness/readme.py benchmarks/results/SmolLM2-135M-Instruct-contexts.json   # the table of long prompts
+python benchmarks/harness/readme.py benchmarks/results/SmolLM2-135M-Instruct-contexts.json   # or -batches: that table
 """
 
 import argparse
@@ -13,9 +13,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script: make `benchmarks` importable
 
-from benchmarks.harness import roofline
+from benchmarks.harness import roofline, sweep
 from benchmarks.harness.summary import summarise
-from benchmarks.suites import contexts
+from benchmarks.suites import batches, contexts
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- benchmark: begin (written by benchmarks/harness/readme.py) -->"
@@ -37,7 +37,7 @@ MANUAL = Path("docs/performance.md")
 PAGES = {Path("README.md"): SHORT, MANUAL: tuple(range(len(HEADERS)))}
 """Page -> the columns of its table."""
 BEGIN_ROOFLINE, END_ROOFLINE = (mark.replace("benchmark:", "roofline:") for mark in (BEGIN, END))
-BEGIN_CONTEXTS, END_CONTEXTS = (mark.replace("benchmark:", "contexts:") for mark in (BEGIN, END))
+SWEEPS = {"contexts": contexts, "batches": batches}
 
 
 def main() -> int:
@@ -50,8 +50,8 @@ def main() -> int:
         print(f"no file {path}; run benchmarks/run.py first, it prints where its JSON file is.", file=sys.stderr)
         return 2
     record = json.loads(path.read_text())
-    if record.get("suite") == "contexts":
-        _replace(MANUAL, BEGIN_CONTEXTS, END_CONTEXTS, contexts_section(record))
+    if suite := record.get("suite"):
+        _replace(MANUAL, *(mark.replace("benchmark:", f"{suite}:") for mark in (BEGIN, END)), sweep_section(record))
         return 0
     if not options.roofline:
         for page, columns in PAGES.items():
@@ -84,9 +84,9 @@ def section(record: dict[str, Any], columns: tuple[int, ...], picture: Path) -> 
     return f"\n{setting}\n\n{table}\n\n![Memory, speed and stress test of every variant]({picture})\n"
 
 
-def contexts_section(record: dict[str, Any]) -> str:
-    """Return the section for a run of the contexts suite."""
-    head, *rows = contexts.table(contexts.samples_of(record))
+def sweep_section(record: dict[str, Any]) -> str:
+    """Return the section for a run of the contexts or the batches suite."""
+    head, *rows = SWEEPS[record["suite"]].table(sweep.samples_of(record))
     rows = [[f"**{name}**" if name.startswith("upcast") else name, *cells] for name, *cells in rows]
     rows = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     read = summarise(record["read"]).median / 1e9

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from litgpt.config import Config
-from litgpt.generate.base import generate_fn
+from litgpt.generate.base import batched_generate_fn, generate_fn
 from torch import Tensor
 
 from benchmarks.harness import memory, quality, stress
@@ -22,6 +22,7 @@ from benchmarks.harness.job import (
     StressOutcome,
     next_tokens,
     prompt_of,
+    prompts_of,
     spans,
     stress_outcome,
 )
@@ -77,6 +78,23 @@ class Worker:
     def context(self, length: int, new_tokens: int) -> tuple[float, float]:
         """Return the seconds of a prompt of ``length`` tokens, and per token after it."""
         _, times = self._generate(torch.tensor(prompt_of(self.job, length)), new_tokens)
+        return spans(times)
+
+    def batch(self, size: int, new_tokens: int) -> tuple[float, float]:
+        """Return the seconds of ``size`` prompts at once, and per step of LitGPT's batched generation after them."""
+        prompts = torch.tensor(prompts_of(self.job, size))
+        total = prompts.shape[1] + new_tokens
+        times = [time.perf_counter()]
+        with self.variant.context():
+            self.model.set_kv_cache(batch_size=size, max_seq_length=total)
+            options: dict[str, Any] = {
+                "sample_args": {"temperature": 0.0},
+                "include_prompt": False,
+                "include_eos": True,
+            }
+            for _ in batched_generate_fn(self.model, prompts, total, **options):
+                times.append(time.perf_counter())
+        self.model.clear_kv_cache()
         return spans(times)
 
     def _generate(self, prompt: Tensor, new_tokens: int) -> tuple[list[int], list[float]]:

@@ -32,6 +32,13 @@ def prepare_transformers(folder: Path | None = None) -> Path:
     note = folder / "made_of.txt"
     if (folder / "config.json").is_file() and note.is_file() and note.read_text() == made_of:
         return folder
+    write_transformers(source, folder)
+    note.write_text(made_of)  # last: it says that all is there
+    return folder
+
+
+def write_transformers(source: Path, folder: Path) -> Path:
+    """Write LitGPT's checkpoint of a plain Llama in ``source`` as a float16 one of Transformers; return ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     settings = Config.from_file(source / "model_config.yaml")
     state: dict[str, torch.Tensor] = {}
@@ -39,9 +46,9 @@ def prepare_transformers(folder: Path | None = None) -> Path:
     tensors = {name: tensor.contiguous().clone() for name, tensor in state.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(source / name, folder / name)
+        if (source / name).is_file():
+            shutil.copy(source / name, folder / name)
     (folder / "config.json").write_text(json.dumps(_config(settings), indent=1))
-    note.write_text(made_of)  # last: it says that all is there
     return folder
 
 

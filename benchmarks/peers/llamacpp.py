@@ -5,6 +5,7 @@ An optional peer (`--peers`): `pip install llama-cpp-python` compiles llama.cpp 
 
 import ctypes
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.harness import stress
-from benchmarks.harness.job import Job
+from benchmarks.harness.job import BATCHED, Job, prompts_of, spans
 from benchmarks.peers import base as peer
 from upcast.core import pages
 
@@ -93,7 +94,9 @@ def _stored(tensor: Tensor) -> NDArray[Any]:
 class Model:
     """A model and its context; positions are counted from `reset`."""
 
-    def __init__(self, path: Path, threads: int, kv_cache: str = "float16", context: int = CONTEXT) -> None:
+    def __init__(
+        self, path: Path, threads: int, kv_cache: str = "float16", context: int = CONTEXT, sequences: int = 1
+    ) -> None:
         import llama_cpp
 
         self.api: Any = llama_cpp
@@ -102,7 +105,8 @@ class Model:
         settings = self.api.llama_model_default_params()
         self.model = self.api.llama_model_load_from_file(os.fsencode(path), settings)
         options = self.api.llama_context_default_params()
-        options.n_ctx, options.n_batch, options.n_ubatch = context, BATCH, BATCH
+        options.n_ctx, options.n_batch, options.n_ubatch = context, max(BATCH, sequences * BATCHED), BATCH
+        options.n_seq_max = sequences
         options.n_threads = options.n_threads_batch = threads
         if kv_cache == "float32":
             options.type_k = options.type_v = self.api.GGML_TYPE_F32
@@ -123,20 +127,25 @@ class Model:
         while len(tokens) > BATCH and not all_logits:
             self.run(tokens[:BATCH])
             tokens = tokens[BATCH:]
-        count = len(tokens)
-        batch = self.api.llama_batch_init(count, 0, 1)
-        batch.n_tokens = count
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, self.position + i, 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = all_logits or i == count - 1
+        return self.run_together([tokens], all_logits)
+
+    def run_together(self, sequences: list[list[int]], all_logits: bool = False) -> Tensor:
+        """Return what `run` does for as many tokens of each sequence (sequences, vocabulary)."""
+        count = len(sequences[0])
+        rows = [(i, token, number) for number, tokens in enumerate(sequences) for i, token in enumerate(tokens)]
+        batch = self.api.llama_batch_init(len(rows), 0, 1)
+        batch.n_tokens = len(rows)
+        for row, (i, token, number) in enumerate(rows):
+            batch.token[row], batch.pos[row], batch.n_seq_id[row] = token, self.position + i, 1
+            batch.seq_id[row][0] = number
+            batch.logits[row] = all_logits or i == count - 1
         if self.api.llama_decode(self.context, batch) != 0:
             raise RuntimeError("llama_decode failed")
         self.api.llama_batch_free(batch)
         self.position += count
-        rows = count if all_logits else 1
         pointer = self.api.llama_get_logits(self.context)
-        array: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=(rows, self.vocabulary))
+        shape = (len(rows) if all_logits else len(sequences), self.vocabulary)
+        array: NDArray[np.float32] = np.ctypeslib.as_array(pointer, shape=shape)
         return torch.from_numpy(array)
 
     def close(self) -> None:
@@ -161,6 +170,17 @@ class LlamaCppWorker(peer.PeerWorker):
             self.model.close()
             self.model = Model(self.job.scratch / "llama-1.gguf", self.threads(), context=length + new_tokens)
         return super().context(length, new_tokens)
+
+    def batch(self, size: int, new_tokens: int) -> tuple[float, float]:
+        """Return the seconds of ``size`` prompts at once, and per step after them."""
+        prompts = prompts_of(self.job, size)
+        model = Model(self.job.scratch / "llama-1.gguf", self.threads(), context=256 * size, sequences=size)
+        following, times = [list(prompt) for prompt in prompts], [time.perf_counter()]
+        for _ in range(new_tokens):
+            following = [[int(token)] for token in model.run_together(following).argmax(-1)]
+            times.append(time.perf_counter())
+        model.close()
+        return spans(times)
 
     def weight_bytes(self, path: Path) -> int:
         return int(self.model.api.llama_model_size(self.model.model))

@@ -312,6 +312,7 @@ def test_a_failed_variant_fails_the_run_after_the_report(
     assert {path.suffix for path in tmp_path.iterdir()} == {".json", ".png"}
 
 
+@pytest.mark.slow
 def test_a_dead_and_a_refusing_process_fail_alone(tmp_path: Path) -> None:
     folder = subject.write_random_checkpoint("pythia-14m", tmp_path)
     good = subject.Subject("tiny", "", "", folder, tuple(range(8)), (1, 2, 3), (tuple(range(16)),))
@@ -342,12 +343,10 @@ def test_settings_of_upcast_do_not_reach_the_workers(monkeypatch: pytest.MonkeyP
     assert os.environ["UPCAST"] == "1"
 
 
-def test_whole_run_on_a_tiny_model(tmp_path: Path) -> None:
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / "run.py"), "--model", "pythia-14m", "--quick"]
-    command += ["--variants", "float16", "--rounds", "2", "--threads", "1", "--output", str(tmp_path)]
-    outcome = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert outcome.returncode == 0, outcome.stderr
-    assert "stress test skipped: pythia-14m uses LayerNorm" in outcome.stdout
+def test_whole_run_on_a_tiny_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--variants", "float16", "--rounds", "2", "--threads", "1", "--output", str(tmp_path)]
+    assert run.main(["--model", "pythia-14m", "--quick", *options]) == 0, capfd.readouterr().err
+    assert "stress test skipped: pythia-14m uses LayerNorm" in capfd.readouterr().out
     content = json.loads((tmp_path / "pythia-14m.json").read_text())
     assert min((tmp_path / f"pythia-14m{end}.png").stat().st_size for end in ("", "-roofline")) > 10_000
     assert len(content["read_rates"]) == 2
