@@ -21,8 +21,9 @@ from upcast.integrations.litgpt import convert
 
 PROGRAM = str(Path(__file__).parents[1].joinpath("stop_points.py"))
 WAYS = ["kill", "interrupt", "full", "random"]
-SOME = [(40, 0, way) for way in WAYS]
-EVERY = [pytest.param(4, seed, way, marks=pytest.mark.slow) for way in WAYS for seed in range(4)]
+SOME = [(40, 0, way) for way in WAYS[:-1]]
+EVERY = [pytest.param(40, 0, "random", marks=pytest.mark.slow)]
+EVERY += [pytest.param(4, seed, way, marks=pytest.mark.slow) for way in WAYS for seed in range(4)]
 
 
 @pytest.fixture

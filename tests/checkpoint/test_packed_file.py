@@ -336,6 +336,7 @@ AutoModelForCausalLM.from_pretrained({!r})
 """
 
 
+@pytest.mark.slow
 def test_without_upcast_transformers_says_what_it_does_not_know(tmp_path: Path, python: Run) -> None:
     done = python("-c", PLAIN.format(str(llama(tmp_path))), UPCAST="0")
     assert done.returncode

@@ -96,8 +96,8 @@ def test_usage_errors(
     assert message in capsys.readouterr().err
 
 
-def test_status_says_what_is_active_and_why(python: Run) -> None:
-    off, on = python("-m", "upcast", "status"), python("-m", "upcast", "status", UPCAST="1")
+def test_status_says_what_is_active_and_why(python: Run, python_with_libraries: Run) -> None:
+    off, on = python_with_libraries("-m", "upcast", "status"), python("-m", "upcast", "status", UPCAST="1")
     assert "no: UPCAST is not set to 1" in off.stdout
     assert "yes: UPCAST is on" in on.stdout
     for text in (upcast.__version__, "upcast.pth", "litgpt when imported", "kernels", "UPCAST_VERBOSE"):

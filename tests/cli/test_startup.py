@@ -1,5 +1,6 @@
 """UPCAST=1: on means on, off means off, and nothing of ours breaks a start or an import."""
 
+import os
 import site
 import subprocess
 import sys
@@ -13,7 +14,26 @@ from tests.conftest import Run
 from upcast.integrations import activation
 
 SOURCE = Path(__file__).parents[2] / "src"
+STAND_INS = (
+    *("litgpt/__init__.py", "litgpt/api.py", "transformers/__init__.py", "transformers/modeling_utils.py"),
+    *("transformers/pipelines/__init__.py", "transformers/pipelines/base.py"),
+)
 TARGET = "import sys; import {}; print('wrapt' in sys.modules, 'upcast' in sys.modules)"
+
+
+@pytest.fixture
+def lean_python(python: Run, tmp_path: Path) -> Run:
+    """As `python`; LitGPT and Transformers are empty modules there: what theirs import takes seconds a start."""
+    folder = tmp_path / "stand_ins"
+    for name in STAND_INS:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        folders = [variables[name] for name in ("PYTHONPATH",) if name in variables]
+        return python(*arguments, **{**variables, "PYTHONPATH": os.pathsep.join([*folders, str(folder)])})
+
+    return run
 
 
 def imported(stderr: str) -> set[str]:
@@ -40,7 +60,10 @@ def test_that_file_imports_nothing_else(python: Run) -> None:
 KNOWN = "from transformers.quantizers import auto; print('upcast' in auto.AUTO_QUANTIZATION_CONFIG_MAPPING)"
 
 
-@pytest.mark.parametrize(("value", "known"), [(None, True), ("off", False), ("1", True)])
+@pytest.mark.parametrize(
+    ("value", "known"),
+    [(None, True), *(pytest.param(*row, marks=pytest.mark.slow) for row in (("off", False), ("1", True)))],
+)
 def test_transformers_hears_of_us_unless_upcast_is_switched_off(python: Run, value: str | None, known: bool) -> None:
     found = python("-c", KNOWN, **({} if value is None else {"UPCAST": value}))
     assert found.stdout.strip() == str(known), found.stderr
@@ -63,9 +86,9 @@ TIMES = {  # before, after the import of the library -> upcast hooks in; it says
 
 
 @pytest.mark.parametrize("when", TIMES)
-def test_a_program_may_set_the_variable_until_the_library_is_imported(python: Run, when: str) -> None:
+def test_a_program_may_set_the_variable_until_the_library_is_imported(lean_python: Run, when: str) -> None:
     before, after, hooked, says = TIMES[when]
-    done = python("-c", LATE.format(before=before, after=after))
+    done = lean_python("-c", LATE.format(before=before, after=after))
     assert done.stdout.strip() == hooked, done.stderr
     assert done.stderr.count("UPCAST was set after transformers had been imported") == says
 
@@ -84,9 +107,9 @@ def test_with_upcast_off_torch_has_none_of_our_hooks(python: Run) -> None:
     assert found == "[] []"
 
 
-def test_the_hook_waits_for_its_libraries(python: Run) -> None:
-    assert python("-c", TARGET.format("torch"), UPCAST="1").stdout.split() == ["True", "False"]
-    assert python("-c", TARGET.format("litgpt"), UPCAST="1").stdout.split() == ["True", "True"]
+def test_the_hook_waits_for_its_libraries(lean_python: Run) -> None:
+    assert lean_python("-c", TARGET.format("torch"), UPCAST="1").stdout.split() == ["True", "False"]
+    assert lean_python("-c", TARGET.format("litgpt.api"), UPCAST="1").stdout.split() == ["True", "True"]
 
 
 def test_both_lists_of_libraries_agree() -> None:
@@ -100,10 +123,10 @@ def test_a_wrong_value_warns_once_and_breaks_nothing(python_with_libraries: Run)
     assert "UPCAST='maybe' in the environment; it takes one of '1', 'true'" in result.stderr
 
 
-def test_a_failure_inside_a_hook_warns_and_breaks_nothing(python: Run) -> None:
+def test_a_failure_inside_a_hook_warns_and_breaks_nothing(lean_python: Run) -> None:
     fails = "import upcast.integrations.activation as s; s.ACTIVATIONS['litgpt.api'] = lambda m: 1 / 0"
-    script = f"{fails}; import litgpt; print('fine')"
-    result = python("-c", script, UPCAST="1")
+    script = f"{fails}; import litgpt.api; print('fine')"
+    result = lean_python("-c", script, UPCAST="1")
     assert result.stdout.strip() == "fine"
     assert result.stderr.count("upcast is not active for litgpt.api: division by zero") == 1
 
@@ -118,13 +141,13 @@ BREAKING = {
 
 @pytest.mark.parametrize("strictness", ["default", "error"])
 @pytest.mark.parametrize("case", BREAKING)
-def test_nothing_breaks_a_start_or_an_import(python: Run, tmp_path: Path, case: str, strictness: str) -> None:
+def test_nothing_breaks_a_start_or_an_import(lean_python: Run, tmp_path: Path, case: str, strictness: str) -> None:
     variables, wrapt, said = BREAKING[case]
     if wrapt:
         (tmp_path / "wrapt.py").write_text(wrapt)
     program = "import transformers.modeling_utils; print('fine')" if not wrapt else "print('fine')"
     path = {"PYTHONPATH": str(tmp_path)} if wrapt else {}
-    result = python("-W", strictness, "-W", "ignore::DeprecationWarning", "-c", program, **variables, **path)
+    result = lean_python("-W", strictness, "-W", "ignore::DeprecationWarning", "-c", program, **variables, **path)
     assert result.stdout.strip() == "fine", result.stderr
     assert result.stderr.count(said) == 1
     assert "Traceback" not in result.stderr
@@ -140,17 +163,17 @@ STRANGERS = {  # what else may be imported as upcast: PyPI's project of that nam
 
 
 @pytest.mark.parametrize("case", STRANGERS)
-def test_another_project_in_our_place_is_named(python: Run, tmp_path: Path, case: str) -> None:
+def test_another_project_in_our_place_is_named(lean_python: Run, tmp_path: Path, case: str) -> None:
     name, content = STRANGERS[case]
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     said = f"'import upcast' finds another project of that name ({tmp_path / name}). Run: pip uninstall upcast"
     program = f"{ON_THE_PATH}import transformers.modeling_utils, transformers.pipelines.base; print('fine')"
-    result = python("-c", program, UPCAST="1", PYTHONPATH=str(tmp_path))
+    result = lean_python("-c", program, UPCAST="1", PYTHONPATH=str(tmp_path))
     assert result.stdout.strip() == "fine", result.stderr
     assert result.stderr.count(said) == 1
     command = f"{ON_THE_PATH}import _upcast_startup; raise SystemExit(_upcast_startup.command())"
-    result = python("-c", command, PYTHONPATH=str(tmp_path))
+    result = lean_python("-c", command, PYTHONPATH=str(tmp_path))
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
     assert said in result.stderr
 

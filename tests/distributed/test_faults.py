@@ -46,7 +46,7 @@ FAULTS = {
     "no-checkpoint": Fault(r"rank \d: rank 2 failed: .*-missing"),
     "option": Fault(r"rank \d: rank 2 has kv_cache 'float32', rank 0 has 'float16'", None),
 }
-QUICK = ("killed",)
+QUICK = [("litgpt", "killed")]
 TRANSFORMERS = ("killed", "killed-loading", "stopped", "raises", "version", "policy", "checkpoint", "no-checkpoint")
 CASES = [("litgpt", name) for name in FAULTS] + [("transformers", name) for name in TRANSFORMERS]
 
@@ -79,10 +79,7 @@ def end_of(process: "subprocess.Popen[str]") -> tuple[str, int, float]:
 
 @pytest.mark.parametrize(
     ("door", "name"),
-    [
-        case if case[0] == "litgpt" and case[1] in QUICK else pytest.param(*case, marks=pytest.mark.slow)
-        for case in CASES
-    ],
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
 )
 def test_survivors_name_the_rank(door: str, name: str, folders: dict[str, Path]) -> None:
     folder = folders[door]

@@ -15,6 +15,7 @@ from upcast.distributed import pulse
 
 RANKS, GRACE = 3, 1.2
 CLOSED, TIMED_OUT = "Connection closed by peer", "Timed out waiting 25000ms for recv operation"
+ENDS = [("fork", 2), ("exit", 2), ("leave", 1)]
 GONE = "rank 2 is gone: its connection was closed"
 
 
@@ -111,7 +112,9 @@ def test_the_thread_ends_when_its_process_group_is_no_more(pulses: list[pulse.Pu
         assert not each._thread.is_alive()
 
 
-@pytest.mark.parametrize(("what", "ranks"), [("leave", 2), ("fork", 2), ("exit", 2), ("leave", 1)])
+@pytest.mark.parametrize(
+    ("what", "ranks"), [("leave", 2), *(pytest.param(*row, marks=pytest.mark.slow) for row in ENDS)]
+)
 def test_the_thread_ends_in_silence(what: str, ranks: int) -> None:
     for _, errors, code in run_ranks(ranks, [ROOT / "tests" / "pulse_worker.py", what]):
         assert (code, errors) == (0, "")

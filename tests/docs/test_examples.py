@@ -91,6 +91,7 @@ def test_inference(models: Path, tmp_path: Path, here: Callable[..., Any]) -> No
     assert asked == told != answers[False]
 
 
+@pytest.mark.slow
 def test_distributed(models: Path, here: Callable[..., Any]) -> None:
     arguments = [models / "pythia", "--prompt", QUESTION, "--tokens", "8"]
     alone = here("distributed.py", *arguments)
@@ -141,6 +142,7 @@ def _text(answer: dict[str, Any]) -> str:
     return str(answer["choices"][0]["text"])
 
 
+@pytest.mark.slow
 def test_serve_litgpt(tmp_path: Path) -> None:
     pytest.importorskip("litserve")
     pytest.importorskip("jinja2")

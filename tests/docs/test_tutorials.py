@@ -36,7 +36,11 @@ def test_all_are_there() -> None:
     assert {path.stem for path in NOTEBOOKS} == EXPECTED == {*PROMISES}
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+QUICK = {"nan"}
+RUNS = [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in NOTEBOOKS]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_a_tutorial_runs_and_its_outputs_are_kept(path: Path, tmp_path: Path) -> None:
     tool = [sys.executable, str(ROOT / "tools" / "notebooks.py"), path.stem, "--output", str(tmp_path)]
     ran = subprocess.run(tool, capture_output=True, text=True, timeout=300, check=False)

@@ -111,16 +111,16 @@ def test_versions_are_compared_by_their_numbers() -> None:
     assert not newer("torch", ".".join(torch.__version__.split(".")[:2]))
 
 
-def test_a_torch_without_what_weights_need_is_told_in_one_line(python: Run) -> None:
+def test_a_torch_without_what_weights_need_is_told_in_one_line(python_with_libraries: Run) -> None:
     script = "import torch; del torch._C._swap_tensor_impl; import upcast"
-    said = python("-c", script).stderr.splitlines()[-1]
+    said = python_with_libraries("-c", script).stderr.splitlines()[-1]
     assert "has no torch._C._swap_tensor_impl; upcast was run with" in said
 
 
-def test_and_breaks_no_program(python: Run) -> None:
+def test_and_breaks_no_program(python_with_libraries: Run) -> None:
     script = "import torch; del torch._C._len_torch_dispatch_stack; import types, _upcast_startup as hook; "
     script += "[hook._activate(types.ModuleType(name)) for name in ('litgpt.api', 'litgpt.chat.base')]; print('fine')"
-    done = python("-W", "always", "-c", script)
+    done = python_with_libraries("-W", "always", "-c", script)
     assert done.stdout == "fine\n"
     assert done.stderr.count("upcast is not active for litgpt.api: torch") == 1
 

@@ -267,14 +267,15 @@ def written(folder: Path, source: Path, dtype: torch.dtype, form: str) -> tuple[
 
 
 @pytest.mark.real
-def test_peak_memory_of_loading(tmp_path: Path, python: Run) -> None:
+@pytest.mark.parametrize("forms", [FORMS[3:4], pytest.param(FORMS, marks=pytest.mark.slow)], ids=len)
+def test_peak_memory_of_loading(tmp_path: Path, python: Run, forms: list[tuple[torch.dtype, str]]) -> None:
     from benchmarks.models.smollm2_transformers import prepare_transformers
 
     source = prepare_transformers()
-    folders = [tmp_path / f"{dtype} {form}" for dtype, form in FORMS]
-    sizes = [written(folder, source, *form) for folder, form in zip(folders, FORMS, strict=True)]
+    folders = [tmp_path / f"{dtype} {form}" for dtype, form in forms]
+    sizes = [written(folder, source, *form) for folder, form in zip(folders, forms, strict=True)]
     grown = peaks_of_loading(python, *folders)
-    for (dtype, form), (every, largest), peak in zip(FORMS, sizes, grown, strict=True):
+    for (dtype, form), (every, largest), peak in zip(forms, sizes, grown, strict=True):
         print(f"{form} {dtype}: weights in float16 {2 * every / 1e6:.0f} MB, peak {peak / 1e6:.0f} MB")
         allowed = 2 * every + (0 if dtype == torch.float16 else largest * dtype.itemsize)
         # beside weights and the tensor in work: modules, and pieces; what malloc kept of bfloat16's was 110 MB and more

@@ -48,8 +48,8 @@ def test_an_unknown_name_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("variables", "called"), [({}, "native"), ({"UPCAST_KERNELS": "portable"}, "portable")])
-def test_what_was_asked_for_is_what_runs(python: Run, variables: dict[str, str], called: str) -> None:
-    result = python("-c", CALLED, **variables)
+def test_what_was_asked_for_is_what_runs(python_with_libraries: Run, variables: dict[str, str], called: str) -> None:
+    result = python_with_libraries("-c", CALLED, **variables)
     assert result.stdout.strip() == f"['{called}']", result.stderr
     assert f"{called} (" in result.stderr
 
@@ -71,13 +71,12 @@ def test_a_failed_choice_of_the_environment_changes_nothing(monkeypatch: pytest.
     assert type(model.weight) is torch.nn.Parameter
 
 
-def test_every_instruction_set_of_the_machine_can_be_forced(python: Run) -> None:
+def test_every_instruction_set_of_the_machine_can_be_forced(python_with_libraries: Run) -> None:
     for isa in native.info()["available"]:
-        result = python("-m", "upcast", "status", UPCAST_ISA=isa)
+        result = python_with_libraries("-m", "upcast", "status", UPCAST_ISA=isa)
         assert f"native ({isa})" in result.stdout, result.stderr
-    result = python(
-        "-m", "upcast", "status", UPCAST_ISA="aarch64" if "x86-64" in native.info()["available"] else "x86-64"
-    )
+    other = "aarch64" if "x86-64" in native.info()["available"] else "x86-64"
+    result = python_with_libraries("-m", "upcast", "status", UPCAST_ISA=other)
     assert result.returncode == 2
     assert "cannot run here; this machine runs" in result.stderr
 

@@ -93,6 +93,7 @@ def test_both_attentions(attention: str) -> None:
     assert fallbacks(model).calls == {}
 
 
+@pytest.mark.slow
 def test_compiled_generation() -> None:
     model = upcast.patch(llama())
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(IDS)}

@@ -16,7 +16,8 @@ pytest.importorskip("litgpt")
 ROOT = Path(__file__).parents[2]
 # the programs of these files share a process, which imports their libraries once
 PROCESSES = [["training", "files", "surgery", "inference"], ["lit"]]
-PROGRAMS = [[name for file in files for name in runner.names(file)] for files in PROCESSES]
+SLOW = {"files.two_processes"}  # starts another, which imports the libraries anew
+PROGRAMS = [[name for file in files for name in runner.names(file) if name not in SLOW] for files in PROCESSES]
 
 # What cannot be the same: the error that the program stops with.
 ERRORS = {
@@ -43,13 +44,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(python_in: Run, folder: Path) -> dict[bool, Results]:
-    return {on: _run_all(python_in, folder, on) for on in (False, True)}
+    return {on: _run_all(python_in, folder, PROGRAMS, on) for on in (False, True)}
 
 
-def _run_all(python_in: Run, folder: Path, on: bool) -> Results:
+@pytest.fixture(scope="module")
+def slow_results(python_in: Run, folder: Path) -> dict[bool, Results]:
+    return {on: _run_all(python_in, folder, [[*SLOW]], on) for on in (False, True)}
+
+
+def _run_all(python_in: Run, folder: Path, processes: list[list[str]], on: bool) -> Results:
     found: Results = {}
-    for number, programs in enumerate(PROGRAMS):
-        path, waiting = folder / f"{number}-{on}.jsonl", programs
+    for number, programs in enumerate(processes):
+        path, waiting = folder / f"{programs[0]}-{number}-{on}.jsonl", programs
         while waiting:
             died = _run(python_in, folder, path, waiting, on)
             found.update({name: result for name, result in map(json.loads, path.read_text().splitlines()) if result})
@@ -68,6 +74,16 @@ def _run(python_in: Run, folder: Path, results: Path, programs: list[str], on: b
 
 @pytest.mark.parametrize("program", [name for programs in PROGRAMS for name in programs])
 def test_a_program_finds_the_same(results: dict[bool, Results], program: str) -> None:
+    _compare(results, program)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", sorted(SLOW))
+def test_a_slow_program_finds_the_same(slow_results: dict[bool, Results], program: str) -> None:
+    _compare(slow_results, program)
+
+
+def _compare(results: dict[bool, Results], program: str) -> None:
     plain, patched = results[False][program], results[True][program]
     assert plain["error"] is None
     assert not any(plain["loaded"])

@@ -45,6 +45,7 @@ def test_the_textbook_list_is_not_enough_and_three_classes_are(model: Any, smoll
             assert relative_error(answer(run.run(Policy.parse(text), sample)), want) < limit, text
 
 
+@pytest.mark.slow
 def test_none_is_half_on_the_real_model(smollm2: Path, tokens: torch.Tensor) -> None:
     plain, patched = load(smollm2, 1).half(), upcast.patch(load(smollm2, 1), policy="none")
     with torch.inference_mode():
@@ -71,6 +72,7 @@ def test_the_culprit_and_the_policy_are_found(model: Any, tokens: torch.Tensor) 
     assert {SAFE.classes, NONE.classes} == {ALL, frozenset()}
 
 
+@pytest.mark.slow
 def test_a_failing_policy_heals_in_generation(model: Any, smollm2: Path, tokens: torch.Tensor, capsys: Any) -> None:
     from litgpt.generate.base import generate
 

@@ -11,13 +11,14 @@ from tests.conftest import Run, assert_patched, relative_error, rounded
 from tests.integrations.transformers.test_cache import IDS, generated, layers, lively
 from tests.transformers_models import FAMILIES, TOKENS, make
 
+OTHERS = ("GPTNeoXForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM")
 OPERANDS = {
     "rows": lambda: torch.randn(33, 129).half(),
     "transposed": lambda: torch.randn(129, 33).half().t(),
 }
 
 
-@pytest.mark.parametrize("kind", ["GPTNeoXForCausalLM", "LlamaForCausalLM", "GPT2LMHeadModel", "Gemma3ForCausalLM"])
+@pytest.mark.parametrize("kind", ["LlamaForCausalLM", *(pytest.param(kind, marks=pytest.mark.slow) for kind in OTHERS)])
 def test_a_patched_model_compiles_into_one_graph(kind: str) -> None:
     model = upcast.patch(make(*next(row for row in FAMILIES if row[0] == kind)[:3]))
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -103,9 +104,9 @@ def _by_a_step_of_ones_own(model: Any) -> tuple[torch.Tensor, Any]:
     ("recipe", "kind"),
     [
         (_by_generate, "grouped heads"),
-        (_by_generate, "encoder and decoder"),
-        (_by_forward, "grouped heads"),
-        (_by_a_step_of_ones_own, "grouped heads"),
+        pytest.param(_by_forward, "grouped heads", marks=pytest.mark.slow),
+        pytest.param(_by_generate, "encoder and decoder", marks=pytest.mark.slow),
+        pytest.param(_by_a_step_of_ones_own, "grouped heads", marks=pytest.mark.slow),
     ],
 )
 @torch.no_grad()

@@ -107,8 +107,16 @@ NO_TRACE = {  # torch's own limits
     *(("lstm", name) for name in ("make_fx of vmap", "compile", "compiled training", "compile of grad")),
     ("attention", "compile of grad"),
 }
+LONG = {
+    "make_fx of grad",
+    "compiled training",
+    "compile of grad",
+    "strict export",
+    "export, lowered",
+    "export, any batch",
+}
 TRACED = [
-    pytest.param(model, name, id=f"{model}-{name}")
+    pytest.param(model, name, id=f"{model}-{name}", marks=[pytest.mark.slow] if name in LONG and model != "mlp" else [])
     for model in MODELS
     for name in TRACERS
     if (model, name) not in NO_TRACE

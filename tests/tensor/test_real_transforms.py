@@ -62,7 +62,13 @@ NO_REAL = {(kind, name) for kind in ("Llama", "GPT-2") for name in ("make_fx", "
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(kind, name) for kind in REAL for name in OF_REAL if (kind, name) not in NO_REAL]
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[pytest.mark.slow] if name.startswith("jit") and kind != "GPT" else [])
+        for kind in REAL
+        for name in OF_REAL
+        if (kind, name) not in NO_REAL
+    ],
 )
 def test_real_architectures(kind: str, name: str) -> None:
     plain = FromEmbeddings(rounded(REAL[kind]()))

@@ -47,9 +47,18 @@ ORDINARY: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+LONG = ("compiled", "exported")
+
+
 @pytest.mark.filterwarnings("ignore:The tensor attributes")  # torch.export, of the unpatched model too
-@pytest.mark.parametrize("ordinary", ORDINARY)
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.parametrize(
+    ("kind", "ordinary"),
+    [
+        pytest.param(kind, name, marks=[pytest.mark.slow] if name in LONG and kind is not nn.LSTM else [])
+        for kind in (nn.LSTM, nn.GRU, nn.RNN)
+        for name in ORDINARY
+    ],
+)
 def test_what_is_done_to_a_model_leaves_its_recurrent_layers_whole(kind: Any, ordinary: str) -> None:
     model = Tagger(kind(7, 7, batch_first=True)).eval()
     model, plain = copy.deepcopy(model), rounded(model)  # whose layer refers to weights of the copy

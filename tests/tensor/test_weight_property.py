@@ -362,7 +362,7 @@ def _check(what: str, got: Tensor, want: Tensor) -> None:
 
 
 Weights.TestCase.settings = settings(
-    max_examples=60,
+    max_examples=30,
     stateful_step_count=14,
     deadline=None,
     derandomize=True,

@@ -173,7 +173,7 @@ def test_resume_takes_the_adapter_s_numbers(run: Driven, folder: Path, runs: obj
     assert max(moved) < 1.5
 
 
-@pytest.mark.parametrize("command", ["finetune_lora", "finetune_adapter"])
+@pytest.mark.parametrize("command", ["finetune_lora", pytest.param("finetune_adapter", marks=pytest.mark.slow)])
 def test_a_packed_base(run: Driven, folder: Path, command: str) -> None:
     own, file = COMMANDS[command]
     options = [*TRAINING, *own, "--train.max_steps", "4"]
