@@ -51,7 +51,8 @@ def main() -> int:
         return 2
     record = json.loads(path.read_text())
     if suite := record.get("suite"):
-        _replace(MANUAL, *(mark.replace("benchmark:", f"{suite}:") for mark in (BEGIN, END)), sweep_section(record))
+        begin, end = (mark.replace("benchmark:", f"{suite}:") for mark in (BEGIN, END))
+        _replace(MANUAL, begin, end, sweep_section(record))
         return 0
     if not options.roofline:
         for page, columns in PAGES.items():

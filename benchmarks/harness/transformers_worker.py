@@ -27,13 +27,15 @@ class TransformersWorker:
         import transformers
 
         folder = write_transformers(self.job.checkpoint, self.job.scratch / self.job.variant)
+        transformers.logging.disable_progress_bar()
         gc.collect()
+        model_class = transformers.AutoModelForCausalLM
         if self.dtype is None:
             import upcast
 
-            self.model: Any = upcast.from_pretrained(folder)
+            self.model: Any = upcast.from_pretrained(model_class, folder)
         else:
-            self.model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+            self.model = model_class.from_pretrained(folder, dtype=self.dtype)
         return Loading(weight_bytes(self.model) if self.dtype else 0, None)
 
     def batch(self, size: int, new_tokens: int) -> tuple[float, float]:

@@ -61,6 +61,14 @@ def test_logits_are_litgpt_s(tmp_path: Path) -> None:
     peer.run(tokens[:30].tolist())
     assert relative_error(peer.run(tokens[30:].tolist()), expected[-1:]) < 2e-3
     peer.close()
+    together = llamacpp.Model(tmp_path / "model.gguf", threads=2, kv_cache="float32", context=512, sequences=2)
+    halves = tokens.view(2, 20)
+    with torch.inference_mode():
+        expected = model(halves)
+    for part in (slice(0, 19), slice(19, 20)):
+        got = together.run_together(halves[:, part].tolist())
+        assert relative_error(got, expected[:, part][:, -1]) < 2e-3
+    together.close()
 
 
 @pytest.mark.parametrize("name", REFUSED)
