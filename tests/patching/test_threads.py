@@ -38,7 +38,7 @@ def test_a_patch_breaks_no_tuple_that_another_thread_makes() -> None:
 
     thread = threading.Thread(target=work)
     thread.start()
-    for _ in range(10):
+    for _ in range(200):
         model = nn.Linear(9, 9)
         parameters = [*model.parameters()]  # an optimizer could be what holds them
         upcast.patch(model)
