@@ -36,6 +36,7 @@ class TransformersWorker:
             self.model: Any = upcast.from_pretrained(model_class, folder)
         else:
             self.model = model_class.from_pretrained(folder, dtype=self.dtype)
+        self.model.generation_config.eos_token_id = None  # min_new_tokens would look at all logits of every step
         return Loading(weight_bytes(self.model) if self.dtype else 0, None)
 
     def batch(self, size: int, new_tokens: int) -> tuple[float, float]:
@@ -47,7 +48,7 @@ class TransformersWorker:
             times.append(time.perf_counter())
             return torch.zeros(len(tokens), dtype=torch.bool)
 
-        options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "pad_token_id": 0}
+        options = {"do_sample": False, "max_new_tokens": new_tokens, "pad_token_id": 0}
         with torch.inference_mode():
             self.model.generate(ids, attention_mask=mask, stopping_criteria=[stamp], **options)
         return spans(times)

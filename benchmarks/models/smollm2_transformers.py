@@ -77,7 +77,8 @@ def _config(settings: Any) -> dict[str, Any]:
 def decode(model: Any) -> tuple[float, list[int]]:
     """Return (seconds per token after the prompt, the tokens) of one greedy generation."""
     ids = torch.tensor([PROMPT])
-    options = {"do_sample": False, "min_new_tokens": NEW_TOKENS, "attention_mask": torch.ones_like(ids)}
+    options = {"do_sample": False, "attention_mask": torch.ones_like(ids)}
+    model.generation_config.eos_token_id = None  # min_new_tokens would look at all logits of every step
     stamps: list[float] = []
     handle = model.register_forward_hook(lambda *_: stamps.append(time.perf_counter()))
     text = model.generate(ids, max_new_tokens=NEW_TOKENS, **options)[0].tolist()

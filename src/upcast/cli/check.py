@@ -142,8 +142,10 @@ def _litgpt(model: Any) -> Callable[[Any, int], object]:
 def _transformers(model: Any) -> Callable[[Any, int], object]:
     import torch
 
+    model.generation_config.eos_token_id = None  # min_new_tokens would look at all logits of every step
+
     def run(ids: Any, count: int) -> object:
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        options = {"max_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         if model.config.is_encoder_decoder:
             options["decoder_start_token_id"] = 0  # any: what it says does not matter here
         return model.generate(ids[None], attention_mask=torch.ones(1, len(ids), dtype=torch.long), **options)
