@@ -19,6 +19,7 @@ TARGETS = (
     "litgpt.api",
     "litgpt.chat.base",
     "litgpt.deploy.serve",
+    "litgpt.eval.evaluate",
     "litgpt.finetune.adapter",
     "litgpt.finetune.adapter_v2",
     "litgpt.finetune.lora",

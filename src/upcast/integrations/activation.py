@@ -13,6 +13,7 @@ ACTIVATIONS = {
     "litgpt.api": litgpt.activate,
     "litgpt.chat.base": scripts.activate,
     "litgpt.deploy.serve": packed_folders.activate,
+    "litgpt.eval.evaluate": packed_folders.activate,
     "litgpt.finetune.adapter": finetune.activate,
     "litgpt.finetune.adapter_v2": finetune.activate,
     "litgpt.finetune.lora": finetune.activate,

@@ -69,6 +69,37 @@ def test_a_server_finds_it(folder: Path, python_with_libraries: Run) -> None:
     assert done.stdout.split()[-2:] == ["SimpleLitAPI", "packed"], done.stderr
 
 
+EVALUATE = """
+import sys, types
+import torch
+from pathlib import Path
+evaluator, made = types.ModuleType("lm_eval.evaluator"), []
+evaluator.simple_evaluate = lambda **_: {}
+huggingface = types.ModuleType("lm_eval.models.huggingface")
+huggingface.HFLM = lambda pretrained, **_: made.append(pretrained)
+sys.modules.update({"lm_eval": types.ModuleType("lm_eval"), "lm_eval.models": types.ModuleType("lm_eval.models")})
+sys.modules.update({"lm_eval.evaluator": evaluator, "lm_eval.models.huggingface": huggingface})
+sys.modules["lm_eval"].evaluator = evaluator
+from litgpt.eval import evaluate
+evaluate.prepare_results = lambda *_: None
+evaluate.convert_and_evaluate(Path(sys.argv[1]), tasks="none", out_dir="out")
+weights = torch.load(Path(*made) / "pytorch_model.bin")
+print({str(each.dtype) for each in weights.values()}, sum(float(each.double().norm()) for each in weights.values()))
+"""
+
+
+def test_an_evaluation_finds_it(folder: Path, python_with_libraries: Run) -> None:
+    found = {}
+    for name in ("made", "packed"):
+        done = python_with_libraries("-c", EVALUATE, name, UPCAST="1")
+        assert done.returncode == 0, done.stderr
+        found[name] = done.stdout.splitlines()[-1]
+        assert not [*(folder / "out").glob("base-*")]
+        (folder / "out" / "pytorch_model.bin").unlink()
+    assert found["packed"] == found["made"]
+    assert "torch.bfloat16" in found["packed"]
+
+
 def test_a_missing_tokenizer_is_litgpt_s_error(folder: Path, python_with_libraries: Run) -> None:
     for file in (folder / "packed").glob("tokenizer*"):
         file.unlink()

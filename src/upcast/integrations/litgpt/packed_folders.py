@@ -6,7 +6,8 @@ LitGPT itself cannot read that file, so a call that is not for upcast, or fails,
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -28,8 +29,9 @@ def activate(module: ModuleType) -> None:
 
 
 def finders(module: ModuleType) -> Mapping[str, Callable[..., Any]]:
-    """Return wrappers for what ``module`` finds and checks folders with, and merges into them."""
+    """Return wrappers for what ``module`` finds and checks folders with, merges into them, and makes of them."""
     known = {"auto_download_checkpoint": _find, "check_valid_checkpoint_dir": _check, "merge_lora": _merge}
+    known["convert_lit_checkpoint"] = _convert
     return {name: wrapper for name, wrapper in known.items() if hasattr(module, name)}
 
 
@@ -92,8 +94,6 @@ def _check(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> A
 
 def _merge(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     """Merge LoRA weights into a packed base by a copy of it in bfloat16, beside the result, gone afterwards."""
-    from upcast.integrations import convert_packed
-
     try:
         call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
         file = weights_of(_base(call)) if stepping_aside.enabled() else None
@@ -101,10 +101,28 @@ def _merge(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> A
         file = None
     if file is None:
         return wrapped(*args, **kwargs)
-    with tempfile.TemporaryDirectory(prefix="base-", dir=call["checkpoint_dir"]) as place:
-        base = Path(place, "bfloat16")
-        convert_packed.unpack(file.parent, base)
+    with _in_bfloat16(file.parent, call["checkpoint_dir"]) as base:
         return wrapped(**{**call, "pretrained_checkpoint_dir": base})
+
+
+def _convert(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
+    """Convert a packed folder for Transformers by a copy of it in bfloat16, beside the result, gone afterwards."""
+    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+    file = weights_of(call["checkpoint_dir"]) if stepping_aside.enabled() else None
+    if file is None:
+        return wrapped(*args, **kwargs)
+    with _in_bfloat16(file.parent, call["output_dir"]) as base:
+        return wrapped(**{**call, "checkpoint_dir": base})
+
+
+@contextmanager
+def _in_bfloat16(packed: Path, beside: Path) -> Iterator[Path]:
+    """Yield a folder with the numbers of a packed one in bfloat16, which is gone afterwards."""
+    from upcast.integrations import convert_packed
+
+    with tempfile.TemporaryDirectory(prefix="base-", dir=beside) as place:
+        convert_packed.unpack(packed, Path(place, "bfloat16"))
+        yield Path(place, "bfloat16")
 
 
 def _base(call: Mapping[str, Any]) -> object:
