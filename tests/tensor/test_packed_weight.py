@@ -318,11 +318,10 @@ def reloaded(program: Any) -> Any:
 PROGRAMS: dict[str, Callable[[nn.Module], Any]] = {
     "export": lambda model: torch.export.export(model, (IDS,)),
     "strict": lambda model: torch.export.export(model, (IDS,), strict=True),
-    "lowered": lambda model: torch.export.export(model, (IDS,)).run_decompositions(),
     "any batch": lambda model: torch.export.export(
         model, (IDS,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},)
     ),
-    "frozen": lambda model: torch.export.export(model.requires_grad_(False), (IDS,)).run_decompositions(),
+    "lowered": lambda model: torch.export.export(model.requires_grad_(False), (IDS,)).run_decompositions(),
 }
 
 

@@ -197,23 +197,16 @@ class PackedWeight(HalfWeight):
         assert matrix is not None
         return matrix.blob
 
-    @property
-    def floats(self) -> Tensor:
-        """The packed bytes, called floats: torch's tools make a parameter that learns of them."""
-        return self.blob.view(torch.float8_e4m3fn)
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         """Tell torch.compile and torch.export what to trace: the packed bytes, and what they are."""
         matrix = self.store.now
         assert matrix is not None
-        bytes_as = "floats" if self.requires_grad and torch._guards.TracingContext.try_get() is None else "blob"
-        return [bytes_as], (matrix[1:], self.store.shape, self.region)
+        return ["blob"], (matrix[1:], self.store.shape, self.region)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, Tensor], form: Any, *_: Any) -> "PackedWeight":
         fields, shape, region = form
-        (data,) = inner.values()
-        made: PackedWeight = OTHERWISE["unflatten packed"](PackedMatrix(data.view(torch.uint8), *fields), shape, region)
+        made: PackedWeight = OTHERWISE["unflatten packed"](PackedMatrix(inner["blob"], *fields), shape, region)
         return made
 
     @property
