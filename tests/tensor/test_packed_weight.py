@@ -325,7 +325,8 @@ PROGRAMS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")  # torch's own, when it loads a lowered program
+# torch's own, when it loads a program
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning", "ignore:The given buffer is not writable")
 @pytest.mark.parametrize("way", PROGRAMS)
 def test_an_exported_program_multiplies_with_packed_weights(way: str) -> None:
     model, plain = net()
