@@ -351,6 +351,21 @@ def test_an_exported_program_takes_no_other_numbers() -> None:
         assert relative_error(module(IDS), plain(IDS)) < 1e-6
 
 
+@pytest.mark.parametrize(("value", "works"), [(0.0625, True), (3e38, False), (0.1, False)])
+def test_a_program_of_a_weight_that_was_written_to_is_right_or_says_so(value: float, works: bool) -> None:
+    """0.0625 has a first byte that is in the table; 3e38 is an escape more; bfloat16 does not have 0.1."""
+    model, plain = net()
+    module = torch.export.export(upcast.patch(model, storage="packed"), (IDS,)).module()
+    with torch.no_grad():
+        for each in (model, plain):
+            each.up.weight[3, 5] = value
+        if works:
+            assert relative_error(module(IDS), plain(IDS)) < 1e-6
+            return
+        with pytest.raises(upcast.UpcastError, match="Export the model again"):
+            module(IDS)
+
+
 def test_torch_func_goes_through() -> None:
     model, plain = net()
     upcast.patch(model, storage="packed")

@@ -96,19 +96,23 @@ def packed_bytes(weight: Tensor, size: int) -> Tensor:
     known: tuple[int, Tensor] | None = getattr(weight, "_upcast_packed", None)
     version = -1 if weight.is_inference() else weight._version
     if known is None or known[0] != version:
-        matrix = packable(weight.detach())
-        if matrix is None or matrix.nbytes != size:
-            raise UpcastError(
-                f"upcast::packed_bytes of a {type(weight).__name__} with other numbers than the program was exported "
-                "with; their bytes would have another form. Export the model again."
-            )
-        known = weight._upcast_packed = version, matrix.blob  # type: ignore[attr-defined]
+        known = weight._upcast_packed = version, _of_that_size(packable(weight.detach()), size)  # type: ignore[attr-defined]
     return known[1]
+
+
+def _of_that_size(matrix: PackedMatrix | None, size: int) -> Tensor:
+    """Return the bytes of ``matrix``; their size says how many escapes there are, which a program has in its graph."""
+    if matrix is None or matrix.nbytes != size:
+        raise UpcastError(
+            "upcast::packed_bytes of a weight with other numbers than the program was exported with; their bytes would "
+            "have another form. Export the model again."
+        )
+    return matrix.blob
 
 
 @handles(torch.ops.upcast.packed_bytes.default)
 def _packed_bytes(weight: PackedWeight, size: int) -> Tensor:
-    return weight.blob
+    return _of_that_size(weight.store.now, size)
 
 
 class ImitatedStore(PackedStore):
