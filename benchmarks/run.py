@@ -20,7 +20,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a script: make `benchmarks` importable
 
@@ -34,13 +33,13 @@ from benchmarks.harness.session import FULL, QUICK, Effort, Rates, Result, job_f
 from benchmarks.harness.variants import BASELINE, VARIANTS
 from benchmarks.models import smollm2
 from benchmarks.peers import registry as peers
-from benchmarks.suites import ablation, batches, contexts
+from benchmarks.suites import ablation
 from benchmarks.suites import distributed as distributed_suite
 from benchmarks.suites import serve as serve_suite
 from benchmarks.suites import training as training_suite
+from benchmarks.suites.registry import SWEEPS
 
 SUITES = ("variants", "serve", "contexts", "batches", "ablation", "training", "distributed")
-SWEEPS = {"contexts": contexts, "batches": batches}
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "results"
 
 
@@ -189,9 +188,9 @@ def serve(parser: argparse.ArgumentParser, options: argparse.Namespace, effort: 
 
 def sweep_over(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     """Run the suite of contexts or batches; return 0, or 1 if a variant failed."""
-    suite: ModuleType = SWEEPS[options.suite]
+    suite = SWEEPS[options.suite]
     effort = suite.QUICK if options.quick else suite.FULL
-    effort = replace(effort, rounds=options.rounds or effort.rounds)
+    effort = effort._replace(rounds=options.rounds or effort.rounds)
     with tempfile.TemporaryDirectory(prefix="upcast-benchmark-") as scratch:
         try:
             measured = subject.resolve(options.model, options.checkpoint, Path(scratch), FULL.window, FULL.windows)

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a script:
 
 from benchmarks.harness import roofline, sweep
 from benchmarks.harness.summary import summarise
-from benchmarks.suites import batches, contexts
+from benchmarks.suites.registry import SWEEPS
 
 ROOT = Path(__file__).resolve().parents[2]
 BEGIN = "<!-- benchmark: begin (written by benchmarks/harness/readme.py) -->"
@@ -37,7 +37,6 @@ MANUAL = Path("docs/performance.md")
 PAGES = {Path("README.md"): SHORT, MANUAL: tuple(range(len(HEADERS)))}
 """Page -> the columns of its table."""
 BEGIN_ROOFLINE, END_ROOFLINE = (mark.replace("benchmark:", "roofline:") for mark in (BEGIN, END))
-SWEEPS = {"contexts": contexts, "batches": batches}
 
 
 def main() -> int:
@@ -50,7 +49,7 @@ def main() -> int:
         print(f"no file {path}; run benchmarks/run.py first, it prints where its JSON file is.", file=sys.stderr)
         return 2
     record = json.loads(path.read_text())
-    if suite := record.get("suite"):
+    if (suite := record.get("suite")) in SWEEPS:
         begin, end = (mark.replace("benchmark:", f"{suite}:") for mark in (BEGIN, END))
         _replace(MANUAL, begin, end, sweep_section(record))
         return 0

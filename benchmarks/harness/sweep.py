@@ -20,6 +20,14 @@ class SweepError(Exception):
     """A variant failed, or the model is too small."""
 
 
+class Effort(NamedTuple):
+    """How much is measured."""
+
+    sizes: tuple[int, ...]  # tokens of the prompts, or sequences
+    new_tokens: int
+    rounds: int
+
+
 class Sample(NamedTuple):
     """Seconds of the prompt, and per step after it."""
 
@@ -34,8 +42,7 @@ def measure(
     jobs: Sequence[Job],
     question: str,
     sizes: Mapping[str, Sequence[int]],
-    new_tokens: int,
-    rounds: int,
+    effort: Effort,
     notice: Callable[[str], None],
 ) -> tuple[Results, list[float]]:
     """Ask every worker ``question`` (a method that gives a `Sample`) at each of its ``sizes``, by variant.
@@ -48,12 +55,12 @@ def measure(
     with started(jobs) as session:
         notice("Importing the libraries, loading the models")
         session.ask_all(list(results), "load")
-        for index in range(rounds):
+        for index in range(effort.rounds):
             rates.append(memory.rate())
             for size in sorted({size for each in results.values() for size in each}):
                 for name in _turn([name for name in results if size in results[name]], index):
-                    notice(f"Round {index + 1} of {rounds}: {question} of {size:,}, {name}")
-                    results[name][size].append(_sample(session, name, question, size, new_tokens))
+                    notice(f"Round {index + 1} of {effort.rounds}: {question} of {size:,}, {name}")
+                    results[name][size].append(_sample(session, name, question, size, effort.new_tokens))
     return results, rates
 
 

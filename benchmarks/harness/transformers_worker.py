@@ -37,7 +37,7 @@ class TransformersWorker:
         else:
             self.model = model_class.from_pretrained(folder, dtype=self.dtype)
         self.model.generation_config.eos_token_id = None  # min_new_tokens would look at all logits of every step
-        return Loading(weight_bytes(self.model) if self.dtype else 0, None)
+        return Loading(weight_bytes(self.model), None)
 
     def batch(self, size: int, new_tokens: int) -> tuple[float, float]:
         """Return the seconds of ``size`` prompts at once, and per step after them."""

@@ -13,12 +13,10 @@ from benchmarks.harness import sweep
 from benchmarks.harness.job import BATCHED
 from benchmarks.harness.session import job_for
 from benchmarks.harness.subject import Subject
-from benchmarks.harness.sweep import Results, SweepError
+from benchmarks.harness.sweep import Effort, Results, SweepError
 from benchmarks.harness.transformers_worker import VARIANTS as TRANSFORMERS
 from benchmarks.harness.variants import BASELINE, LLAMA_CPP
-from benchmarks.peers import base
-from benchmarks.peers import registry as peers
-from benchmarks.suites.contexts import Effort
+from benchmarks.peers import base, llamacpp
 
 VARIANTS = (BASELINE, "upcast", "upcast-packed")
 FULL = Effort((1, 2, 4, 8, 16, 32), 16, 3)
@@ -35,13 +33,13 @@ def run(
             f"{measured.title} takes {config.block_size} tokens, a sequence here has {BATCHED + effort.new_tokens}; "
             "choose a model with a longer context"
         )
-    found, missing = peers.available(config)
+    missing = llamacpp.why_not(config)
     others = [*TRANSFORMERS] if base.not_plain_llama(config) is None else []
-    others += [LLAMA_CPP] if LLAMA_CPP in found else []
+    others += [LLAMA_CPP] if missing is None else []
     jobs = [job_for(measured, name, threads, scratch) for name in (*VARIANTS, *others)]
     sizes = {job.variant: effort.sizes for job in jobs}
-    results, rates = sweep.measure(jobs, "batch", sizes, effort.new_tokens, effort.rounds, notice)
-    return results, rates, [line for line in missing if "openvino" not in line.lower()]
+    results, rates = sweep.measure(jobs, "batch", sizes, effort, notice)
+    return results, rates, [missing] if missing else []
 
 
 def table(results: Results) -> list[list[str]]:

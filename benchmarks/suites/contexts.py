@@ -5,7 +5,6 @@ time), and wants the last position's logits. Medians of the rounds.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from litgpt.config import Config
@@ -13,19 +12,12 @@ from litgpt.config import Config
 from benchmarks.harness import sweep
 from benchmarks.harness.session import job_for
 from benchmarks.harness.subject import Subject
-from benchmarks.harness.sweep import Results, SweepError
+from benchmarks.harness.sweep import Effort, Results, SweepError
 from benchmarks.harness.variants import BASELINE, OPENVINO
 from benchmarks.peers import registry as peers
 
 VARIANTS = (BASELINE, "upcast", "upcast-packed")
 LONGEST = {OPENVINO: 2048}  # our graph for it keeps the scores of all queries: 19 GB at 8,000 tokens
-
-
-@dataclass(frozen=True)
-class Effort:
-    sizes: tuple[int, ...]  # tokens of the prompts
-    new_tokens: int
-    rounds: int
 
 
 FULL = Effort((512, 2048, 8000), 16, 3)
@@ -46,7 +38,7 @@ def run(
     found, missing = peers.available(config)
     jobs = [job_for(measured, name, threads, scratch) for name in (*VARIANTS, *found)]
     sizes = {job.variant: [n for n in lengths if n <= LONGEST.get(job.variant, n)] for job in jobs}
-    results, rates = sweep.measure(jobs, "context", sizes, effort.new_tokens, effort.rounds, notice)
+    results, rates = sweep.measure(jobs, "context", sizes, effort, notice)
     return results, rates, missing
 
 

@@ -89,7 +89,7 @@ def test_a_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pyt
 
 @pytest.mark.slow
 def test_a_whole_run_of_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches.peers, "available", lambda config: ([], []))
+    monkeypatch.setattr(batches.llamacpp, "why_not", lambda config: "not installed")
     options = ["--output", str(tmp_path), "--rounds", "1", "--threads", "1"]
     folder = tiny(tmp_path, rotary_percentage=1.0, parallel_residual=False)
     assert run.main(["--checkpoint", str(folder), *options, "--suite", "batches", "--quick"]) == 0

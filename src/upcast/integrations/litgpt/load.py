@@ -87,9 +87,8 @@ def load_litgpt(
             return model.eval()
         from upcast.integrations.litgpt import tensor_parallel
 
-        return tensor_parallel.load(
-            model, folder, weights, mesh, policies.resolve(policy), kv_cache or chosen.kv_cache, wire
-        ).eval()
+        chosen = policies.resolve(policy)
+        return tensor_parallel.load(model, folder, weights, mesh, chosen, kv_cache or chosen.kv_cache, wire).eval()
 
 
 def _check_divided(policy: policies.Policy, **options: Any) -> None:

@@ -4,6 +4,7 @@ LitGPT itself cannot read that file, so a call that is not for upcast, or fails,
 """
 
 import inspect
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from upcast.integrations.litgpt import model_config
 from upcast.integrations.stepping_aside import NotOurs
 
 Result = TypeVar("Result")
+Call = Mapping[str, Any]  # the arguments of one by name
 
 
 def activate(module: ModuleType) -> None:
@@ -94,11 +96,7 @@ def _check(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> A
 
 def _merge(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     """Merge LoRA weights into a packed base by a copy of it in bfloat16, beside the result, gone afterwards."""
-    try:
-        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-        file = weights_of(_base(call)) if stepping_aside.enabled() else None
-    except Exception:  # for LitGPT to say what is wrong
-        file = None
+    call, file = _packed(_base, wrapped, args, kwargs)
     if file is None:
         return wrapped(*args, **kwargs)
     with _in_bfloat16(file.parent, call["checkpoint_dir"]) as base:
@@ -107,12 +105,22 @@ def _merge(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> A
 
 def _convert(wrapped: Callable[..., Any], owner: Any, args: Any, kwargs: Any) -> Any:
     """Convert a packed folder for Transformers by a copy of it in bfloat16, beside the result, gone afterwards."""
-    call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
-    file = weights_of(call["checkpoint_dir"]) if stepping_aside.enabled() else None
+    call, file = _packed(operator.itemgetter("checkpoint_dir"), wrapped, args, kwargs)
     if file is None:
         return wrapped(*args, **kwargs)
     with _in_bfloat16(file.parent, call["output_dir"]) as base:
         return wrapped(**{**call, "checkpoint_dir": base})
+
+
+def _packed(
+    source: Callable[[Call], object], wrapped: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[Call, Path | None]:
+    """Return a call by the names of its arguments, and the file where its ``source`` is a packed folder."""
+    try:
+        call = inspect.signature(wrapped).bind(*args, **kwargs).arguments
+        return call, weights_of(source(call)) if stepping_aside.enabled() else None
+    except Exception:  # for LitGPT to say what is wrong
+        return {}, None
 
 
 @contextmanager
@@ -120,12 +128,13 @@ def _in_bfloat16(packed: Path, beside: Path) -> Iterator[Path]:
     """Yield a folder with the numbers of a packed one in bfloat16, which is gone afterwards."""
     from upcast.integrations import convert_packed
 
+    Path(beside).mkdir(parents=True, exist_ok=True)  # as LitGPT does
     with tempfile.TemporaryDirectory(prefix="base-", dir=beside) as place:
         convert_packed.unpack(packed, Path(place, "bfloat16"))
         yield Path(place, "bfloat16")
 
 
-def _base(call: Mapping[str, Any]) -> object:
+def _base(call: Call) -> object:
     """Return the folder that LoRA weights belong to, as the call says or what was learned itself."""
     from litgpt.scripts.merge_lora import load_lora_metadata
 
