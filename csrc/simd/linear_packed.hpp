@@ -18,10 +18,19 @@ namespace UPCAST_NS {
 constexpr int64_t PACKED_CHUNK = 512;      // numbers of each row of a tile; a divisor of CHAIN
 constexpr int64_t PACKED_DEPTH = 512 + 16; // floats between rows of a chunk: multiples of 4 KiB evict each other
 constexpr int64_t PACKED_BLOCKS = 4;       // of x that meet a chunk, at most
+// Bytes between a record in use and those that are fetched into the nearest cache, and into the second one: unpacking
+// leaves too little room in a core's window to wait for either.
+constexpr int64_t FETCHED_NEAR = 512, FETCHED_FAR = 2048;
 constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one another
 
+// How many rows of x meet a record's numbers in registers: as many as leave room for these. More of them meet what was
+// unpacked in the nearest cache.
+constexpr int MEET_IN_REGISTERS = LANES == 16 ? 4 : 1;
+
 // Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
-constexpr int packed_rows_of(int cols) { return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols); }
+constexpr int packed_rows_of(int cols) {
+    return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols);
+}
 
 // Where a tile's rows of weights are: the first is n, each other one `apart` rows after the one before.
 struct TileRows {
@@ -69,40 +78,55 @@ UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, f
     }
 }
 
-// sums[r] += lane by lane, `records` of each row of a tile, where nothing escapes, against one row of x. Not part of
-// what surrounds it: there the compiler keeps in memory what this loop needs in registers. Fetched into the second-level
-// cache, from further ahead than elsewhere: unpacking leaves too little room in a core's window to wait for memory.
-template <int R>
-static __attribute__((noinline)) void add_packed(const TileRecords &at, int64_t k, int64_t records, const float *x, vf *sums) {
-    const HighBytesOf high = at.high;
-    const int64_t stride = at.stride, ahead = 2 * at.ahead;
-    const uint8_t *w = at.first + k / RECORD * RECORD_BYTES, *end = w + records * RECORD_BYTES;
-    vf kept[R];
+// Between rows where registers are scarce: the compiler would rather load ahead of the sums, and then store what is in its
+// way.
+#define UPCAST_IN_ORDER __asm__ volatile("" ::: "memory")
+
+// Rows of weights that are unpacked before x meets them: a vector of x is loaded once for all of them.
+constexpr int rows_at_once(int rows, int cols) { return cols > 1 && rows % 2 == 0 ? 2 : 1; }
+
+// One record of each row of a tile, where nothing escapes, against COLS rows of x.
+template <int R, int COLS>
+UPCAST_INLINE void add_record(const uint8_t *w, const HighBytesOf &high, int64_t stride, int64_t near, int64_t far,
+                              const float *x, int64_t ldx, vf *sums) {
+    constexpr int AT_ONCE = rows_at_once(R, COLS);
     UPCAST_UNROLL
-    for (int r = 0; r < R; ++r) kept[r] = sums[r];
-    for (; w != end; w += RECORD_BYTES, x += RECORD) {
+    for (int first = 0; first < R; first += AT_ONCE) {
+        if (R * COLS >= 16) UPCAST_IN_ORDER;
+        vf numbers[AT_ONCE][RECORD_VECTORS];
         UPCAST_UNROLL
-        for (int r = 0; r < R; ++r) {
-            const uint8_t *record = w + r * stride;
-            prefetch_far(record + ahead), prefetch_far(record + ahead + 64);
-            vf numbers[RECORD_VECTORS];
-            unpack_record(record, high, numbers);
+        for (int r = 0; r < AT_ONCE; ++r) {
+            const uint8_t *record = w + (first + r) * stride;
+            prefetch_far(record + far), prefetch_far(record + far + 64);
+            prefetch(record + near), prefetch(record + near + 64);
+            unpack_record(record, high, numbers[r]);
+        }
+        UPCAST_UNROLL
+        for (int v = 0; v < RECORD_VECTORS; ++v) {
             UPCAST_UNROLL
-            for (int v = 0; v < RECORD_VECTORS; ++v) kept[r] += numbers[v] * load(x + v * LANES);
+            for (int c = 0; c < COLS; ++c) {
+                vf xs = load(x + c * ldx + v * LANES);
+                if (AT_ONCE > 1) UPCAST_KEEP(xs);
+                UPCAST_UNROLL
+                for (int r = 0; r < AT_ONCE; ++r) sums[c * R + first + r] += numbers[r][v] * xs;
+            }
         }
     }
-    UPCAST_UNROLL
-    for (int r = 0; r < R; ++r) sums[r] = kept[r];
 }
 
 // What escapes in the rows of a tile.
 template <int R> struct TileEscapes {
     Escapes rows[R];
 
-    UPCAST_ALWAYS_INLINE void find(const Linear &a, const TileRows &tile) {
+    // The first column of any; most tiles are answered by their pointers alone.
+    UPCAST_ALWAYS_INLINE int64_t find(const Linear &a, const TileRows &tile) {
+        if (none(a, tile)) {
+            for (int r = 0; r < R; ++r) rows[r] = Escapes::none();
+            return Escapes::NONE;
+        }
         for (int r = 0; r < R; ++r) rows[r] = Escapes::of(a.packed, tile.n + r * tile.apart);
+        return soonest();
     }
-    // Whether nothing does; most tiles are answered by their pointers alone.
     UPCAST_INLINE bool none(const Linear &a, const TileRows &tile) {
         if (!a.packed.pointers) return true;
         const uint8_t *at = a.packed.pointers + 4 * (a.packed.first + tile.n);
@@ -150,11 +174,14 @@ UPCAST_INLINE void add_products(const float *wide, const float *x, int64_t ldx, 
 }
 
 // dots[i] = the sum of sums[i], or that more, in the order of DotTile.
-template <int COUNT> UPCAST_INLINE void add_dots(vf *sums, bool first, float *dots) {
+template <int COUNT> UPCAST_INLINE void add_dots(const vf *kept, bool first, float *dots) {
     constexpr int PADDED = DotTile<COUNT, 1, false>::PADDED;
     float more[PADDED];
-    if constexpr (COUNT == 1) more[0] = sum(sums[0]);
+    if constexpr (COUNT == 1) more[0] = sum(kept[0]);
     else {
+        vf sums[PADDED]; // zeros that the compiler sees, and drops
+        UPCAST_UNROLL
+        for (int i = 0; i < PADDED; ++i) sums[i] = i < COUNT ? kept[i] : vf{};
         UPCAST_UNROLL
         for (int i = 0; i < PADDED; i += LANES) store(more + i, sum_each(sums + i));
     }
@@ -163,37 +190,82 @@ template <int COUNT> UPCAST_INLINE void add_dots(vf *sums, bool first, float *do
 
 constexpr int64_t PACKED_CHAIN = DotTile<1, 1, false>::CHAIN;
 
-// dots[m * R + r] of one block of x.
+// The rows of x that meet a tile. The last K % RECORD numbers of each stand in `tail`, RECORD apart and followed by zeros.
+struct XRows {
+    const float *x;
+    int64_t ldx;
+    const float *tail;
+};
+
+// A record with escapes, or one that is not full: k is its first column, `count` its numbers.
 template <int R, int COLS>
-static void packed_block(const Linear &a, const RowBlocks &rows, const TileRows &tile, float *dots) {
-    constexpr int PADDED = DotTile<R, COLS, false>::PADDED;
-    const TileRecords at = records_of<RECORD>(a, tile);
-    const bool plain = TileEscapes<R>::none(a, tile);
+UPCAST_INLINE void add_odd_record(const uint8_t *w, const HighBytesOf &high, int64_t stride, const float *x, int64_t ldx,
+                                  int64_t k, int64_t count, TileEscapes<R> &escapes, vf *sums) {
+    UPCAST_UNROLL
+    for (int r = 0; r < R; ++r) {
+        vf numbers[RECORD_VECTORS];
+        unpack_record(w + r * stride, high, numbers);
+        escapes.rows[r].put(k, numbers);
+        UPCAST_UNROLL
+        for (int v = 0; v < RECORD_VECTORS; ++v) {
+            const vf there = keep_part(numbers[v], vf{}, static_cast<int>(count) - v * LANES);
+            UPCAST_UNROLL
+            for (int c = 0; c < COLS; ++c) sums[c * R + r] += there * load(x + c * ldx + v * LANES);
+        }
+    }
+}
+
+// dots[c * R + r] of a tile, whose numbers meet x in registers. Not part of what surrounds it: there the compiler keeps
+// in memory what this loop needs in registers.
+template <int R, int COLS>
+static __attribute__((noinline)) void tile_in_registers(const Linear &a, const TileRows &tile, const XRows &rows, float *dots) {
+    const HighBytesOf high(a.packed.table);
+    const uint8_t *w = record_of(a.packed, tile.n, 0);
+    const int64_t stride = tile.apart * a.packed.row_bytes, ldx = rows.ldx;
+    const int64_t near = tile.fetch ? FETCHED_NEAR : 0, far = tile.fetch ? FETCHED_FAR : 0;
     TileEscapes<R> escapes;
-    if (!plain) escapes.find(a, tile);
-    int64_t soonest = plain ? Escapes::NONE : escapes.soonest();
-    const float *x = a.x + rows.first * a.ldx;
-    int64_t k = 0;
+    int64_t soonest = escapes.find(a, tile), k = 0;
+    const float *x = rows.x;
     do {
         const bool first = k == 0;
         const int64_t end = least(a.K, k + PACKED_CHAIN);
-        vf sums[PADDED];
+        vf sums[R * COLS];
         UPCAST_UNROLL
-        for (int i = 0; i < PADDED; ++i) sums[i] = vf{};
+        for (int i = 0; i < R * COLS; ++i) sums[i] = vf{};
         while (k < end) {
-            if constexpr (COLS == 1) {
-                const int64_t records = (least(end, soonest) - k) / RECORD;
-                add_packed<R>(at, k, records, x + k, sums);
-                k += records * RECORD;
-                if (k == end) break;
-            }
+            const uint8_t *odd = w + (least(end, soonest) - k) / RECORD * RECORD_BYTES;
+            k += (odd - w) / RECORD_BYTES * RECORD;
+            for (; w != odd; w += RECORD_BYTES, x += RECORD) add_record<R, COLS>(w, high, stride, near, far, x, ldx, sums);
+            if (k == end) break;
             const int64_t count = least(RECORD, end - k);
+            const bool full = count == RECORD;
+            add_odd_record<R, COLS>(w, high, stride, full ? x : rows.tail, full ? ldx : RECORD, k, count, escapes, sums);
+            soonest = escapes.soonest();
+            k += count, w += RECORD_BYTES, x += RECORD;
+        }
+        add_dots<R * COLS>(sums, first, dots);
+    } while (k < a.K);
+}
+
+// dots[c * R + r] of a tile, whose numbers meet x in the nearest cache.
+template <int R, int COLS>
+static void tile_in_cache(const Linear &a, const TileRows &tile, const XRows &rows, float *dots) {
+    const TileRecords at = records_of<RECORD>(a, tile);
+    TileEscapes<R> escapes;
+    int64_t soonest = escapes.find(a, tile), k = 0;
+    do {
+        const bool first = k == 0;
+        const int64_t end = least(a.K, k + PACKED_CHAIN);
+        vf sums[R * COLS];
+        UPCAST_UNROLL
+        for (int i = 0; i < R * COLS; ++i) sums[i] = vf{};
+        for (int64_t count; k < end; k += count) {
+            count = least(RECORD, end - k);
             alignas(64) float wide[R * RECORD];
             widen_rows<R, RECORD>(at, k, count, wide);
             if (soonest < k + count) soonest = escapes.patch(k, count, RECORD, wide);
             UPCAST_STORED(wide);
-            add_products<R, COLS, RECORD>(wide, x + k, a.ldx, count, sums);
-            k += count;
+            add_products<R, COLS, RECORD>(wide, rows.x + k, rows.ldx, count, sums);
         }
         add_dots<R * COLS>(sums, first, dots);
     } while (k < a.K);
@@ -228,7 +300,7 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
     constexpr int MOST_SUMS = (R * DOT_COLS + LANES - 1) / LANES * LANES;
     const TileRecords at = records_of<PACKED_CHUNK>(a, tile);
     TileEscapes<R> escapes;
-    escapes.find(a, tile);
+    int64_t soonest = escapes.find(a, tile);
     alignas(64) float wide[R * PACKED_DEPTH];
     vf kept[PACKED_BLOCKS][MOST_SUMS];
     PackedChunk chunks[PACKED_BLOCKS];
@@ -241,7 +313,7 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
         for (; k < end; k += PACKED_CHUNK) {
             const int64_t count = least(PACKED_CHUNK, end - k);
             widen_rows<R, PACKED_DEPTH>(at, k, count, wide);
-            if (escapes.soonest() < k + count) escapes.patch(k, count, PACKED_DEPTH, wide);
+            if (soonest < k + count) soonest = escapes.patch(k, count, PACKED_DEPTH, wide);
             for (int64_t b = 0; b < rows.count; ++b)
                 chunks[b].add(wide, a.x + rows.begin(b) * a.ldx + k, a.ldx, count, kept[b]);
         }
@@ -252,16 +324,21 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
 
 // R rows of weights against the blocks of x, the widest of COLS rows.
 template <int R, int COLS, bool SEVERAL>
-UPCAST_INLINE void packed_tile(const Linear &a, const RowBlocks &x, const TileRows &tile, float *dots) {
-    if constexpr (SEVERAL) packed_blocks<R>(a, x, tile, dots);
-    else packed_block<R, COLS>(a, x, tile, dots);
+UPCAST_INLINE void packed_tile(const Linear &a, const RowBlocks &blocks, const XRows &rows, const TileRows &tile, float *dots) {
+    if constexpr (SEVERAL) packed_blocks<R>(a, blocks, tile, dots);
+    else if constexpr (COLS <= MEET_IN_REGISTERS) tile_in_registers<R, COLS>(a, tile, rows, dots);
+    else tile_in_cache<R, COLS>(a, tile, rows, dots);
 }
 
 // Rows [begin, end) of weights: their sums go to y a cache line at a time.
 template <int COLS, bool SEVERAL>
 static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, int64_t end, Reading reading) {
     constexpr int HEIGHT = SEVERAL ? dot_rows(COLS) : packed_rows_of(COLS), MOST_ROWS = SEVERAL ? PACKED_BLOCKS * COLS : COLS;
-    float dots[HEIGHT * MOST_ROWS + LANES], sums[HEIGHT * MOST_ROWS * PACKED_LINE];
+    float dots[HEIGHT * MOST_ROWS + LANES], sums[HEIGHT * MOST_ROWS * PACKED_LINE], tail[COLS * RECORD] = {};
+    const int64_t rest = a.K % RECORD;
+    const XRows meeting = {a.x + x.first * a.ldx, a.ldx, tail};
+    for (int c = 0; c < COLS && !SEVERAL && rest; ++c)
+        memcpy(tail + c * RECORD, meeting.x + c * a.ldx + a.K - rest, sizeof(float) * static_cast<size_t>(rest));
     const int64_t rows = SEVERAL ? x.rows : COLS, count = (end - begin) / HEIGHT;
     const bool far = reading == Reading::far_streams;
     const int64_t apart = far ? count : 1, step = far ? 1 : HEIGHT;
@@ -274,7 +351,7 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
         for (int64_t j = 0; j < line; ++j) {
             const int64_t n = begin + (i + j) * step;
             const TileRows tile = {n, apart, last - begin + n <= fetching};
-            packed_tile<HEIGHT, COLS, SEVERAL>(a, x, tile, dots);
+            packed_tile<HEIGHT, COLS, SEVERAL>(a, x, meeting, tile, dots);
             float *to = sums + j * by_j;
             for (int64_t m = 0; m < rows; ++m)
                 for (int r = 0; r < HEIGHT; ++r) to[r * by_r + m * by_m] = dots[m * HEIGHT + r];
@@ -284,7 +361,7 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
         if (!far) finish_dots(a, begin + i * HEIGHT, line * HEIGHT, x.first, static_cast<int>(rows), sums, by_m);
     }
     for (int64_t n = begin + count * HEIGHT; n < end; ++n) {
-        packed_tile<1, COLS, SEVERAL>(a, x, TileRows{n, 0, false}, dots);
+        packed_tile<1, COLS, SEVERAL>(a, x, meeting, TileRows{n, 0, false}, dots);
         finish_dots(a, n, 1, x.first, static_cast<int>(rows), dots, 1);
     }
 }

@@ -114,6 +114,7 @@ struct Escapes {
     const uint8_t *columns, *values;
     int64_t at, end, next; // next: the column of the one at `at`
 
+    UPCAST_INLINE Escapes none() { return {nullptr, nullptr, 0, 0, NONE}; }
     UPCAST_INLINE Escapes of(const PackedRows &a, int64_t row) {
         Escapes e = {a.columns, a.values, 0, 0, NONE};
         if (!a.pointers) return e;
@@ -133,12 +134,26 @@ struct Escapes {
         }
         look();
     }
+    UPCAST_ALWAYS_INLINE float value() const {
+        const uint32_t bits = static_cast<uint32_t>(values[2 * at] | values[2 * at + 1] << 8) << 16;
+        float number;
+        memcpy(&number, &bits, sizeof number);
+        return number;
+    }
+    // Puts those of the record that begins with column k into it.
+    UPCAST_ALWAYS_INLINE void put(int64_t k, vf *numbers) {
+        for (; next < k + RECORD; ++at, look()) {
+            const int column = static_cast<int>(next - k); // below 0 only in a list that is out of order
+            const vf number = splat(value());
+            UPCAST_UNROLL
+            for (int v = 0; v < RECORD_VECTORS; ++v) numbers[v] = select(lane_numbers() == column - v * LANES, number, numbers[v]);
+        }
+    }
     // Puts those of [k, k + count) into out, which holds these columns.
     void patch(int64_t k, int64_t count, float *out) {
         for (; next < k + count; ++at, look()) {
             if (next < k) continue; // only in a list that is out of order
-            const uint32_t bits = static_cast<uint32_t>(values[2 * at] | values[2 * at + 1] << 8) << 16;
-            memcpy(out + (next - k), &bits, sizeof bits);
+            out[next - k] = value();
         }
     }
 };

@@ -274,12 +274,15 @@ template <int S = 1> UPCAST_INLINE void transpose(vf *rows) {
     if constexpr (2 * S < LANES) transpose<2 * S>(rows);
 }
 
-// The first `count` lanes of v, the others from `rest`.
-UPCAST_INLINE vf keep_part(vf v, vf rest, int count) {
+// 0, 1, 2, ...
+UPCAST_INLINE vi lane_numbers() {
     vi lane;
     for (int i = 0; i < LANES; ++i) lane[i] = i;
-    return select(lane < count, v, rest);
+    return lane;
 }
+
+// The first `count` lanes of v, the others from `rest`.
+UPCAST_INLINE vf keep_part(vf v, vf rest, int count) { return select(lane_numbers() < count, v, rest); }
 
 // In the order of sum_each, so that a number does not depend on how many others are summed beside it.
 template <int S = 1> UPCAST_INLINE float sum(vf v) {
