@@ -1,10 +1,11 @@
 // y = x W^T for packed weights. Each number is added in the order in which `DotTile` adds a float16 one, so that what
 // both can hold gives the same bits, alone and in a batch.
 //
-// One row of x: what is unpacked is multiplied at once. A few: rows of a tile's weights are unpacked into the nearest
-// cache, where what escaped is put back, and then multiplied as any floats, their sums in registers. Record by record,
-// so that the processor unpacks the next one meanwhile; or chunk by chunk, where several blocks of rows of x meet a
-// chunk, whose sums wait beside it. Many rows: see linear_packed_many.hpp.
+// One row of x, and where there are registers for it a few: what is unpacked is multiplied at once, escapes put back in
+// registers. More: rows of a tile's weights are unpacked into the nearest cache, where what escaped is put back, and then
+// multiplied as any floats, their sums in registers. Record by record, so that the processor unpacks the next one
+// meanwhile; or chunk by chunk, where several blocks of rows of x meet a chunk, whose sums wait beside it. Many rows: see
+// linear_packed_many.hpp.
 // The rows of a tile are neighbours, or lie far apart: see linear_far.hpp.
 #pragma once
 
@@ -17,20 +18,19 @@ namespace UPCAST_NS {
 
 constexpr int64_t PACKED_CHUNK = 512;      // numbers of each row of a tile; a divisor of CHAIN
 constexpr int64_t PACKED_DEPTH = 512 + 16; // floats between rows of a chunk: multiples of 4 KiB evict each other
-constexpr int64_t PACKED_BLOCKS = 4;       // of x that meet a chunk, at most
+constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one another
+// Blocks of x that meet a chunk, at most. Where a stretch of rows is unpacked to half of the bytes, more meet that.
+constexpr int64_t PACKED_BLOCKS = LANES == 16 ? 1 : 4;
 // Bytes between a record in use and those that are fetched into the nearest cache, and into the second one: unpacking
 // leaves too little room in a core's window to wait for either.
 constexpr int64_t FETCHED_NEAR = 512, FETCHED_FAR = 2048;
-constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one another
 
 // How many rows of x meet a record's numbers in registers: as many as leave room for these. More of them meet what was
 // unpacked in the nearest cache.
 constexpr int MEET_IN_REGISTERS = LANES == 16 ? 4 : 1;
 
 // Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
-constexpr int packed_rows_of(int cols) {
-    return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols);
-}
+constexpr int packed_rows_of(int cols) { return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols); }
 
 // Where a tile's rows of weights are: the first is n, each other one `apart` rows after the one before.
 struct TileRows {
@@ -54,7 +54,7 @@ template <int64_t DEPTH> UPCAST_INLINE TileRecords records_of(const Linear &a, c
 
 // How far from the last row of weights a tile has to end to fetch ahead.
 UPCAST_INLINE int64_t fetched_rows(const Linear &a) {
-    constexpr int64_t FETCHED = 2048 + 128; // bytes, at most
+    constexpr int64_t FETCHED = FETCHED_FAR + 128; // bytes, at most
     return FETCHED / most<int64_t>(1, a.packed.row_bytes) + 2;
 }
 

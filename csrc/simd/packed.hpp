@@ -29,15 +29,21 @@ struct HighBytesOf {
     }
 };
 
-UPCAST_INLINE void unpack_record(const uint8_t *record, const HighBytesOf &high, vf *out) {
+// Two vectors of pairs: numbers 0 to 15 below 16 to 31, and 32 to 47 below 48 to 63.
+UPCAST_INLINE void unpack_pairs(const uint8_t *record, const HighBytesOf &high, vu *out) {
     const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(record));
     const __m512i low = _mm512_loadu_si512(record + CODE_BYTES);
     const __m512i twice = _mm512_maskz_broadcast_i64x4(0xff, packed);
     const __m512i codes = (__m512i)((vu)_mm512_maskz_srlv_epi16(~0u, twice, high.shifts) & 0x0f0f0f0fu);
     const __m512i bytes = _mm512_maskz_shuffle_epi8(~0ull, high.table, codes);
-    const vu first = (vu)_mm512_maskz_unpacklo_epi8(~0ull, low, bytes);
-    const vu second = (vu)_mm512_maskz_unpackhi_epi8(~0ull, low, bytes);
-    out[0] = lower_half(first), out[1] = upper_half(first), out[2] = lower_half(second), out[3] = upper_half(second);
+    out[0] = (vu)_mm512_maskz_unpacklo_epi8(~0ull, low, bytes);
+    out[1] = (vu)_mm512_maskz_unpackhi_epi8(~0ull, low, bytes);
+}
+
+UPCAST_INLINE void unpack_record(const uint8_t *record, const HighBytesOf &high, vf *out) {
+    vu pairs[2];
+    unpack_pairs(record, high, pairs);
+    out[0] = lower_half(pairs[0]), out[1] = upper_half(pairs[0]), out[2] = lower_half(pairs[1]), out[3] = upper_half(pairs[1]);
 }
 
 #elif UPCAST_LEVEL == 3

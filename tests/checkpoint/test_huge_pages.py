@@ -16,6 +16,7 @@ import upcast
 from tests.conftest import assert_patched, half_weights
 from upcast.core import pages
 from upcast.core.pages import BLOCK, SMALL, Memory
+from upcast.kernels import packed
 from upcast.kernels.rounding import to_half
 
 LARGE = SMALL  # float32 elements of a tensor that goes into a block
@@ -39,6 +40,16 @@ def test_tensors_lie_side_by_side_with_storages_of_their_own() -> None:
         assert half.data_ptr() % pages.ALIGNMENT == 0
     first.fill_(1), second.fill_(2)
     assert bool((first == 1).all() and (second == 2).all())
+
+
+def test_packed_weights_lie_there_too() -> None:
+    model = nn.Sequential(nn.Linear(1024, 512), nn.Linear(512, 1024)).bfloat16()
+    for parameter in model.parameters():
+        nn.init.uniform_(parameter, 1, 2)  # so that nothing escapes
+    upcast.patch(model, storage="packed")
+    first, second = (weight.store.matrix.blob for weight in half_weights(model).values())
+    assert first.untyped_storage().nbytes() == first.nbytes == packed.size_of(512, 1024, 0) > SMALL
+    assert second.data_ptr() == first.data_ptr() + -(-first.nbytes // pages.ALIGNMENT) * pages.ALIGNMENT
 
 
 ELSEWHERE = {

@@ -24,7 +24,7 @@ _HUGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
 
 
 class Memory:
-    """Where the float16 weights of one model are put, one after the other.
+    """Where the float16 and packed weights of one model are put, one after the other.
 
     A block of it goes back to the system with the last tensor in it.
     """
@@ -36,15 +36,21 @@ class Memory:
 
     def half_like(self, source: Tensor) -> Tensor:
         """Return an empty float16 tensor of the shape of ``source``, with a storage of its own."""
-        size = 2 * source.numel()
-        if _HUGE is None or size < SMALL or not source.is_contiguous():
+        if _HUGE is None or 2 * source.numel() < SMALL or not source.is_contiguous():
             return torch.empty_like(source, dtype=torch.float16)
+        return self.empty(source.numel(), torch.float16).view(source.shape)
+
+    def empty(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Return ``count`` numbers to be written to, with a storage of their own."""
+        size = count * dtype.itemsize
+        if _HUGE is None or size < SMALL:
+            return torch.empty(count, dtype=dtype, device="cpu")
         if self._block is None or self._used + size > len(self._block):
             self._block, self._used = _block(max(size, BLOCK), _HUGE), 0
-        half = torch.frombuffer(self._block, dtype=torch.float16, count=source.numel(), offset=self._used)
-        self._last = half.data_ptr()
+        numbers = torch.frombuffer(self._block, dtype=dtype, count=count, offset=self._used)
+        self._last = numbers.data_ptr()
         self._before, self._used = self._used, self._used + -(-size // ALIGNMENT) * ALIGNMENT
-        return half.view(source.shape)
+        return numbers
 
     def take_back(self, half: Tensor) -> None:
         """Give the place of the last tensor, which is not needed after all, to the next one."""

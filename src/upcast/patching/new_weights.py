@@ -42,7 +42,9 @@ class NewWeights:
         found, why = fitting(tensor.detach(), self._storage)
         if found is None:
             return replace(self._round(tensor), unpacked=why)
-        self._packed = packed.pack(as_matrix(ordinary(tensor.detach())), found)
+        matrix = as_matrix(ordinary(tensor.detach()))
+        blob = self._memory.empty(packed.size_of(*matrix.shape, found.escapes), torch.uint8)
+        self._packed = packed.pack(matrix, found, blob)
         if self._loaded:
             give_back_pages(tensor)
         return Rounding(escapes=found.escapes)
