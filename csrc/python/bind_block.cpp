@@ -296,6 +296,20 @@ bool read_block(PyObject *places, PyObject *tuple, Block &block) {
     return read_spec(items[3], block) && check_angles(cosine, sine, block) && check_caches(keys, values, block);
 }
 
+// None, or (norm, matrix, logits): what follows the last block.
+bool read_finish(PyObject *object, const Block *last, Finish &finish) {
+    PyObject *items[3];
+    Tensor logits("logits");
+    if (!last) return refuse("a norm and a head after no block. Pass a block.");
+    if (!read_items(object, items, 3, "what follows the blocks") || !read_norm(items[0], finish.norm, last->width)) return false;
+    if (!read_matrix(items[1], finish.head, "head") || !read_tensor(items[2], logits)) return false;
+    if (!require_type(logits, Type::float32) || !require_dims(logits, 3) || !require_contiguous(logits)) return false;
+    finish.logits = logits.as<float>();
+    const bool fits = finish.head.columns == last->width && logits.shape[0] == last->batch && logits.shape[1] == last->last &&
+                      logits.shape[2] == finish.head.rows;
+    return fits || refuse("the head does not fit the blocks, or its logits; they are (B, T, V). Check the shapes.");
+}
+
 class Blocks {
   public:
     explicit Blocks(size_t count) : data(static_cast<Block *>(calloc(count + 1, sizeof(Block)))) {}
@@ -330,10 +344,10 @@ PyObject *py_block(PyObject *, PyObject *const *args, Py_ssize_t count) {
     return PyLong_FromLong(outcome == BlockOutcome::overflow);
 }
 
-// blocks(out, x, odd, even, threads, places, blocks) -> how many were done; the next one, if there is one, has keys or
+// blocks(out, x, odd, even, threads, places, blocks, finish | None) -> how many were done; the next one, if there is one, has keys or
 // values that its float16 cache does not take. The blocks but the last one write to `odd` and `even` in turn.
 PyObject *py_blocks(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!take_count("blocks", count, 7)) return nullptr;
+    if (!take_count("blocks", count, 8)) return nullptr;
     Tensor out("out"), x("x"), odd("odd"), even("even");
     int threads;
     if (!read_tensor(args[0], out) || !read_tensor(args[1], x) || !read_tensor(args[2], odd)) return nullptr;
@@ -352,12 +366,15 @@ PyObject *py_blocks(PyObject *, PyObject *const *args, Py_ssize_t count) {
         if (!read_block(args[5], PyTuple_GetItem(args[6], i), blocks.data[i])) return nullptr;
         from = to;
     }
+    Finish finish = {};
+    const bool finishes = args[7] != Py_None;
+    if (finishes && !read_finish(args[7], all ? blocks.data + all - 1 : nullptr, finish)) return nullptr;
     const Level &level = current_level();
     BlockOutcome outcome;
     int64_t done;
     {
         const Released released;
-        outcome = launch_blocks(level, blocks.data, all, threads, done);
+        outcome = launch_blocks(level, blocks.data, all, finishes ? &finish : nullptr, threads, done);
     }
     if (outcome == BlockOutcome::no_memory) return PyErr_NoMemory();
     return PyLong_FromLongLong(done);

@@ -43,6 +43,16 @@ class Workspace {
     float *data_;
 };
 
+// Rows of `width` floats, normalised into `out`.
+Norm norm_of(const BlockNorm &norm, const float *x, float *out, int64_t rows, int64_t width) {
+    return {x, width, norm.weight, norm.bias, norm.eps, norm.offset, norm.kind == NormKind::layer, out, rows, width};
+}
+
+// Rows of x times the matrix, those of y `stride` apart.
+Linear product_of(const Matrix &m, const float *x, float *y, int64_t stride, const float *residual, int64_t rows) {
+    return {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, stride, rows, m.rows, m.columns, m.packed};
+}
+
 // Heads of the queries or of the keys of `time` positions, those of one position side by side.
 struct Heads {
     float *data;
@@ -114,9 +124,7 @@ class Run {
     // The rows of x normalised into `out`, or x itself where there is no norm.
     const float *norm(const BlockNorm &norm, const float *x, float *out) {
         if (norm.kind == NormKind::none) return x;
-        const Norm call = {x, b_.width, norm.weight, norm.bias, norm.eps, norm.offset, norm.kind == NormKind::layer,
-                           out, rows(), b_.width};
-        launch_norm(level_, call, threads_);
+        launch_norm(level_, norm_of(norm, x, out, rows(), b_.width), threads_);
         return out;
     }
 
@@ -124,9 +132,7 @@ class Run {
 
     // As `linear`, the rows of y `stride` apart.
     void into(const Matrix &m, const float *x, float *y, int64_t stride, const float *residual) {
-        const Linear call = {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, stride,
-                             rows(), m.rows, m.columns, m.packed};
-        failed_ |= launch_linear(level_, call, threads_) != Outcome::done;
+        failed_ |= launch_linear(level_, product_of(m, x, y, stride, residual, rows()), threads_) != Outcome::done;
     }
 
     // The queries, keys and values of a position, side by side.
@@ -240,12 +246,13 @@ class Run {
 
     // The MLP up to its last matrix, left in own_.gate. Without a gate every activation is multiplied by one.
     void hidden(const float *x) {
-        linear(b_.gate, x, own_.gate, nullptr);
-        if (b_.up.present()) linear(b_.up, x, own_.up, nullptr);
-        else for (int64_t i = 0; i < b_.gate.rows; ++i) own_.up[i] = 1.0f;
-        const Gated call = {own_.gate, own_.up, b_.gate.rows, b_.up.present() ? b_.gate.rows : 0, b_.activation,
-                            own_.gate, rows(), b_.gate.rows};
-        launch_gated(level_, call, threads_);
+        const int64_t width = b_.gate.rows;
+        const bool gates = b_.up.present();
+        for (int64_t i = 0; i < width && !gates; ++i) own_.up[i] = 1.0f;
+        const Linear gate = product_of(b_.gate, x, own_.gate, width, nullptr, rows());
+        const Linear up = product_of(b_.up, x, own_.up, width, nullptr, rows());
+        const Gated call = {own_.gate, own_.up, width, gates ? width : 0, b_.activation, own_.gate, rows(), width};
+        failed_ |= launch_hidden(level_, gate, gates ? &up : nullptr, call, threads_) != Outcome::done;
     }
 
     const Level &level_;
@@ -261,10 +268,26 @@ struct Call {
     const Level &level;
     const Block *blocks;
     int64_t count;
+    const Finish *finish;
     int threads;
     int64_t done;
     BlockOutcome outcome;
 };
+
+BlockOutcome end(const Level &level, const Block &last, const Finish &finish, int threads) {
+    const int64_t rows = last.batch * last.last, width = last.width;
+    float *normed = last.out;
+    void *room = nullptr;
+    if (finish.norm.kind != NormKind::none) {
+        room = allocate_aligned(sizeof(float) * static_cast<size_t>(rows * width));
+        if (!room) return BlockOutcome::no_memory;
+        normed = static_cast<float *>(room);
+        launch_norm(level, norm_of(finish.norm, last.out, normed, rows, width), threads);
+    }
+    const Outcome outcome = launch_linear(level, product_of(finish.head, normed, finish.logits, finish.head.rows, nullptr, rows), threads);
+    free_aligned(room);
+    return outcome == Outcome::done ? BlockOutcome::done : BlockOutcome::no_memory;
+}
 
 void run_call(void *context) {
     Call &call = *static_cast<Call *>(context);
@@ -272,19 +295,21 @@ void run_call(void *context) {
         call.outcome = Run(call.level, call.blocks[call.done], call.threads).run();
         if (call.outcome != BlockOutcome::done) return;
     }
+    if (call.finish) call.outcome = end(call.level, call.blocks[call.count - 1], *call.finish, call.threads);
 }
 
 } // namespace
 
 BlockOutcome launch_block(const Level &level, const Block &block, int threads) {
     int64_t done;
-    return launch_blocks(level, &block, 1, threads, done);
+    return launch_blocks(level, &block, 1, nullptr, threads, done);
 }
 
-BlockOutcome launch_blocks(const Level &level, const Block *blocks, int64_t count, int threads, int64_t &done) {
+BlockOutcome launch_blocks(const Level &level, const Block *blocks, int64_t count, const Finish *finish, int threads,
+                           int64_t &done) {
     done = count;
     if (count == 0 || blocks->batch * blocks->last == 0) return BlockOutcome::done;
-    Call call = {level, blocks, count, threads, 0, BlockOutcome::done};
+    Call call = {level, blocks, count, finish, threads, 0, BlockOutcome::done};
     together(threads, run_call, &call);
     done = call.done;
     return call.outcome;

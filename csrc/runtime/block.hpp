@@ -58,12 +58,21 @@ struct Block {
     int64_t window;
 };
 
+// What follows the last block: its output normalised, and multiplied by a matrix [vocabulary, width].
+struct Finish {
+    BlockNorm norm;
+    Matrix head;
+    float *logits; // [rows, vocabulary]
+};
+
 // overflow: the float16 cache does not take keys or values; nothing but the cache was written.
 enum class BlockOutcome { done, no_memory, overflow };
 
 BlockOutcome launch_block(const Level &level, const Block &block, int threads);
 
-// Blocks of one batch, one after the other; `done` of them were, whatever the outcome.
-BlockOutcome launch_blocks(const Level &level, const Block *blocks, int64_t count, int threads, int64_t &done);
+// Blocks of one batch, one after the other; `done` of them were, whatever the outcome. `finish` may be null; it follows
+// if all of them were.
+BlockOutcome launch_blocks(const Level &level, const Block *blocks, int64_t count, const Finish *finish, int threads,
+                           int64_t &done);
 
 } // namespace upcast

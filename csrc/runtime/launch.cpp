@@ -144,6 +144,55 @@ Outcome launch_linear(const Level &level, const Linear &args, int threads) {
     return Outcome::done;
 }
 
+namespace {
+
+struct HiddenCall {
+    const Level &level;
+    const Linear &gate;
+    const Linear *up;
+    const Gated &gated;
+    const LinearPlan &plan, &up_plan;
+    void *scratch;
+};
+
+void hidden_task(void *context, int index) {
+    const HiddenCall &call = *static_cast<const HiddenCall *>(context);
+    call.level.linear(call.gate, call.plan, call.scratch, 0, index);
+    if (call.up) call.level.linear(*call.up, call.up_plan, call.scratch, 0, index);
+    const Gated &all = call.gated;
+    const int64_t begin = all.width * index / call.plan.grid_n, end = all.width * (index + 1) / call.plan.grid_n;
+    for (int64_t row = 0; row < all.rows; ++row) {
+        const Gated part = {all.gate + row * all.ld_gate + begin, all.up + row * all.ld_up + begin, 0, 0, all.activation,
+                            all.out + row * all.width + begin, 1, end - begin};
+        call.level.gated(part, 0, 1);
+    }
+}
+
+// Whether each task gives the outputs [N * task / grid_n, N * (task + 1) / grid_n) of all rows.
+bool by_outputs(const LinearPlan &plan) {
+    return (plan.strategy == Strategy::dot || plan.strategy == Strategy::packed) && plan.grid_m == 1 && plan.tasks[1] == 0;
+}
+
+} // namespace
+
+// What a task has computed it activates itself, while the others go on.
+Outcome launch_hidden(const Level &level, const Linear &gate, const Linear *up, const Gated &gated, int threads) {
+    LinearPlan plan = level.plan_linear(gate, threads), up_plan = up ? level.plan_linear(*up, threads) : plan;
+    const bool some = gate.M > 0 && gate.N > 0;
+    if (some && by_outputs(plan) && by_outputs(up_plan) && plan.grid_n == up_plan.grid_n) {
+        plan.reading = up_plan.reading = tuning(level.isa).reading;
+        const Scratch scratch(plan.scratch > up_plan.scratch ? plan.scratch : up_plan.scratch);
+        if (scratch.failed()) return Outcome::no_memory;
+        HiddenCall call = {level, gate, up, gated, plan, up_plan, scratch.data()};
+        parallel(plan.tasks[0], hidden_task, &call);
+        return Outcome::done;
+    }
+    Outcome outcome = launch_linear(level, gate, threads);
+    if (up && outcome == Outcome::done) outcome = launch_linear(level, *up, threads);
+    if (outcome == Outcome::done) launch_gated(level, gated, threads);
+    return outcome;
+}
+
 Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *counts, int64_t experts,
                        int64_t weight_stride, int threads) {
     Linear expert = args;

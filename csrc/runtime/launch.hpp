@@ -9,6 +9,9 @@ enum class Outcome { done, no_memory };
 
 Outcome launch_linear(const Level &level, const Linear &args, int threads);
 
+// The products of an MLP and what follows them: gated.gate is gate.y, gated.up is up->y; without `up` it is as it stands.
+Outcome launch_hidden(const Level &level, const Linear &gate, const Linear *up, const Gated &gated, int threads);
+
 // `counts[e]` consecutive rows of args.x meet the e-th weight, `weight_stride` halves after the previous, or
 // so many packed rows.
 // args.M, bias and residual are ignored; experts without rows are not touched.

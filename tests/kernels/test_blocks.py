@@ -4,12 +4,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tests.kernels.example_block import KINDS, TIME, caches, changed, inputs, scaled
+from tests.conftest import relative_error
+from tests.kernels.example_block import KINDS, TIME, WIDTH, caches, changed, inputs, scaled
 from upcast.core.errors import UpcastError
-from upcast.kernels import native
-from upcast.kernels.block_spec import BlockSpec
+from upcast.kernels import native, packed
+from upcast.kernels.block_spec import NORMS, STORAGES, BlockSpec, Matrix, Norm
 
 pytestmark = pytest.mark.skipif(not native.can_call_blocks(), reason="torch has no exchange interface")
 
@@ -84,9 +86,71 @@ def test_a_cache_that_is_too_narrow_stops_them(narrow: int, why: str) -> None:
     assert done + rest == 4
 
 
+NORM = {
+    "none": Norm(),
+    "rms": Norm(torch.linspace(0.5, 2, WIDTH), None, NORMS["rms"], 1e-5, 1.0),
+    "layer": Norm(torch.linspace(0.5, 2, WIDTH), torch.linspace(-1, 1, WIDTH), NORMS["layer"], 1e-5),
+}
+HEAD = torch.linspace(-1, 1, 67 * WIDTH).view(67, WIDTH).bfloat16().half()
+HEADS = {
+    "float16": Matrix(HEAD),
+    "with a bias": Matrix(HEAD, torch.linspace(-3, 3, 67)),
+    "packed": Matrix(packed.pack(HEAD), None, STORAGES["packed"]),
+}
+
+
+@pytest.mark.parametrize("last", LAST)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("norm", NORM)
+def test_a_norm_and_a_head_follow(norm: str, head: str, last: int | None) -> None:
+    x, cos, sin = inputs(2)
+    reached, _ = call(x, cos, sin, stack(2, 2, torch.float32), last)
+    steps, at = stack(2, 2, torch.float32), tuple((start, start, cos, sin, None) for start in PLACES)
+    got, done = native.blocks(x, at, tuple(steps), last, (NORM[norm], HEADS[head]))
+    assert done == 2
+    weight, bias, kind, eps, offset = NORM[norm]
+    normed = reached if weight is None else (weight + offset) * F.layer_norm(reached, (WIDTH,), eps=eps)
+    if kind == NORMS["rms"]:
+        normed = (NORM["rms"].weight + offset) * reached * (reached.square().mean(-1, True) + eps).rsqrt()
+    elif bias is not None:
+        normed = normed + bias
+    want = F.linear(normed.double(), HEAD.double()) + (0 if HEADS[head].bias is None else HEADS[head].bias)
+    assert got.shape == (2, last or TIME, 67)
+    assert relative_error(got, want) < 2e-6
+
+
+def test_none_follow_a_cache_that_is_too_narrow() -> None:
+    x, cos, sin = inputs(1)
+    place, keys, values, spec = stack(1, 1, torch.float16)[0]
+    narrow = (place, keys, values, spec._replace(key_limit=1e-3))
+    reached, done = native.blocks(x, ((0, 0, cos, sin, None),), (narrow,), None, (NORM["rms"], HEADS["float16"]))
+    assert done == 0
+    assert reached is x
+
+
 def test_no_blocks_are_none() -> None:
     x, cos, sin = inputs(1)
     assert call(x, cos, sin, [])[1] == 0
+
+
+ENDS: dict[str, Any] = {
+    "a head of another width": (NORM["rms"], Matrix(HEAD[:, 1:])),
+    "a head in float32": (NORM["rms"], Matrix(HEAD.float())),
+    "no head": (NORM["rms"], Matrix()),
+    "a norm of another width": (Norm(torch.ones(WIDTH - 1), None, NORMS["rms"], 1e-5), Matrix(HEAD)),
+    "a norm that is none": (HEADS["float16"], HEADS["float16"]),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_ends_that_do_not_fit_are_refused(case: str) -> None:
+    x, cos, sin = inputs(1)
+    keys, values = caches(1, torch.float16)
+    with pytest.raises(UpcastError):
+        native.blocks(x, ((0, 0, cos, sin, None),), ((0, keys, values, changed()),), None, ENDS[case])
+    with pytest.raises(UpcastError, match="no block"):
+        native.blocks(x, (), (), None, (NORM["rms"], HEADS["float16"]))
+    assert torch.equal(keys, caches(1, torch.float16)[0])
 
 
 REFUSED: dict[str, Any] = {

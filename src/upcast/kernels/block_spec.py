@@ -32,6 +32,11 @@ class Matrix(NamedTuple):
     bias: Tensor | None = None
     storage: int = STORAGES["float16"]
 
+    @property
+    def rows(self) -> int:
+        """How many outputs it has."""
+        return 0 if self.weight is None else self.weight.shape[0]
+
 
 class Norm(NamedTuple):
     """A norm of a block.

@@ -16,7 +16,7 @@ from torch.autograd import profiler
 
 from upcast.core.errors import KernelError, UpcastError
 from upcast.kernels import native_library, portable
-from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec
+from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec, Matrix, Norm
 from upcast.kernels.native_library import available, info, level, load_error, prefers_torch, set_isa
 from upcast.kernels.reference import Survey
 
@@ -297,11 +297,18 @@ def _described(spec: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 @_named
-def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None = None) -> tuple[Tensor, int]:
+def blocks(
+    x: Tensor,
+    places: Places,
+    blocks: tuple[Any, ...],
+    last: int | None = None,
+    finish: tuple[Norm, Matrix] | None = None,
+) -> tuple[Tensor, int]:
     """Transformer blocks one after the other in one call, each as `block` has it.
 
     x: (B, T, C) float32, contiguous. places: (start, write, cos, sin, first or None) each. blocks: (index of its place,
     keys or None, values or None, BlockSpec) each. last: of how many last positions the last block gives the output.
+    finish: a norm and a matrix (V, C) that follow; the output is then (B, last or T, V).
     Returns (output, number of blocks done). Fewer than there are, if `kv_append` would refuse keys or values of the
     next one; the output is then what that one takes.
     """
@@ -309,9 +316,13 @@ def blocks(x: Tensor, places: Places, blocks: tuple[Any, ...], last: int | None 
     out = odd if len(blocks) % 2 else even  # what the one before does not write to
     if last is not None:
         out = _empty((x.shape[0], last, x.shape[2]), dtype=_float32, device=_CPU)
-    done = _native.blocks(out, x, odd, even, _threads(), places, blocks)
+    end = None
+    if finish is not None:
+        logits = _empty((*out.shape[:2], finish[1].rows), dtype=_float32, device=_CPU)
+        end = (*finish, logits)
+    done = _native.blocks(out, x, odd, even, _threads(), places, blocks, end)
     if 0 < done == len(blocks):
-        return out, done
+        return out if finish is None else logits, done
     return (x if done == 0 else odd if done % 2 else even), done
 
 

@@ -103,9 +103,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         widths.append(x.shape[1])
         return block(x, *rest)
 
-    def count_all(x: Tensor, places: Any, steps: Any, last: int | None = None) -> Any:
+    def count_all(x: Tensor, places: Any, steps: Any, *rest: Any) -> Any:
         widths.extend([x.shape[1]] * len(steps))
-        return blocks(x, places, steps, last)
+        return blocks(x, places, steps, *rest)
 
     monkeypatch.setattr(kernels.native, "block", count)
     monkeypatch.setattr(kernels.native, "blocks", count_all)

@@ -152,6 +152,14 @@ def _spec(block: Any, divided: bool, scale: float) -> BlockSpec:
     )
 
 
+def finish_of(norm: Any, head: Any) -> tuple[Norm, Matrix] | None:
+    """Return the norm and the head after the blocks as `native.blocks` takes them, or None if it does not."""
+    try:
+        return _norm(norm), matrix(head)
+    except UnknownLayer:
+        return None
+
+
 def _divided(block: Any) -> DividedBlock | None:
     forward = block.__dict__.get("forward")
     return forward if isinstance(forward, DividedBlock) else None

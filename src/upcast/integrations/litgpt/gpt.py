@@ -8,7 +8,7 @@ import contextlib
 import threading
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from upcast.core import scopes
 from upcast.core.errors import KernelError
 from upcast.core.forward_override import Forward
 from upcast.integrations.fused import hooked, unwatched_call
-from upcast.integrations.litgpt.block import Angles, Step, step_of
+from upcast.integrations.litgpt.block import Angles, Step, finish_of, step_of
 from upcast.integrations.litgpt.causal_mask import CausalMask
 from upcast.integrations.litgpt.modules import SCORES, LitGPTForward
 from upcast.integrations.litgpt.positions import first_of_run, is_causal
@@ -58,10 +58,12 @@ class Stack:
         self.kind_of = [[*kinds].index(step.kind) for step in self.steps]
         self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
         self._arguments: tuple[tuple[Any, ...], ...] | None = None
-        modules = [*gpt.transformer.h.modules()]
+        modules, ends = [*gpt.transformer.h.modules()], [gpt.transformer.ln_f, gpt.lm_head]
         self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=SCORES)
+        self._ends = Members(ends, names=_NUMBERS)  # who watches these alone does not watch the blocks
+        self._finish = finish_of(*ends)
         self.watched = self._members.watched
-        self._originals = originals(_roots, *dict.fromkeys(map(type, (gpt, *modules))))
+        self._originals = originals(_roots, *dict.fromkeys(map(type, (gpt, *modules, *ends))))
         self._configs = [*{id(each): each for each in map(_config, (gpt, *modules)) if each is not None}.values()]
         self._settings = self._set()
         self.caches = [step.cache for step in self.steps]
@@ -99,13 +101,17 @@ class Stack:
         few = x.shape[0] * x.shape[1] <= _AT_ONCE
         return few and self._plain and all(kind.batch == x.shape[0] for kind in self.kinds)
 
-    def run(self, x: Tensor, places: native.Places, last: int | None) -> Tensor:
-        """Return what the last block gives for x (B, T, C), with a place for each of `kinds`."""
+    def finish(self) -> Any:
+        """Return the norm and the head for `run`; None where someone watches them, or the native call has no such."""
+        return None if self._ends.watched() else self._finish
+
+    def run(self, x: Tensor, places: native.Places, last: int | None, finish: Any = None) -> Tensor:
+        """Return what the last block, or ``finish``, gives for x (B, T, C), with a place for each of `kinds`."""
         at = 0
         while True:
             if self._arguments is None:
                 self._arguments = tuple(map(Step.arguments, self.steps, self.kind_of))
-            x, done = native.blocks(x, places, self._arguments[at:], last)
+            x, done = native.blocks(x, places, self._arguments[at:], last, finish)
             at += done
             if at == len(self.steps):
                 return x
@@ -114,7 +120,7 @@ class Stack:
 
     def current(self) -> bool:
         """Whether nothing was replaced or reconfigured since."""
-        return self._members.same() and self._set() == self._settings
+        return self._members.same() and self._ends.same() and self._set() == self._settings
 
     def genuine(self) -> bool:
         """Whether what the native call stands for is still LitGPT's and torch's own code."""
@@ -123,6 +129,13 @@ class Stack:
     def _set(self) -> tuple[Any, ...]:
         values = chain.from_iterable(config.__dict__.values() for config in self._configs)
         return tuple([str(each) if type(each) in (list, dict) else each for each in values])  # they may be written to
+
+
+class Reached(NamedTuple):
+    """What a stack gives: the last block's output (B, T, C), or the logits that follow."""
+
+    x: Tensor
+    logits: bool
 
 
 class FusedGPT(LitGPTForward):
@@ -146,16 +159,19 @@ class FusedGPT(LitGPTForward):
     ) -> Any:
         start = self._start(idx, input_pos, input_pos_maxp1)
         stack = None if start is None else self._whole_stack()
-        x = None
+        reached = None
         if start is not None and stack is not None:
-            cached = input_pos is not None
+            finish = None if lm_head_chunk_size else stack.finish()
             # What the kernels refuse, a vector that was converted in place, say: torch has a result, or its error.
             with contextlib.suppress(KernelError):
-                x = self._with_caches(stack, idx, start, input_pos_maxp1) if cached else self._blocks(stack, idx, start)
-        if x is None:
+                if input_pos is None:
+                    reached = self._blocks(stack, idx, start)
+                else:
+                    reached = self._with_caches(stack, idx, start, input_pos_maxp1, finish)
+        if reached is None:
             return self.unfused(idx, *given(input_pos, input_pos_maxp1, lm_head_chunk_size or None))
         self.calls += 1
-        return self._logits(x, lm_head_chunk_size)
+        return self._capped(reached.x) if reached.logits else self._logits(reached.x, lm_head_chunk_size)
 
     def unfused(self, *args: Any, **kwargs: Any) -> Any:
         """Run LitGPT's own forward, over caches as LitGPT has them."""
@@ -165,8 +181,8 @@ class FusedGPT(LitGPTForward):
                 self.held.clear(caches_of(self.module), 0)
         return super().unfused(*args, **kwargs)
 
-    def _with_caches(self, stack: Stack, idx: Tensor, first: int, maxp1: int | None) -> Any:
-        """Return what the last block gives for idx (B, T), without the positions that the caches hold already.
+    def _with_caches(self, stack: Stack, idx: Tensor, first: int, maxp1: int | None, finish: Any) -> Reached | None:
+        """Return what the stack gives for idx (B, T), without the positions that the caches hold already.
 
         None where a cache does not take these positions. Only one sequence's tokens are kept in mind.
         """
@@ -179,14 +195,14 @@ class FusedGPT(LitGPTForward):
             return None
         known, held.tokens = held.tokens, []  # what an interrupted step leaves counts for nothing
         held.clear(stack.caches, start)
-        x = self._blocks(stack, idx[:, start - first :], start, places)
-        if x is not None and made_with is not None:
+        reached = self._blocks(stack, idx[:, start - first :], start, places, finish)
+        if reached is not None and made_with is not None:
             held.sealed, held.made_with, held.tokens = None, made_with, tokens
-        elif x is not None and first > 0:
+        elif reached is not None and first > 0:
             self._go_on(known, first, tokens)
         if not in_one_call(self.module):
             seal(self.module)
-        return x
+        return reached
 
     def _made_with(self, stack: Stack, tokens: list[int]) -> Any:
         """Return what a prompt of LLM.generate is computed from; None for others, of which nothing is kept in mind."""
@@ -205,8 +221,10 @@ class FusedGPT(LitGPTForward):
         """Return what tells whether caches, embeddings and angles for ``tokens`` are the same; None if nothing does."""
         return self.stack and self.stack.rows(self.module, tokens)
 
-    def _blocks(self, stack: Stack, idx: Tensor, start: int, places: Sequence[Any] | None = None) -> Any:
-        """Return what the last block gives for idx (B, T) at ``start``; None for an embedding that was replaced.
+    def _blocks(
+        self, stack: Stack, idx: Tensor, start: int, places: Sequence[Any] | None = None, finish: Any = None
+    ) -> Reached | None:
+        """Return what the stack gives for idx (B, T) at ``start``; None for an embedding that was replaced.
 
         Of the last position alone, where that is enough.
         """
@@ -220,11 +238,11 @@ class FusedGPT(LitGPTForward):
         last = 1 if idx.shape[1] > 1 and self._last_is_enough() else None
         if places is not None and stack.in_one_call(x):
             at = tuple((*place, *angles[kind.rope], None) for place, kind in zip(places, stack.kinds, strict=True))
-            return stack.run(x, at, last)
+            return Reached(stack.run(x, at, last, finish), finish is not None)
         for step, kind in zip(stack.steps, stack.kind_of, strict=True):
             place = places[kind] if places is not None else None
             x = step.run(x, angles[step.rope], place, last if step is stack.steps[-1] else None)
-        return x
+        return Reached(x, logits=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "stack": None, "held": Held()}  # a copy collects its own
