@@ -14,7 +14,7 @@ from upcast.kernels.packed_matrix import PackedMatrix
 from upcast.kernels.rounding import Rounding, survey, to_half
 from upcast.patching.plan import KEEP, PACKING, UPCAST
 from upcast.tensor.half_weight import HalfWeight, parameter
-from upcast.tensor.packed_weight import PackedWeight, as_matrix, fitting
+from upcast.tensor.packed_weight import PackedWeight, as_matrix, fitting, packed_size
 from upcast.tensor.packed_weight import parameter as packed_parameter
 from upcast.tensor.store import Fallbacks
 
@@ -43,7 +43,7 @@ class NewWeights:
         if found is None:
             return replace(self._round(tensor), unpacked=why)
         matrix = as_matrix(ordinary(tensor.detach()))
-        blob = self._memory.empty(packed.size_of(*matrix.shape, found.escapes), torch.uint8)
+        blob = self._memory.empty(packed_size(tensor, found.escapes), torch.uint8)
         self._packed = packed.pack(matrix, found, blob)
         if self._loaded:
             give_back_pages(tensor)
