@@ -29,8 +29,12 @@ constexpr int64_t FETCHED_NEAR = 512, FETCHED_FAR = 2048;
 // unpacked in the nearest cache.
 constexpr int MEET_IN_REGISTERS = LANES == 16 ? 4 : 1;
 
-// Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself.
-constexpr int packed_rows_of(int cols) { return UPCAST_LEVEL == 64 && cols == 1 ? 8 : dot_rows(cols); }
+// Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself. Four
+// by seven leave no register for what unpacks the next record.
+constexpr int packed_rows_of(int cols) {
+    if (UPCAST_LEVEL == 64 && cols == 1) return 8;
+    return LANES == 16 && cols == 7 ? 3 : dot_rows(cols);
+}
 
 // Where a tile's rows of weights are: the first is n, each other one `apart` rows after the one before.
 struct TileRows {
