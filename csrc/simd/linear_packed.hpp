@@ -11,14 +11,17 @@
 
 #include "simd/linear_dot.hpp"
 #include "simd/linear_far.hpp"
+#include "simd/linear_wide.hpp"
 #include "simd/packed.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
 
 constexpr int64_t PACKED_CHUNK = 512;      // numbers of each row of a tile; a divisor of CHAIN
-constexpr int64_t PACKED_DEPTH = 512 + 16; // floats between rows of a chunk: multiples of 4 KiB evict each other
+constexpr int64_t PACKED_DEPTH = 512 + 16; // numbers between rows of a chunk: multiples of 4 KiB evict each other
 constexpr int64_t PACKED_LINE = 16;        // tiles whose sums wait for one another
+// Floats between rows that are unpacked.
+constexpr int64_t WIDE_RECORD = RECORD * WIDE_BYTES / 4, WIDE_DEPTH = PACKED_DEPTH * WIDE_BYTES / 4;
 // Blocks of x that meet a chunk, at most. Where a stretch of rows is unpacked to half of the bytes, more meet that.
 constexpr int64_t PACKED_BLOCKS = LANES == 16 ? 1 : 4;
 // Bytes between a record in use and those that are fetched into the nearest cache, and into the second one: unpacking
@@ -27,7 +30,7 @@ constexpr int64_t FETCHED_NEAR = 512, FETCHED_FAR = 2048;
 
 // How many rows of x meet a record's numbers in registers: as many as leave room for these. More of them meet what was
 // unpacked in the nearest cache.
-constexpr int MEET_IN_REGISTERS = LANES == 16 ? 4 : 1;
+constexpr int MEET_IN_REGISTERS = LANES == 16 ? 3 : 1;
 
 // Rows of weights per tile for each number of rows of x: several even for one, since a single sum waits for itself. Four
 // by seven leave no register for what unpacks the next record.
@@ -74,10 +77,7 @@ UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, f
         for (int r = 0; r < R; ++r) {
             const uint8_t *record = w + r * at.stride;
             prefetch(record + at.ahead), prefetch(record + at.ahead + 64);
-            vf wide[RECORD_VECTORS];
-            unpack_record(record, at.high, wide);
-            UPCAST_UNROLL
-            for (int v = 0; v < RECORD_VECTORS; ++v) store(numbers + r * DEPTH + i + v * LANES, wide[v]);
+            unpack_wide(record, at.high, numbers + (r * DEPTH + i) * WIDE_BYTES / 4);
         }
     }
 }
@@ -151,31 +151,10 @@ template <int R> struct TileEscapes {
     }
     // Puts those of columns [k, k + count) in their places; the first column of what is left.
     __attribute__((noinline)) int64_t patch(int64_t k, int64_t count, int64_t depth, float *numbers) {
-        for (int r = 0; r < R; ++r) rows[r].patch(k, count, numbers + r * depth);
+        for (int r = 0; r < R; ++r) patch_wide(rows[r], k, count, numbers + r * depth);
         return soonest();
     }
 };
-
-// sums[c * R + r] += lane by lane, `count` numbers of R rows of weights, DEPTH apart, against COLS rows of x.
-template <int R, int COLS, int64_t DEPTH>
-UPCAST_INLINE void add_products(const float *wide, const float *x, int64_t ldx, int64_t count, vf *sums) {
-    typedef DotTile<R, COLS, false> Tile;
-    if (DEPTH == RECORD && count == RECORD) {
-        UPCAST_UNROLL
-        for (int i = 0; i < RECORD_VECTORS; ++i) Tile::step(wide + i * LANES, DEPTH, x + i * LANES, ldx, sums);
-        return;
-    }
-    int64_t k = 0;
-    for (; k + LANES <= count; k += LANES) Tile::step(wide + k, DEPTH, x + k, ldx, sums);
-    if (k == count) return;
-    const int rest = static_cast<int>(count - k);
-    UPCAST_UNROLL
-    for (int c = 0; c < COLS; ++c) {
-        const vf xs = load_part(x + c * ldx + k, rest);
-        UPCAST_UNROLL
-        for (int r = 0; r < R; ++r) sums[c * R + r] += load_part(wide + r * DEPTH + k, rest) * xs;
-    }
-}
 
 // dots[i] = the sum of sums[i], or that more, in the order of DotTile.
 template <int COUNT> UPCAST_INLINE void add_dots(const vf *kept, bool first, float *dots) {
@@ -265,11 +244,11 @@ static void tile_in_cache(const Linear &a, const TileRows &tile, const XRows &ro
         for (int i = 0; i < R * COLS; ++i) sums[i] = vf{};
         for (int64_t count; k < end; k += count) {
             count = least(RECORD, end - k);
-            alignas(64) float wide[R * RECORD];
+            alignas(64) float wide[R * WIDE_RECORD];
             widen_rows<R, RECORD>(at, k, count, wide);
-            if (soonest < k + count) soonest = escapes.patch(k, count, RECORD, wide);
+            if (soonest < k + count) soonest = escapes.patch(k, count, WIDE_RECORD, wide);
             UPCAST_STORED(wide);
-            add_products<R, COLS, RECORD>(wide, rows.x + k, rows.ldx, count, sums);
+            add_wide<R, COLS>(wide, WIDE_RECORD, rows.x + k, rows.ldx, count, sums);
         }
         add_dots<R * COLS>(sums, first, dots);
     } while (k < a.K);
@@ -281,7 +260,7 @@ static void packed_chunk(const float *wide, const float *x, int64_t ldx, int64_t
     vf sums[COUNT];
     UPCAST_UNROLL
     for (int i = 0; i < COUNT; ++i) sums[i] = kept[i];
-    add_products<R, COLS, PACKED_DEPTH>(wide, x, ldx, count, sums);
+    add_wide<R, COLS>(wide, WIDE_DEPTH, x, ldx, count, sums);
     UPCAST_UNROLL
     for (int i = 0; i < COUNT; ++i) kept[i] = sums[i];
 }
@@ -305,7 +284,7 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
     const TileRecords at = records_of<PACKED_CHUNK>(a, tile);
     TileEscapes<R> escapes;
     int64_t soonest = escapes.find(a, tile);
-    alignas(64) float wide[R * PACKED_DEPTH];
+    alignas(64) float wide[R * WIDE_DEPTH];
     vf kept[PACKED_BLOCKS][MOST_SUMS];
     PackedChunk chunks[PACKED_BLOCKS];
     for (int64_t b = 0; b < rows.count; ++b) chunks[b] = packed_chunk_for<R, DOT_COLS>(rows.begin(b + 1) - rows.begin(b));
@@ -317,7 +296,7 @@ template <int R> static void packed_blocks(const Linear &a, const RowBlocks &row
         for (; k < end; k += PACKED_CHUNK) {
             const int64_t count = least(PACKED_CHUNK, end - k);
             widen_rows<R, PACKED_DEPTH>(at, k, count, wide);
-            if (soonest < k + count) soonest = escapes.patch(k, count, PACKED_DEPTH, wide);
+            if (soonest < k + count) soonest = escapes.patch(k, count, WIDE_DEPTH, wide);
             for (int64_t b = 0; b < rows.count; ++b)
                 chunks[b].add(wide, a.x + rows.begin(b) * a.ldx + k, a.ldx, count, kept[b]);
         }

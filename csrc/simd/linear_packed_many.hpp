@@ -5,7 +5,6 @@
 #pragma once
 
 #include "simd/linear_packed.hpp"
-#include "simd/linear_wide.hpp"
 
 namespace upcast {
 namespace UPCAST_NS {
