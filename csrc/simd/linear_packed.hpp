@@ -68,7 +68,7 @@ UPCAST_INLINE int64_t fetched_rows(const Linear &a) {
 // After numbers were stored: the compiler would rather keep them all beside it, in registers that it does not have.
 #define UPCAST_STORED(array) __asm__("" : "+m"(array))
 
-// Numbers [k, k + count) of the rows of a tile, DEPTH floats after one another; all of their last records, in fact.
+// Numbers [k, k + count) of the rows of a tile, DEPTH of them after one another; all of their last records, in fact.
 template <int R, int64_t DEPTH>
 UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, float *numbers) {
     const uint8_t *w = at.first + k / RECORD * RECORD_BYTES;
@@ -82,10 +82,6 @@ UPCAST_INLINE void widen_rows(const TileRecords &at, int64_t k, int64_t count, f
     }
 }
 
-// Between rows where registers are scarce: the compiler would rather load ahead of the sums, and then store what is in its
-// way.
-#define UPCAST_IN_ORDER __asm__ volatile("" ::: "memory")
-
 // Rows of weights that are unpacked before x meets them: a vector of x is loaded once for all of them.
 constexpr int rows_at_once(int rows, int cols) { return cols > 1 && rows % 2 == 0 ? 2 : 1; }
 
@@ -96,7 +92,6 @@ UPCAST_INLINE void add_record(const uint8_t *w, const HighBytesOf &high, int64_t
     constexpr int AT_ONCE = rows_at_once(R, COLS);
     UPCAST_UNROLL
     for (int first = 0; first < R; first += AT_ONCE) {
-        if (R * COLS >= 16) UPCAST_IN_ORDER;
         vf numbers[AT_ONCE][RECORD_VECTORS];
         UPCAST_UNROLL
         for (int r = 0; r < AT_ONCE; ++r) {
