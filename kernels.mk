@@ -17,7 +17,7 @@ CROSS_RUN ?= qemu-aarch64-static
 
 # Every level the compiler knows and this machine runs, under AddressSanitizer and UBSan. AMX also on tiles in software.
 sanitize: | $(KERNEL_BUILD)
-	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)" "5 $(AMX) -DUPCAST_EMULATE_TILES"; do set -- $$level; number=$$1; shift; \
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)" "5 $(AMX) -DUPCAST_EMULATE_TILES" "6 $(AMX)" "6 $(AMX) -DUPCAST_EMULATE_TILES"; do set -- $$level; number=$$1; shift; \
 	  echo "kernel driver, level $$*"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
 	    && $(KERNEL_BUILD)/driver-$$number || exit 1; done
@@ -35,10 +35,10 @@ sanitize-library: setup
 
 # Random shapes, strides, alignments and values, each level in turn, for FUZZ_SECONDS in all; damaged files as long.
 fuzz: setup | $(KERNEL_BUILD)
-	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)"; do set -- $$level; number=$$1; shift; \
+	@for level in "1 -march=x86-64" "3 $(V3)" "4 $(V4)" "5 $(AMX)" "6 $(AMX)"; do set -- $$level; number=$$1; shift; \
 	  echo "kernel fuzz, level $$number"; \
 	  $(CXX) $(KERNEL_FLAGS) $(SANITIZE) $$* -DUPCAST_LEVEL=$$number $(DRIVER) -o $(KERNEL_BUILD)/driver-$$number \
-	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 8 )) || exit 1; done
+	    && $(KERNEL_BUILD)/driver-$$number $$(( $(FUZZ_SECONDS) / 10 )) || exit 1; done
 	$(BIN)/python tests/kernels/fuzz.py $$(( $(FUZZ_SECONDS) / 2 ))
 	$(BIN)/python -m tests.fuzz_files $(FUZZ_SECONDS)
 
@@ -53,10 +53,10 @@ driver-aarch64: | $(KERNEL_BUILD)
 
 # AVX-512 for machines without: the driver with the flags of a release, on the oldest processor that has it, in Bochs.
 test-emulated: | $(KERNEL_BUILD)
-	@for level in "4 $(V4)" "5 $(AMX) -DUPCAST_EMULATE_TILES"; do set -- $$level; number=$$1; shift; \
+	@for level in "4 $(V4)" "5 $(AMX) -DUPCAST_EMULATE_TILES" "6 $(AMX) -DUPCAST_EMULATE_TILES"; do set -- $$level; number=$$1; shift; \
 	  $(CXX) $(KERNEL_FLAGS) $(RELEASED) -static $$* -DUPCAST_LEVEL=$$number $(DRIVER) \
 	    -o $(KERNEL_BUILD)/driver-emulated-$$number || exit 1; done
-	$(PYTHON) tools/bochs.py corei7_skylake_x $(KERNEL_BUILD)/driver-emulated-4 $(KERNEL_BUILD)/driver-emulated-5
+	$(PYTHON) tools/bochs.py corei7_skylake_x $(addprefix $(KERNEL_BUILD)/driver-emulated-,4 5 6)
 	$(TOOK)
 
 # The macOS thread path cannot run here; it must keep compiling.

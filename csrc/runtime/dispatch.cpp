@@ -17,7 +17,7 @@ namespace upcast {
 
 // What both the processor and the operating system's register saving support.
 struct Features {
-    bool v3, v4, amx;
+    bool v3, v4, amx, amx_fp16;
 };
 
 static uint64_t saved_registers() {
@@ -44,13 +44,15 @@ static Features detect() {
     if ((c & base) != base) return {};
     const uint64_t ymm = 0x6, zmm = 0xe6, saved = saved_registers();
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
-    const uint32_t avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; // F, DQ, BW, VL
+    const uint32_t last_subleaf = a, avx2 = 1u << 5, avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31; // F, DQ, BW, VL
     Features features = {};
     features.v3 = (saved & ymm) == ymm && (b & avx2) != 0;
     features.v4 = features.v3 && (saved & zmm) == zmm && (b & avx512) == avx512;
     const uint32_t amx = 1u << 22 | 1u << 24; // bfloat16 products, tiles
     const uint64_t tiles = 0x60000;
     features.amx = features.v4 && (saved & tiles) == tiles && (d & amx) == amx && tiles_granted();
+    const bool has_more = features.amx && last_subleaf >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d);
+    features.amx_fp16 = has_more && (a & 1u << 21) != 0;
     return features;
 }
 
@@ -60,6 +62,9 @@ int available_levels(const Level *levels[MOST_LEVELS]) {
     int count = 0;
 #if defined(__x86_64__)
     const Features features = detect();
+#ifdef UPCAST_HAVE_X86_64_V4_AMX_FP16
+    if (features.amx_fp16 && amx_fp16_works()) levels[count++] = &kernels_x86_64_v4_amx_fp16();
+#endif
 #ifdef UPCAST_HAVE_X86_64_V4_AMX
     if (features.amx) levels[count++] = &kernels_x86_64_v4_amx();
 #endif

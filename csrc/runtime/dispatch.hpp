@@ -5,7 +5,7 @@
 
 namespace upcast {
 
-constexpr int MOST_LEVELS = 4;
+constexpr int MOST_LEVELS = 5;
 
 // The levels this build holds and this machine runs, best first; returns how many.
 int available_levels(const Level *levels[MOST_LEVELS]);

@@ -43,7 +43,7 @@ struct Linear {
 };
 
 // The instruction sets that there are kernels for; UPCAST_LEVEL has these numbers while one of them is compiled.
-enum class Isa { any = 0, x86_64 = 1, x86_64_v3 = 3, x86_64_v4 = 4, x86_64_v4_amx = 5, aarch64 = 64 };
+enum class Isa { any = 0, x86_64 = 1, x86_64_v3 = 3, x86_64_v4 = 4, x86_64_v4_amx = 5, x86_64_v4_amx_fp16 = 6, aarch64 = 64 };
 
 // How rows of weights come from memory fastest: one after the other, several neighbours at once, or several far apart.
 enum class Reading { one_stream, near_streams, far_streams };
@@ -229,6 +229,8 @@ struct Level {
 };
 
 // Defined by the levels that were built; which ones is told to dispatch.cpp by UPCAST_HAVE_*.
+const Level &kernels_x86_64_v4_amx_fp16();
+bool amx_fp16_works(); // tries it, where the processor says that it has it
 const Level &kernels_x86_64_v4_amx();
 const Level &kernels_x86_64_v4();
 const Level &kernels_x86_64_v3();

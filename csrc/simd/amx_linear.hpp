@@ -9,6 +9,9 @@
 // Any pairing of k will do if both operands use the same: here k with k + 16. Pieces of numbers that are
 // not finite, or so small that their last pieces would be subnormal (AMX reads these as zero), would not
 // add up: a task that meets such numbers leaves its part of y to the other strategies.
+//
+// Where AMX multiplies float16 as well (level 6), float16 weights are tiles as they are: see simd/amx_half.hpp. Packed ones
+// are bfloat16 numbers there too.
 #pragma once
 
 #include "runtime/kernels.hpp"
@@ -16,16 +19,16 @@
 #include "simd/linear_packed_many.hpp"
 #include "simd/linear_panel.hpp"
 #include "simd/simd.hpp"
+#include "simd/amx_half.hpp"
 #include "simd/amx_pack.hpp"
 #include "simd/amx_packed.hpp"
 #include "simd/amx_products.hpp"
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_AMX
 
 namespace upcast {
 namespace UPCAST_NS {
 
-constexpr int64_t TILES_K = 1024, TILES_M = 128; // a block of x stays in the second-level cache
 // Fewest rows of x for which tiles are the fastest.
 constexpr int64_t LEAST_FORWARD = 20, LEAST_BACKWARD = 10;
 
@@ -33,7 +36,10 @@ constexpr int64_t LEAST_FORWARD = 20, LEAST_BACKWARD = 10;
 static void finish_tile(const Linear &a, const TileBlock &block, const vf *rows, int64_t m, int64_t n) {
     if (n >= a.N) return;
     const int count = static_cast<int>(least<int64_t>(LANES, a.N - n));
-    for (int64_t i = 0; i < least(TILE, a.M - m); ++i) finish_vector(a, m + i, n, count, rows[i], block.first, block.last);
+    for (int64_t i = 0; i < least(TILE, a.M - m); ++i) {
+        const vf sums = block.undo ? rows[i] * block.undo[(m + i) % TILES_M] : rows[i];
+        finish_vector(a, m + i, n, count, sums, block.first, block.last);
+    }
 }
 
 static void finish_square(const Linear &a, const TileBlock &block, const TileSums &sums, int64_t m, int64_t n) {
@@ -66,22 +72,22 @@ static Ahead ahead_of(const Linear &a, const TileBlock &block, int64_t n, int64_
 }
 
 // One group of columns of y, [n, n + TILES_N), whose weights are packed at w, against the rows of x packed at x.
-template <bool SECOND>
+template <class Products>
 static void tile_group(const Linear &a, const TileBlock &block, const uint16_t *w, const uint16_t *x, int64_t begin,
                        int64_t end, int64_t n) {
-    const int64_t steps = block.steps(), next_w = steps * W_PIECES * PIECE, next_x = steps * X_PIECES * PIECE;
+    const int64_t steps = block.steps(), next_w = steps * Products::W_STEP, next_x = steps * Products::X_STEP;
     const int64_t squares = (end - begin + 2 * TILE - 1) / (2 * TILE);
     TileSums sums;
     for (int64_t i = 0; i < squares; ++i, x += 2 * next_x) {
         const int64_t m = begin + 2 * TILE * i;
         const Ahead ahead = ahead_of(a, block, n, i, squares);
         if (m + TILE >= end) {
-            if (a.transposed) multiply_thin<false, SECOND>(w, next_w, x, steps, ahead, sums);
-            else multiply_thin<true, SECOND>(w, next_w, x, steps, ahead, sums);
+            if (a.transposed) Products::template thin<false>(w, next_w, x, steps, ahead, sums);
+            else Products::template thin<true>(w, next_w, x, steps, ahead, sums);
             finish_thin(a, block, sums, m, n);
         } else {
-            if (a.transposed) multiply_square<false, SECOND>(x, next_x, w, next_w, steps, ahead, sums);
-            else multiply_square<true, SECOND>(w, next_w, x, next_x, steps, ahead, sums);
+            if (a.transposed) Products::template square<false>(x, next_x, w, next_w, steps, ahead, sums);
+            else Products::template square<true>(w, next_w, x, next_x, steps, ahead, sums);
             finish_square(a, block, sums, m, n);
         }
     }
@@ -128,28 +134,60 @@ static LinearPlan plan_tiles(const Linear &a, int threads) {
     return plan;
 }
 
-// One block of x against all weights; false if some pieces did not add up.
+// One block of x against all weights, packed ones; false if some pieces did not add up.
+static bool multiply_packed(const Linear &a, const TileBlock &block, int64_t m, int64_t next, uint16_t *scratch) {
+    if (!pack_x(a, block, m, next, scratch)) return false;
+    uint16_t *const w = scratch + tile_x(a);
+    float *const wide = reinterpret_cast<float *>(w + tile_w(a));
+    for (int64_t n = 0; n < a.N; n += TILES_N) {
+        if (!pack_packed(a, block, n, wide, w)) return false;
+        if (!pack_packed(a, block, n + TILE, wide, w + block.steps() * W_PIECES * PIECE)) return false;
+        tile_group<SplitProducts<false>>(a, block, w, scratch, m, next, n);
+    }
+    return true;
+}
+
+#if UPCAST_LEVEL == 6
+// The same of float16 weights, which are multiplied as they are.
+static bool multiply_block(const Linear &a, const TileBlock &part, int64_t m, int64_t next, uint16_t *scratch) {
+    float undo[TILES_M];
+    if (!pack_halves_of_x(a, part, m, next, undo, scratch)) return false;
+    const TileBlock block = {part.k, part.depth, part.first, part.last, undo};
+    uint16_t *const w = scratch + tile_x(a);
+    const int64_t tile = block.steps() * PIECE;
+    HalfRange range;
+    for (int64_t n = 0; n < a.N; n += TILES_N) {
+        if (a.transposed) {
+            pack_half_stacked(a, block, n, w, tile, range);
+        } else {
+            pack_half_rows(a, block, n, w, range);
+            pack_half_rows(a, block, n + TILE, w + tile, range);
+        }
+        tile_group<HalfProducts>(a, block, w, scratch, m, next, n);
+    }
+    return range.finite();
+}
+#else
+// The same of float16 weights, which are split.
 static bool multiply_block(const Linear &a, const TileBlock &block, int64_t m, int64_t next, uint16_t *scratch) {
     if (!pack_x(a, block, m, next, scratch)) return false;
     uint16_t *const w = scratch + tile_x(a);
     const int64_t tile = block.steps() * W_PIECES * PIECE;
     HalfRange range;
     for (int64_t n = 0; n < a.N; n += TILES_N) {
-        if (a.packed.records) {
-            float *const wide = reinterpret_cast<float *>(w + tile_w(a));
-            if (!pack_packed(a, block, n, wide, w) || !pack_packed(a, block, n + TILE, wide, w + tile)) return false;
-        } else if (a.transposed) {
+        if (a.transposed) {
             pack_stacked(a, block, n, w, tile, range);
         } else {
             pack_rows(a, block, n, w, range);
             pack_rows(a, block, n + TILE, w + tile, range);
         }
-        if (range.needs_second()) tile_group<true>(a, block, w, scratch, m, next, n);
-        else tile_group<false>(a, block, w, scratch, m, next, n);
+        if (range.needs_second()) tile_group<SplitProducts<true>>(a, block, w, scratch, m, next, n);
+        else tile_group<SplitProducts<false>>(a, block, w, scratch, m, next, n);
         range.second = vi{};
     }
     return range.finite();
 }
+#endif
 
 // All of a, on this thread; false if some pieces did not add up, and y is not to be used.
 static bool multiply_tiles(const Linear &a, uint16_t *scratch) {
@@ -157,7 +195,9 @@ static bool multiply_tiles(const Linear &a, uint16_t *scratch) {
     for (int64_t k = 0; k < a.K; k += TILES_K) {
         const TileBlock block = {k, least(TILES_K, a.K - k), k == 0, k + TILES_K >= a.K};
         for (int64_t m = 0; m < a.M; m += TILES_M) {
-            if (!multiply_block(a, block, m, least(a.M, m + TILES_M), scratch)) return false;
+            const int64_t next = least(a.M, m + TILES_M);
+            const auto multiply = a.packed.records ? multiply_packed : multiply_block;
+            if (!multiply(a, block, m, next, scratch)) return false;
         }
     }
     return true;

@@ -4,16 +4,17 @@
 #include "runtime/kernels.hpp"
 #include "simd/simd.hpp"
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_AMX
 
 namespace upcast {
 namespace UPCAST_NS {
 
 constexpr int64_t TILE = 16;                  // rows of a tile; both operands' tiles are 16 x 16 pairs
 constexpr int64_t STEP = 32;                  // k per tile
-constexpr int64_t PIECE = TILE * STEP;        // bfloat16 numbers in a tile
+constexpr int64_t PIECE = TILE * STEP;        // numbers in a tile
 constexpr int X_PIECES = 3, W_PIECES = 2;
 constexpr int64_t TILES_N = 2 * TILE;         // columns of y computed together
+constexpr int64_t TILES_K = 1024, TILES_M = 128; // a block of x stays in the second-level cache
 
 // Writes the pieces of the pairs (a[i], b[i]), a's in the lower half of each 32 bits, PIECE numbers apart. Returns the
 // last pieces: without their signs they are zero where the first ones say everything.
@@ -34,6 +35,7 @@ template <int PIECES> UPCAST_INLINE vi store_pieces(uint16_t *out, vf a, vf b) {
 struct TileBlock {
     int64_t k, depth;
     bool first, last;
+    const float *undo = nullptr; // for row m of x, at m % TILES_M: what its sums are multiplied by, if by anything
     int64_t steps() const { return (depth + STEP - 1) / STEP; }
 };
 
@@ -67,8 +69,9 @@ struct HalfRange {
     UPCAST_ALWAYS_INLINE void see(const uint16_t *w) {
         vi pairs;
         memcpy(&pairs, w, sizeof pairs);
-        found |= (pairs & 0x7fff7fff) + 0x04000400;
+        see_pairs(pairs);
     }
+    UPCAST_ALWAYS_INLINE void see_pairs(vi pairs) { found |= (vi)(((vu)pairs & 0x7fff7fffu) + 0x04000400u); }
     UPCAST_ALWAYS_INLINE void see(vf widened) {
         found |= ((vi)widened & 0x7f800000) == 0x7f800000;
     }
@@ -131,6 +134,8 @@ static bool pack_columns_of_x(Source from, int64_t first, int64_t depth, int32_t
     return range.exact(tiny);
 }
 
+#if UPCAST_LEVEL == 5 // later ones multiply halves: simd/amx_half.hpp
+
 // First operand, from rows of k of the weights: [n, n + TILE), the last row repeated. Tile by tile, which writes
 // in order: along the rows, the tiles' lines would evict each other.
 static void pack_rows(const Linear &a, const TileBlock &block, int64_t n, uint16_t *out, HalfRange &all) {
@@ -172,6 +177,8 @@ static void pack_stacked(const Linear &a, const TileBlock &block, int64_t n, uin
         }
     }
 }
+
+#endif
 
 } // namespace UPCAST_NS
 } // namespace upcast

@@ -4,7 +4,7 @@
 #include "simd/amx_pack.hpp"
 #include "simd/packed.hpp"
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_AMX
 
 namespace upcast {
 namespace UPCAST_NS {

@@ -5,7 +5,7 @@
 #include "simd/simd.hpp"
 #include "simd/amx_pack.hpp"
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_AMX
 
 namespace upcast {
 namespace UPCAST_NS {
@@ -155,6 +155,13 @@ static void multiply_thin(const uint16_t *w, int64_t w_next, const uint16_t *x, 
 #undef UPCAST_LOAD_W
 #undef UPCAST_LOAD_X
 #undef UPCAST_TIMES_W
+
+// What a group of columns is multiplied by: numbers per step of k, and how.
+template <bool SECOND> struct SplitProducts {
+    static constexpr int64_t W_STEP = W_PIECES * PIECE, X_STEP = X_PIECES * PIECE;
+    template <bool WEIGHTS_FIRST> static constexpr auto square = multiply_square<WEIGHTS_FIRST, SECOND>;
+    template <bool WEIGHTS_FIRST> static constexpr auto thin = multiply_thin<WEIGHTS_FIRST, SECOND>;
+};
 
 } // namespace UPCAST_NS
 } // namespace upcast

@@ -20,7 +20,10 @@ static const Level LEVEL = {
 
 } // namespace UPCAST_NS
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_LEVEL == 6
+const Level &kernels_x86_64_v4_amx_fp16() { return UPCAST_NS::LEVEL; }
+bool amx_fp16_works() { return UPCAST_NS::multiplies_halves(); }
+#elif UPCAST_LEVEL == 5
 const Level &kernels_x86_64_v4_amx() { return UPCAST_NS::LEVEL; }
 #elif UPCAST_LEVEL == 4
 const Level &kernels_x86_64_v4() { return UPCAST_NS::LEVEL; }

@@ -17,7 +17,7 @@ constexpr int64_t WORK_PER_THREAD = 32 * 1024;
 static LinearPlan plan_linear(const Linear &a, int threads) {
     const int64_t work = a.M * a.N * a.K;
     threads = static_cast<int>(most<int64_t>(1, least<int64_t>(threads, work / WORK_PER_THREAD)));
-#if UPCAST_LEVEL == 5
+#if UPCAST_AMX
     const bool many = a.M >= (a.transposed ? LEAST_BACKWARD : LEAST_FORWARD) && a.N >= TILE && a.K >= STEP;
     if (many && !(a.packed.records && a.transposed)) return plan_tiles(a, threads);
 #endif
@@ -39,7 +39,7 @@ static void linear(const Linear &a, const LinearPlan &plan, void *scratch, int p
     case Strategy::panel:
         return panel_task(a, plan, floats, task);
     case Strategy::tiles:
-#if UPCAST_LEVEL == 5
+#if UPCAST_AMX
         return tile_task(a, plan, scratch, task);
 #else
         return;

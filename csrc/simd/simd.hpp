@@ -8,9 +8,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#if UPCAST_LEVEL == 5
+#if UPCAST_LEVEL == 6
+#define UPCAST_NS level_x86_64_v4_amx_fp16
+#define UPCAST_LEVEL_NAME "x86-64-v4-amx-fp16"
+#define UPCAST_AMX 1
+#define UPCAST_AVX512 1
+#elif UPCAST_LEVEL == 5
 #define UPCAST_NS level_x86_64_v4_amx
 #define UPCAST_LEVEL_NAME "x86-64-v4-amx"
+#define UPCAST_AMX 1
 #define UPCAST_AVX512 1
 #elif UPCAST_LEVEL == 4
 #define UPCAST_NS level_x86_64_v4
@@ -40,7 +46,7 @@
 #define UPCAST_REGISTERS 32
 #include <arm_neon.h>
 #else
-#error "UPCAST_LEVEL must be 1, 3, 4 or 5 (x86-64 levels, 5: with AMX) or 64 (aarch64)"
+#error "UPCAST_LEVEL must be 1, 3, 4, 5 or 6 (x86-64 levels, 5: with AMX, 6: with AMX-FP16) or 64 (aarch64)"
 #endif
 
 #define UPCAST_INLINE static inline __attribute__((always_inline))

@@ -37,7 +37,10 @@ INVALID = [
     ({"UPCAST": "maybe"}, "UPCAST='maybe' in the environment; it takes one of '1', 'true', 'on'"),
     ({"UPCAST_POLICY": "brave"}, "(?s)UPCAST_POLICY='brave' .*safe"),
     ({"UPCAST_KERNELS": "fast"}, "UPCAST_KERNELS='fast' .* 'auto', 'native', 'portable'"),
-    ({"UPCAST_ISA": "avx9"}, "UPCAST_ISA='avx9' .* 'x86-64', 'x86-64-v3', 'x86-64-v4', 'x86-64-v4-amx', 'aarch64'"),
+    (
+        {"UPCAST_ISA": "avx9"},
+        "UPCAST_ISA='avx9' .* 'x86-64', 'x86-64-v3', 'x86-64-v4', 'x86-64-v4-amx', 'x86-64-v4-amx-fp16', 'aarch64'",
+    ),
     ({"UPCAST_KV_CACHE": "int8"}, "UPCAST_KV_CACHE='int8' .* 'float16', 'float32'"),
     ({"UPCAST_STORAGE": "int8"}, "UPCAST_STORAGE='int8' .* 'float16', 'packed', 'auto', 'float32'"),
     ({"UPCAST_VERBOSE": "3"}, "UPCAST_VERBOSE='3' .* '0', '1', '2'"),

@@ -12,7 +12,8 @@
 #include <stdlib.h>
 #include <time.h>
 
-#if UPCAST_LEVEL == 5 && !UPCAST_EMULATE_TILES
+#if UPCAST_AMX && !UPCAST_EMULATE_TILES
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -244,6 +245,7 @@ void test_rope(int64_t time, int64_t width, int64_t turned, bool interleaved) {
 } // namespace
 
 #include "driver_packed.hpp"
+#include "driver_scales.hpp"
 #include "driver_block.hpp"
 #include "runtime/digest.hpp"
 
@@ -293,7 +295,7 @@ void test_pause() {
     if (!alone || !back) expect(alone ? "two threads again" : "one thread while another is starved", 1, 0, 0, 0, 0);
 }
 
-#if UPCAST_EMULATE_TILES
+#if UPCAST_EMULATE_TILES && UPCAST_LEVEL == 5
 // Weights that were bfloat16 take three products of tiles where others take five, and add up to the same.
 void test_second_pieces(bool transposed) {
     long counts[2];
@@ -316,8 +318,14 @@ void test_second_pieces(bool transposed) {
 #endif
 
 void test_edges() {
-#if UPCAST_EMULATE_TILES
+#if UPCAST_EMULATE_TILES && UPCAST_LEVEL == 5
     test_second_pieces(false), test_second_pieces(true);
+#endif
+#if UPCAST_LEVEL == 6
+    test_first_product();
+#if UPCAST_EMULATE_TILES
+    test_half_products(false), test_half_products(true);
+#endif
 #endif
     const int64_t sizes[] = {1, 2, 7, 15, 16, 17, 31, 33, 129};
     for (int64_t M : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 16, 17, 33, 65})
@@ -326,7 +334,7 @@ void test_edges() {
                 for (int threads : {1, 3}) test_linear(M, N, K, false, threads), test_linear(M, N, K, true, threads);
     // More than a block of K and of rows of x.
     for (bool transposed : {false, true}) test_linear(140, 70, 40, transposed, 2), test_linear(33, 35, 2100, transposed, 1);
-    test_blocks(), test_pause(), test_packed_edges();
+    test_blocks(), test_pause(), test_packed_edges(), test_scales_edges();
     test_linear(3, 5, 9001, false, 2), test_linear(3, 5, 9001, true, 2), test_linear(1, 5, 9001, true, 2);
     for (int64_t n : sizes) test_survey(n), test_digest(n);
     for (int64_t bytes : {int64_t(0), int64_t(64), PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 77}) test_digest(bytes);
@@ -337,7 +345,7 @@ void test_edges() {
 
 void test_random() {
     for (int i = 0; i < 8; ++i) test_linear(below(70), below(150), below(400), below(2), static_cast<int>(1 + below(5)));
-    test_packed_random();
+    test_packed_random(), test_scales_random();
     test_rows(below(5), 1 + below(300));
     test_survey(below(3000)), test_digest(below(3000));
     const int64_t width = 1 + below(90);
@@ -350,8 +358,10 @@ void test_random() {
 
 int main(int count, char **arguments) {
 #if defined(__x86_64__)
-#if UPCAST_LEVEL == 5 && !UPCAST_EMULATE_TILES
+#if UPCAST_AMX && !UPCAST_EMULATE_TILES
     if (syscall(SYS_arch_prctl, 0x1023L, 18L) != 0) return printf("skipped: no AMX here\n"), 0; // as in dispatch.cpp
+    uint32_t a = 0, b, c, d;
+    if (UPCAST_LEVEL == 6 && (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & 1u << 21))) return printf("skipped: no AMX-FP16 here\n"), 0;
 #endif
     if (UPCAST_LEVEL >= 4 && !__builtin_cpu_supports("avx512vl")) return printf("skipped: no AVX-512 here\n"), 0;
     if (UPCAST_LEVEL == 3 && !__builtin_cpu_supports("avx2")) return printf("skipped: no AVX2 here\n"), 0;

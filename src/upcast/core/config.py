@@ -9,7 +9,7 @@ from upcast.core.errors import UpcastError
 ON = ("1", "true", "on", "yes")
 OFF = ("", "0", "false", "off", "no")
 KERNELS = ("auto", "native", "portable")
-ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx", "aarch64")
+ISAS = ("auto", "x86-64", "x86-64-v3", "x86-64-v4", "x86-64-v4-amx", "x86-64-v4-amx-fp16", "aarch64")
 KV_CACHES = ("float16", "float32")
 STORAGES = ("float16", "packed", "auto", "float32")
 VERBOSITY = ("0", "1", "2")
