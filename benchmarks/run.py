@@ -5,7 +5,7 @@ python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
 python benchmarks/run.py --peers                llama.cpp and OpenVINO as well (pip install llama-cpp-python openvino)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
-python benchmarks/run.py --suite contexts       prompts of 512, 2,048 and 8,000 tokens, beside the peers that are there
+python benchmarks/run.py --suite contexts       prompts of 512 to 32,000 tokens, beside the peers that are there
 python benchmarks/run.py --suite batches        1 to 32 sequences at once, in LitGPT, Transformers, llama.cpp
 python benchmarks/run.py --suite ablation       which op classes need float32
 python benchmarks/run.py --suite training       fine-tuning: memory and time of a step, 200 steps beside float32's
