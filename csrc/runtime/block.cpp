@@ -274,7 +274,7 @@ struct Call {
     BlockOutcome outcome;
 };
 
-BlockOutcome end(const Level &level, const Block &last, const Finish &finish, int threads) {
+BlockOutcome give_logits(const Level &level, const Block &last, const Finish &finish, int threads) {
     const int64_t rows = last.batch * last.last, width = last.width;
     float *normed = last.out;
     void *room = nullptr;
@@ -284,7 +284,8 @@ BlockOutcome end(const Level &level, const Block &last, const Finish &finish, in
         normed = static_cast<float *>(room);
         launch_norm(level, norm_of(finish.norm, last.out, normed, rows, width), threads);
     }
-    const Outcome outcome = launch_linear(level, product_of(finish.head, normed, finish.logits, finish.head.rows, nullptr, rows), threads);
+    const Linear product = product_of(finish.head, normed, finish.logits, finish.head.rows, nullptr, rows);
+    const Outcome outcome = launch_linear(level, product, threads);
     free_aligned(room);
     return outcome == Outcome::done ? BlockOutcome::done : BlockOutcome::no_memory;
 }
@@ -295,7 +296,7 @@ void run_call(void *context) {
         call.outcome = Run(call.level, call.blocks[call.done], call.threads).run();
         if (call.outcome != BlockOutcome::done) return;
     }
-    if (call.finish) call.outcome = end(call.level, call.blocks[call.count - 1], *call.finish, call.threads);
+    if (call.finish) call.outcome = give_logits(call.level, call.blocks[call.count - 1], *call.finish, call.threads);
 }
 
 } // namespace

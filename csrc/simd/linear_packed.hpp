@@ -346,9 +346,10 @@ static void packed_few_rows(const Linear &a, const RowBlocks &x, int64_t begin, 
 
 typedef void (*PackedRowsOf)(const Linear &, const RowBlocks &, int64_t begin, int64_t end, Reading);
 
-template <int COLS> static PackedRowsOf packed_few_rows_for(int64_t cols, bool several) {
+template <int COLS> static PackedRowsOf packed_few_rows_for(int64_t cols, [[maybe_unused]] bool several) {
     if constexpr (COLS == 0) return nullptr;
     else if (cols != COLS) return packed_few_rows_for<COLS - 1>(cols, several);
+    else if constexpr (PACKED_BLOCKS == 1) return packed_few_rows<COLS, false>;
     else return several ? packed_few_rows<COLS, true> : packed_few_rows<COLS, false>;
 }
 

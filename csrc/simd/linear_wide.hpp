@@ -1,6 +1,6 @@
-// Packed rows of weights, unpacked for several rows of x: what their numbers are stored as meanwhile, and how they meet x. Where vectors are long, as the bfloat16 numbers that they are, in the pairs that unpacking leaves: half of the
-// bytes to write to the second-level cache, which took as long as the unpacking, and one shift or mask per vector instead
-// of a load. Elsewhere as floats.
+// Packed rows of weights, unpacked for several rows of x: what their numbers are stored as meanwhile, and how they meet x.
+// Where vectors are long, as the bfloat16 numbers that they are, in the pairs that unpacking leaves: half of the bytes to
+// store, which took as long as the unpacking, and one shift or mask per vector instead of a load. Elsewhere as floats.
 #pragma once
 
 #include "simd/linear_dot.hpp"
