@@ -58,7 +58,7 @@ $(STAMP): pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/*.py src/
 
 # Less is installed for it than for the rest, and nothing again once the rest is there.
 try: $(if $(wildcard $(STAMP)),setup,$(LIGHT))
-	@model=$$($(BIN)/python -m benchmarks.models.smollm2_transformers --prepare) && \
+	@model=$$($(BIN)/python -m benchmarks.models.smollm2_transformers) && \
 		$(BIN)/python examples/inference.py --model "$$model" $(ARGS)
 
 $(LIGHT): pyproject.toml constraints.txt

@@ -3,6 +3,7 @@
 python benchmarks/run.py                        SmolLM2-135M-Instruct, real weights: under five minutes
 python benchmarks/run.py --quick                the same, under one minute
 python benchmarks/run.py --model pythia-160m    any LitGPT config, seeded random weights
+python benchmarks/run.py --model Mixtral-shaped --variants float32,upcast    a mixture of experts of 3 GB
 python benchmarks/run.py --peers                llama.cpp and OpenVINO as well (pip install llama-cpp-python openvino)
 python benchmarks/run.py --suite serve          LitGPT as a server: requests, shared memory, time to the first token
 python benchmarks/run.py --suite contexts       prompts of 512 to 32,000 tokens, beside the peers that are there
@@ -31,7 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from benchmarks.harness import chart, machine, record, report, roofline, stress, subject, sweep
 from benchmarks.harness.session import FULL, QUICK, Effort, Rates, Result, job_for, measure, started
 from benchmarks.harness.variants import BASELINE, VARIANTS
-from benchmarks.models import smollm2
+from benchmarks.models import mixtures, smollm2
 from benchmarks.peers import registry as peers
 from benchmarks.suites import ablation
 from benchmarks.suites import distributed as distributed_suite
@@ -86,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
     source.add_argument(
         "--model",
         default=smollm2.MODEL,
-        help="a LitGPT config name; random weights unless %(default)s (the default)",
+        help=f"a LitGPT config name, or {' or '.join(mixtures.NAMES)} (3 GB in float16, 6 in float32); random weights "
+        "unless %(default)s (the default)",
     )
     source.add_argument("--checkpoint", type=Path, metavar="DIR", help="a LitGPT checkpoint folder")
     parser.add_argument("--suite", choices=SUITES, default=SUITES[0], help="what to measure (default %(default)s)")

@@ -28,7 +28,7 @@ class Loading:
     """Memory is above what the process held with all libraries imported; None where it cannot be told.
 
     `bytes_per_token`: of the weights that a decoded token reads; `prompt_operations`: multiplications and additions of
-    the weights' products in a prefill that wants the last position's logits. None where these depend on the tokens.
+    the weights' products in a prefill that wants the last position's logits. None where a variant does not tell.
     """
 
     weight_bytes: int

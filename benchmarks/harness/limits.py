@@ -1,8 +1,9 @@
-"""What this machine does at most, measured in the minute that it is needed in: reading memory, and multiplying.
+"""What this machine does at most, measured in the minute that it is needed in: reading memory, multiplying, meeting.
 
 No decoded token is faster than reading its weights once, and no product of matrices faster than its multiply-adds.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 
@@ -15,6 +16,7 @@ BYTES = 268_000_000  # more than the caches of the machines that this is for
 STREAMS = (1, 4, 8)
 REPEATS = 3
 ROUNDS = 2_000_000  # about 10 ms of multiply-adds
+REGIONS, REGION_REPEATS = 1_000, 21  # about a millisecond of regions at a time
 
 
 class Memory:
@@ -47,6 +49,20 @@ def multiply_rate() -> float | None:
         begin = time.perf_counter()
         found.append(limits.multiply_adds(ROUNDS) / (time.perf_counter() - begin))
     return max(found)
+
+
+def region_seconds() -> dict[str, float]:
+    """Return the seconds of a region in which all threads do nothing: of a team, which is a barrier, and of the pool.
+
+    Medians; empty without the native library, and where other programs kept the threads apart.
+    """
+    found: dict[str, list[float]] = {"team": [], "pool": []}
+    for _ in range(REGION_REPEATS if _native() else 0):
+        for way, times in found.items():
+            begin = time.perf_counter()
+            if limits.regions(REGIONS, together=way == "team"):
+                times.append((time.perf_counter() - begin) / REGIONS)
+    return {way: statistics.median(times) for way, times in found.items() if times}
 
 
 def _native() -> bool:

@@ -12,7 +12,7 @@ from litgpt.prompts import PromptStyle, has_prompt_style, load_prompt_style
 from litgpt.tokenizer import Tokenizer
 from litgpt.utils import save_config
 
-from benchmarks.models import smollm2
+from benchmarks.models import mixtures, smollm2
 from upcast.core import pages
 
 QUESTION = "What do llamas eat?"
@@ -49,11 +49,14 @@ def resolve(model: str, checkpoint: Path | None, scratch: Path, window: int, win
         return _read(check_checkpoint(checkpoint), f"weights of {checkpoint.name}", window, windows)
     if model == smollm2.MODEL:
         return _read(smollm2.prepare(), f"real weights ({smollm2.REQUIREMENT}), float16", window, windows)
+    if model in mixtures.NAMES:
+        folder = write_random_checkpoint(mixtures.config_of(model), scratch, torch.bfloat16)
+        return _read(folder, f"random weights (synthetic, seed {SEED}), bfloat16's numbers", window, windows)
     if model not in name_to_config:
-        close = [name for name in name_to_config if model.lower() in name.lower()][:5]
+        close = [name for name in (*mixtures.NAMES, *name_to_config) if model.lower() in name.lower()][:5]
         hint = f"Did you mean {', '.join(close)}?" if close else "`litgpt download list` prints the names."
         raise SubjectError(f"--model {model}: no such LitGPT config; the name must be one. {hint}")
-    folder = write_random_checkpoint(model, scratch)
+    folder = write_random_checkpoint(Config.from_name(model), scratch)
     return _read(folder, f"random weights (synthetic, seed {SEED}), float16", window, windows)
 
 
@@ -70,15 +73,17 @@ def check_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def write_random_checkpoint(model: str, scratch: Path) -> Path:
-    """Write a float16 checkpoint folder of LitGPT's `model` with seeded random weights, no tokenizer."""
-    folder = scratch / model
+def write_random_checkpoint(config: Config, scratch: Path, born: torch.dtype = torch.float32) -> Path:
+    """Write a float16 checkpoint folder of LitGPT's model of ``config``, no tokenizer; weights are random, seeded.
+
+    ``born``: the dtype whose numbers they are.
+    """
+    folder = scratch / str(config.name)
     folder.mkdir()
-    config = Config.from_name(model)
     torch.manual_seed(SEED)
     gpt = GPT(config)
     gpt.apply(gpt._init_weights)
-    torch.save(gpt.half().state_dict(), folder / "lit_model.pth")
+    torch.save(gpt.to(born).half().state_dict(), folder / "lit_model.pth")
     save_config(config, folder)
     return folder
 

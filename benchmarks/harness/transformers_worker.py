@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.harness.job import BATCHED, Job, Loading, prompts_of, spans
 from benchmarks.harness.variants import weight_bytes
-from benchmarks.models.smollm2_transformers import write_transformers
+from benchmarks.models.transformers_checkpoint import write_transformers
 
 VARIANTS = {"float32, Transformers": torch.float32, "upcast, Transformers": None}
 """Name -> the dtype that Transformers loads, or None: upcast loads."""

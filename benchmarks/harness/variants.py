@@ -149,17 +149,24 @@ def weight_bytes(model: GPT) -> int:
     return sum(storages.values()) + packed
 
 
-def bytes_per_token(model: GPT) -> int | None:
+def share_in_use(name: str, config: Config) -> float:
+    """Return the share of what is called ``name``, a parameter or a module, that a token uses: experts are chosen."""
+    return config.n_expert_per_token / config.n_expert if ".experts." in name else 1.0
+
+
+def bytes_per_token(model: GPT) -> int:
     """Bytes of the weights that one decoded token reads: all but the embedding, of which it takes a row.
 
-    A head that shares the embedding's memory reads it as a whole. None for experts, which a token chooses.
+    A head that shares the embedding's memory reads it as a whole. Of experts, as many as a token chooses, all alike.
     """
-    if model.config.n_expert:
-        return None
     embedding = _storage(model.transformer.wte.weight)
-    others = [p for name, p in model.named_parameters(remove_duplicate=False) if name != "transformer.wte.weight"]
-    shared = any(_storage(each).data_ptr() == embedding.data_ptr() for each in others)
-    return weight_bytes(model) - (0 if shared else embedding.nbytes())
+    named = [*model.named_parameters(remove_duplicate=False)]
+    shared = any(
+        _storage(each).data_ptr() == embedding.data_ptr() for name, each in named if name != "transformer.wte.weight"
+    )
+    experts = {_storage(each).data_ptr(): _storage(each).nbytes() for name, each in named if ".experts." in name}
+    idle = (1 - share_in_use(".experts.", model.config)) * sum(experts.values()) if experts else 0
+    return weight_bytes(model) - round(idle) - (0 if shared else embedding.nbytes())
 
 
 def _products(module: torch.nn.Module) -> int:
@@ -168,13 +175,14 @@ def _products(module: torch.nn.Module) -> int:
     return size
 
 
-def prompt_operations(model: GPT, tokens: int) -> int | None:
-    """Multiplications and additions of a prefill's products: every matrix for every token, the head for the last."""
-    if model.config.n_expert:
-        return None
-    layers = sum(_products(each) for each in model.transformer.h.modules())
-    head = _products(model.lm_head)
-    return 2 * (layers * tokens + head)
+def prompt_operations(model: GPT, tokens: int) -> int:
+    """Multiplications and additions of a prefill's products: every matrix for every token, the head for the last.
+
+    Of experts, as many as each token chooses.
+    """
+    named = model.transformer.h.named_modules(prefix="h")
+    layers = sum(_products(each) * share_in_use(name, model.config) for name, each in named)
+    return 2 * (round(layers) * tokens + _products(model.lm_head))
 
 
 def _storage(parameter: torch.Tensor) -> torch.UntypedStorage:

@@ -23,6 +23,8 @@ from benchmarks.harness.job import (
     spans,
     stress_outcome,
 )
+from benchmarks.harness.variants import share_in_use
+from benchmarks.models.architecture import architecture
 
 
 class Model(Protocol):
@@ -45,13 +47,11 @@ def missing(module: str, package: str) -> str | None:
     return None
 
 
-def not_plain_llama(config: Config) -> str | None:
-    """Return that the model is not of the one architecture that is written for the peers, or None."""
-    llama = (config.norm_class_name, config.mlp_class_name, config.bias) == ("RMSNorm", "LLaMAMLP", False)
-    plain = config.rotary_percentage == 1.0 and config.rope_adjustments is None and not config.norm_qk
-    if llama and plain and not config.parallel_residual:
+def not_written(config: Config, *architectures: str) -> str | None:
+    """Return that the model is of none of the ``architectures`` that are written for a peer, or None."""
+    if architecture(config) in architectures:
         return None
-    return f"{config.name} is not of the plain Llama architecture, the one that is written for peers here"
+    return f"{config.name} is not of an architecture that is written for this peer: {', '.join(architectures)}"
 
 
 class PeerWorker:
@@ -89,13 +89,19 @@ class PeerWorker:
         self.model = self.open_model(path, self.threads())
         peak = self._above_imports(memory.peak_bytes()) if memory.supported() else None
         size = self.weight_bytes(path)
-        return Loading(size, peak, size - self._embedding_bytes())
+        return Loading(size, peak, size - self._idle_bytes())
 
-    def _embedding_bytes(self) -> int:
-        """Of a token's embedding only a row is read; where the head shares its memory, the head reads all of it."""
-        state = self.state()
+    def _idle_bytes(self) -> int:
+        """What a token does not read: of its embedding all but a row, and the experts that it does not choose.
+
+        Where the head shares the embedding's memory, the head reads all of it.
+        """
+        state, config = self.state(), Config.from_checkpoint(self.job.checkpoint)
         table, head = state["transformer.wte.weight"], state.get("lm_head.weight")
-        return 0 if head is None or torch.equal(head, table) else 2 * table.numel()
+        idle = 0 if head is None or torch.equal(head, table) else table.numel()
+        for name, weight in state.items():
+            idle += round((1 - share_in_use(name, config)) * weight.numel())
+        return 2 * idle
 
     def _above_imports(self, level: int) -> int | None:
         return level - self.imported_bytes if self.imported_bytes is not None else None

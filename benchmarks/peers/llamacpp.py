@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.harness import stress
 from benchmarks.harness.job import BATCHED, Job, prompts_of, spans
+from benchmarks.models.architecture import LLAMA, MIXTRAL, MIXTURES, QWEN3_MOE, architecture
 from benchmarks.peers import base as peer
 from upcast.core import pages
 
@@ -29,20 +30,29 @@ BLOCK_NAMES = {
     "norm_1.weight": "attn_norm.weight",
     "attn.proj.weight": "attn_output.weight",
     "norm_2.weight": "ffn_norm.weight",
+}
+MLP_NAMES = {
     "mlp.fc_1.weight": "ffn_gate.weight",
     "mlp.fc_2.weight": "ffn_up.weight",
     "mlp.proj.weight": "ffn_down.weight",
 }
+MIXTURE_NAMES = {"mlp.gate.weight": "ffn_gate_inp.weight"}
+EXPERT_NAMES = {"fc_1": "ffn_gate_exps.weight", "fc_2": "ffn_up_exps.weight", "proj": "ffn_down_exps.weight"}
+HEAD_NORMS = {"attn.norm_q.weight": "attn_q_norm.weight", "attn.norm_k.weight": "attn_k_norm.weight"}
+# What llama.cpp calls an architecture, and whether rows of queries and keys that turn together are side by side there.
+FAMILIES = {LLAMA: ("llama", True), MIXTRAL: ("llama", True), QWEN3_MOE: ("qwen3moe", False)}
 
 
 def why_not(config: Config) -> str | None:
     """Return why llama.cpp cannot be measured on this model, or None."""
-    return peer.missing("llama_cpp", PACKAGE) or peer.not_plain_llama(config)
+    return peer.missing("llama_cpp", PACKAGE) or peer.not_written(config, LLAMA, *MIXTURES)
 
 
 def write_gguf(state: Mapping[str, Tensor], config: Config, eps: float, path: Path) -> None:
     """Write LitGPT's `state` as a GGUF file of F16 weights (vectors in F32), without a vocabulary."""
-    writer = gguf.GGUFWriter(path, "llama")
+    kind = architecture(config)
+    assert kind is not None, "why_not told"
+    writer = gguf.GGUFWriter(path, FAMILIES[kind][0])
     writer.add_vocab_size(config.padded_vocab_size)
     writer.add_tokenizer_model("none")
     writer.add_context_length(CONTEXT)
@@ -54,6 +64,12 @@ def write_gguf(state: Mapping[str, Tensor], config: Config, eps: float, path: Pa
     writer.add_layer_norm_rms_eps(eps)
     writer.add_rope_dimension_count(config.rope_n_elem)
     writer.add_rope_freq_base(config.rope_base)
+    writer.add_key_length(config.head_size)
+    writer.add_value_length(config.head_size)
+    if kind in MIXTURES:
+        writer.add_expert_count(config.n_expert)
+        writer.add_expert_used_count(config.n_expert_per_token)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size or config.intermediate_size)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
     for name, array in _tensors(state, config):
         writer.add_tensor(name, array)
@@ -69,15 +85,25 @@ def _tensors(state: Mapping[str, Tensor], config: Config) -> list[tuple[str, NDA
     found = [("token_embd.weight", embedding), ("output_norm.weight", state["transformer.ln_f.weight"])]
     if not torch.equal(embedding, head):
         found.append(("output.weight", head))
-    widths = [size * config.head_size for size in (config.n_head, config.n_query_groups, config.n_query_groups)]
     for block in range(config.n_layer):
-        ours, theirs = f"transformer.h.{block}.", f"blk.{block}."
-        found += [(theirs + name, state[ours + source]) for source, name in BLOCK_NAMES.items()]
-        query, key, value = state[ours + "attn.qkv.weight"].split(widths)
-        found.append((theirs + "attn_q.weight", rope_pairs(query, config.n_head)))
-        found.append((theirs + "attn_k.weight", rope_pairs(key, config.n_query_groups)))
-        found.append((theirs + "attn_v.weight", value))
-    return [(name, _stored(tensor)) for name, tensor in found]
+        found += _block_tensors(state, config, f"transformer.h.{block}.", f"blk.{block}.")
+    return [(name, _stored(name, tensor)) for name, tensor in found]
+
+
+def _block_tensors(state: Mapping[str, Tensor], config: Config, ours: str, theirs: str) -> list[tuple[str, Tensor]]:
+    kind = architecture(config)
+    mixture, paired = kind in MIXTURES, FAMILIES[str(kind)][1]
+    names = BLOCK_NAMES | (MIXTURE_NAMES if mixture else MLP_NAMES) | (HEAD_NORMS if config.norm_qk else {})
+    found = [(theirs + name, state[ours + source]) for source, name in names.items()]
+    for source, name in EXPERT_NAMES.items() if mixture else ():
+        parts = [state[f"{ours}mlp.experts.{i}.{source}.weight"] for i in range(config.n_expert)]
+        found.append((theirs + name, torch.stack(parts)))
+    widths = [size * config.head_size for size in (config.n_head, config.n_query_groups, config.n_query_groups)]
+    query, key, value = state[ours + "attn.qkv.weight"].split(widths)
+    found.append((theirs + "attn_q.weight", rope_pairs(query, config.n_head) if paired else query))
+    found.append((theirs + "attn_k.weight", rope_pairs(key, config.n_query_groups) if paired else key))
+    found.append((theirs + "attn_v.weight", value))
+    return found
 
 
 def rope_pairs(weight: Tensor, heads: int) -> Tensor:
@@ -86,9 +112,9 @@ def rope_pairs(weight: Tensor, heads: int) -> Tensor:
     return weight.reshape(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
-def _stored(tensor: Tensor) -> NDArray[Any]:
-    dtype = torch.float16 if tensor.dim() > 1 else torch.float32
-    return np.ascontiguousarray(tensor.to(dtype).numpy())
+def _stored(name: str, tensor: Tensor) -> NDArray[Any]:
+    narrow = tensor.dim() > 1 and not name.endswith("ffn_gate_inp.weight")  # llama.cpp takes routers in float32
+    return np.ascontiguousarray(tensor.to(torch.float16 if narrow else torch.float32).numpy())
 
 
 class Model:

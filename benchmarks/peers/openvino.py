@@ -16,6 +16,7 @@ from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, 
 
 from benchmarks.harness import stress
 from benchmarks.harness.job import Job
+from benchmarks.models.architecture import LLAMA
 from benchmarks.peers import base as peer
 
 PACKAGE = "openvino"
@@ -24,7 +25,7 @@ LENGTH = 2048  # positions of the tables of angles
 
 def why_not(config: Config) -> str | None:
     """Return why OpenVINO cannot be measured on this model, or None."""
-    return peer.missing(PACKAGE, PACKAGE) or peer.not_plain_llama(config)
+    return peer.missing(PACKAGE, PACKAGE) or peer.not_written(config, LLAMA)
 
 
 class Decoder(nn.Module):

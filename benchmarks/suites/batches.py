@@ -16,7 +16,8 @@ from benchmarks.harness.subject import Subject
 from benchmarks.harness.sweep import Effort, Results, SweepError
 from benchmarks.harness.transformers_worker import VARIANTS as TRANSFORMERS
 from benchmarks.harness.variants import BASELINE, LLAMA_CPP
-from benchmarks.peers import base, llamacpp
+from benchmarks.models.architecture import LLAMA, architecture
+from benchmarks.peers import llamacpp
 
 VARIANTS = (BASELINE, "upcast", "upcast-packed")
 FULL = Effort((1, 2, 4, 8, 16, 32), 16, 3)
@@ -34,7 +35,7 @@ def run(
             "choose a model with a longer context"
         )
     missing = llamacpp.why_not(config)
-    others = [*TRANSFORMERS] if base.not_plain_llama(config) is None else []
+    others = [*TRANSFORMERS] if architecture(config) == LLAMA else []  # two more mixtures do not fit into 24 GB
     others += [LLAMA_CPP] if missing is None else []
     jobs = [job_for(measured, name, threads, scratch) for name in (*VARIANTS, *others)]
     sizes = {job.variant: effort.sizes for job in jobs}

@@ -226,6 +226,13 @@ def overhead(seconds: float) -> dict[str, float]:
         )
 
 
+def print_regions(waits: dict[str, float]) -> None:
+    """One line: what it costs that threads wait for one another."""
+    ways = {"team": "meeting at a barrier", "pool": "a region of the pool"}
+    found = [f"{words} {1e6 * waits[way]:.2f} us" for way, words in ways.items() if way in waits]
+    print(f"{torch.get_num_threads()} threads: {', '.join(found) or 'kept apart by other programs'}")
+
+
 def draw(records: list[dict[str, Any]], path: Path) -> None:
     """GF/s and GB/s of weights over M, one line per shape, under the roof of the measured limits."""
     import matplotlib as mpl
@@ -277,6 +284,8 @@ def main() -> None:
     print(native.info())
     call = overhead(seconds)
     print(f"8 x 8 layer: native {1e6 * call['native']:.1f} us, nn.Linear {1e6 * call['nn.Linear']:.1f} us")
+    waits = limits.region_seconds()
+    print_regions(waits)
     memory = limits.Memory()
     print_limits(memory)
     forward = [record for shape in shapes for record in measure_forward(shape, rows, seconds, memory)]
@@ -290,7 +299,7 @@ def main() -> None:
         back = backward_means[m]
         print(f"{line} {100 * values['share']:8.0f} % {back['float32']:12.2f} {100 * back['share']:8.0f} %")
     if options.json:
-        result = {"info": native.info(), "overhead": call, "forward": forward, "backward": backward}
+        result = {"info": native.info(), "overhead": call, "regions": waits, "forward": forward, "backward": backward}
         options.json.write_text(json.dumps(result, indent=1))
     if options.chart:
         draw(forward, options.chart)

@@ -5,6 +5,8 @@
 #include "python/python.hpp"
 #include "python/tensor.hpp"
 
+#include <stdlib.h>
+
 namespace upcast {
 
 // Bits of an operation's result: arguments whose layout it cannot walk. Nothing was done; the caller
@@ -40,7 +42,20 @@ class Locked {
 #endif
 };
 
+// A copy of integers, int64 or int32, that another thread may write to meanwhile; without memory `data` is null.
+struct Integers {
+    int64_t *data;
+    explicit Integers(const Tensor &from) : data(static_cast<int64_t *>(malloc(sizeof(int64_t) * static_cast<size_t>(from.count() + 1)))) {
+        const bool wide = from.type == Type::int64;
+        for (int64_t i = 0; data && i < from.count(); ++i) data[i] = wide ? from.as<int64_t>()[i] : from.as<int32_t>()[i];
+    }
+    ~Integers() { free(data); }
+    Integers(const Integers &) = delete;
+    Integers &operator=(const Integers &) = delete;
+};
+
 // These set the error and return false.
+bool refuse(const char *message);
 bool take_count(const char *function, Py_ssize_t given, Py_ssize_t wanted);
 bool read_threads(PyObject *object, int &threads);
 bool read_float(PyObject *object, float &value);
@@ -53,6 +68,7 @@ typedef PyObject *Fast(PyObject *self, PyObject *const *args, Py_ssize_t count);
 Fast py_linear, py_embedding, py_grouped;                       // bind_linear.cpp
 Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cpp
 Fast py_block, py_blocks;                                       // bind_block.cpp
+Fast py_mixture;                                                // bind_mixture.cpp
 PyObject *py_block_layout(PyObject *self, PyObject *none);
 Fast py_survey, py_look, py_compare;                             // bind_survey.cpp
 Fast py_unchanged, py_quiet;                                    // bind_state.cpp
@@ -66,6 +82,6 @@ Fast py_packed_linear, py_packed_embedding, py_packed_grouped;   // bind_packed.
 Fast py_packed_examine, py_packed_pack, py_packed_unpack;
 PyObject *py_packed_check(PyObject *self, PyObject *matrix);
 Fast py_digest;                                                 // bind_digest.cpp
-Fast py_multiply_adds, py_read_memory;                          // bind_limits.cpp
+Fast py_multiply_adds, py_read_memory, py_regions;              // bind_limits.cpp
 
 } // namespace upcast

@@ -1,5 +1,5 @@
 // A transformer block for Python: arguments in, checks, one call with the interpreter released.
-#include "python/bind_packed.hpp"
+#include "python/bind_matrix.hpp"
 #include "runtime/block.hpp"
 #include "runtime/dispatch.hpp"
 
@@ -8,83 +8,9 @@
 namespace upcast {
 namespace {
 
-bool refuse(const char *message) {
-    PyErr_SetString(error_class(), message);
-    return false;
-}
-
-// The items of a tuple of `count`; they live as long as it does.
-bool read_items(PyObject *tuple, PyObject **items, Py_ssize_t count, const char *what) {
-    const bool fits = PyTuple_Check(tuple) && PyTuple_Size(tuple) == count;
-    if (!fits) {
-        PyErr_Format(error_class(), "%s is no tuple of %zd items, as the kernel takes it. Check the arguments.", what, count);
-        return false;
-    }
-    for (Py_ssize_t i = 0; i < count; ++i) items[i] = PyTuple_GetItem(tuple, i);
-    return true;
-}
-
-bool check_vector(const Tensor &vector, int64_t width) {
-    if (!vector.present) return true;
-    if (!require_type(vector, Type::float32) || !require_dims(vector, 1) || !require_contiguous(vector)) return false;
-    return vector.shape[0] == width || refuse("a vector of the block has another length than its matrix or norm; "
-                                              "they must agree. Check the shapes.");
-}
-
-// A name of an enumeration's value, as its number.
-template <typename Kind, size_t count>
-bool read_kind(PyObject *object, Kind &kind, const char *const (&)[count], const char *message) {
-    int64_t value;
-    if (!read_integer(object, value)) return false;
-    if (value < 0 || value >= static_cast<int64_t>(count)) return refuse(message);
-    kind = static_cast<Kind>(value);
-    return true;
-}
-
 // In the order of the enumerations that they name.
 constexpr const char *PARTS[] = {"whole", "attention", "mlp", "both"};
-constexpr const char *ACTIVATIONS[] = {"silu", "gelu", "gelu_tanh"};
 constexpr const char *NORMS[] = {"none", "rms", "layer"};
-constexpr const char *STORAGES[] = {"float16", "packed"};
-
-constexpr const char *MATRIX[] = {"weight", "bias", "storage"};
-
-bool read_packed_weight(PyObject *object, Matrix &matrix) {
-    PackedArgument weight;
-    if (!read_packed(object, weight)) return false;
-    if (weight.transposed) return refuse("a packed matrix of the block is a transpose; the kernel takes rows. Use the "
-                                         "layers one by one.");
-    matrix.packed = weight.packed;
-    matrix.rows = weight.count;
-    matrix.columns = weight.columns;
-    return true;
-}
-
-bool read_half_weight(const Tensor &weight, Matrix &matrix) {
-    if (!require_type(weight, Type::float16) || !require_dims(weight, 2) || !require_adjacent(weight)) return false;
-    matrix.weight = weight.as<const uint16_t>();
-    matrix.stride = weight.strides[0];
-    matrix.rows = weight.shape[0];
-    matrix.columns = weight.shape[1];
-    return true;
-}
-
-// An absent weight, where allowed, gives a matrix without rows.
-bool read_matrix(PyObject *object, Matrix &matrix, const char *name, bool optional = false) {
-    PyObject *items[3];
-    Tensor weight(name), bias("bias");
-    if (!read_items(object, items, 3, "a matrix of the block")) return false;
-    if (!read_tensor(items[1], bias, true)) return false;
-    if (!read_kind(items[2], matrix.storage, STORAGES, "unknown storage; a matrix is float16 or packed.")) return false;
-    if (optional && items[0] == Py_None) return true;
-    if (matrix.storage == Storage::packed) {
-        if (!read_packed_weight(items[0], matrix)) return false;
-    } else if (!read_tensor(items[0], weight) || !read_half_weight(weight, matrix)) {
-        return false;
-    }
-    matrix.bias = bias.as<const float>();
-    return check_vector(bias, matrix.rows);
-}
 
 constexpr const char *NORM[] = {"weight", "bias", "kind", "eps", "offset"};
 
@@ -135,8 +61,9 @@ bool check_matrices(const Block &b) {
     const bool attention = known && others && b.qkv.rows == (apart ? heads : heads + 2 * groups) &&
                            b.qkv.columns == b.width && b.proj.rows == b.width && b.proj.columns == heads;
     const bool up = !b.up.present() || (b.up.rows == b.gate.rows && b.up.columns == b.width);
+    const bool none = b.part == BlockPart::attention && !b.gate.present() && !b.up.present() && !b.down.present();
     const bool mlp = b.gate.columns == b.width && b.down.rows == b.width && b.down.columns == b.gate.rows;
-    return (attention && up && mlp) || refuse("the matrices of the block do not fit its heads and one another. Check "
+    return (attention && (none || (up && mlp))) || refuse("the matrices of the block do not fit its heads and one another. Check "
                                               "the shapes.");
 }
 
@@ -233,10 +160,7 @@ constexpr Field SPEC[] = {
     {"norm_heads", [](PyObject *o, Block &b) { return read_bool(o, b.norm_heads); }},
     {"parallel", [](PyObject *o, Block &b) { return read_bool(o, b.parallel); }},
     {"shared", [](PyObject *o, Block &b) { return read_bool(o, b.shared); }},
-    {"activation",
-     [](PyObject *o, Block &b) {
-         return read_kind(o, b.activation, ACTIVATIONS, "unknown activation; use silu, gelu or gelu_tanh.");
-     }},
+    {"activation", [](PyObject *o, Block &b) { return read_activation(o, b.activation); }},
     {"scale", [](PyObject *o, Block &b) { return read_float(o, b.scale); }},
     {"softcap", [](PyObject *o, Block &b) { return read_float(o, b.softcap); }},
     {"window", [](PyObject *o, Block &b) { return read_integer(o, b.window); }},
@@ -244,9 +168,9 @@ constexpr Field SPEC[] = {
     {"key", [](PyObject *o, Block &b) { return read_matrix(o, b.key, "k", true); }},
     {"value", [](PyObject *o, Block &b) { return read_matrix(o, b.value, "v", true); }},
     {"proj", [](PyObject *o, Block &b) { return read_matrix(o, b.proj, "proj"); }},
-    {"gate", [](PyObject *o, Block &b) { return read_matrix(o, b.gate, "gate"); }},
+    {"gate", [](PyObject *o, Block &b) { return read_matrix(o, b.gate, "gate", b.part == BlockPart::attention); }},
     {"up", [](PyObject *o, Block &b) { return read_matrix(o, b.up, "up", true); }},
-    {"down", [](PyObject *o, Block &b) { return read_matrix(o, b.down, "down"); }},
+    {"down", [](PyObject *o, Block &b) { return read_matrix(o, b.down, "down", b.part == BlockPart::attention); }},
     {"norm_1", [](PyObject *o, Block &b) { return check_matrices(b) && read_norm(o, b.norm_1, b.width); }},
     {"norm_2", [](PyObject *o, Block &b) { return read_norm(o, b.norm_2, b.width); }},
     {"post_attention", [](PyObject *o, Block &b) { return read_norm(o, b.post_attention, b.width); }},
@@ -400,7 +324,7 @@ PyObject *py_block_layout(PyObject *, PyObject *) {
     for (Py_ssize_t i = 0; i < FIELDS; ++i) fields[i] = SPEC[i].name;
     PyObject *layout = PyDict_New();
     const bool done = layout && put_names(layout, "BlockSpec", fields) && put_names(layout, "Matrix", MATRIX) &&
-                      put_names(layout, "Norm", NORM) && put_names(layout, "PARTS", PARTS) &&
+                      put_names(layout, "ExpertSpec", EXPERT) && put_names(layout, "Norm", NORM) && put_names(layout, "PARTS", PARTS) &&
                       put_names(layout, "ACTIVATIONS", ACTIVATIONS) && put_names(layout, "NORMS", NORMS) &&
                       put_names(layout, "STORAGES", STORAGES);
     if (!done) Py_CLEAR(layout);

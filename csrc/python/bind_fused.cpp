@@ -8,11 +8,6 @@
 namespace upcast {
 namespace {
 
-bool refuse(const char *message) {
-    PyErr_SetString(error_class(), message);
-    return false;
-}
-
 // A float32 vector of `width` elements, or absent.
 bool check_vector(const Tensor &vector, int64_t width) {
     if (!vector.present) return true;

@@ -30,6 +30,25 @@ void read_task(void *context, int index) {
     __atomic_or_fetch(&read.bits, read.level.read_memory(read.data + begin, end - begin, read.streams), __ATOMIC_RELAXED);
 }
 
+struct Regions {
+    int64_t rounds;
+    int threads;
+    const char *caller;
+    int64_t met; // tasks that another thread than the caller's ran
+};
+
+thread_local char mark;
+
+void note_thread(void *context, int) {
+    Regions &regions = *static_cast<Regions *>(context);
+    if (&mark != regions.caller) __atomic_add_fetch(&regions.met, 1, __ATOMIC_RELAXED);
+}
+
+void run_regions(void *context) {
+    Regions &regions = *static_cast<Regions *>(context);
+    for (int64_t i = 0; i < regions.rounds; ++i) parallel(regions.threads, note_thread, &regions);
+}
+
 } // namespace
 
 // multiply_adds(rounds, threads): how many floating-point operations that was
@@ -62,6 +81,21 @@ PyObject *py_read_memory(PyObject *, PyObject *const *args, Py_ssize_t count) {
         parallel(read.threads, read_task, &read);
     }
     return PyLong_FromLong(read.bits);
+}
+
+// regions(rounds, threads, together): so many regions of tasks that do nothing, with the pool's threads at hand or not;
+// how many tasks ran on other threads than this one
+PyObject *py_regions(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    Regions regions = {0, 0, &mark, 0};
+    bool team;
+    if (!take_count("regions", count, 3) || !read_integer(args[0], regions.rounds)) return nullptr;
+    if (!read_threads(args[1], regions.threads) || !read_bool(args[2], team)) return nullptr;
+    {
+        Released released;
+        if (team) together(regions.threads, run_regions, &regions);
+        else run_regions(&regions);
+    }
+    return PyLong_FromLongLong(regions.met);
 }
 
 } // namespace upcast

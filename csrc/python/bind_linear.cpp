@@ -2,8 +2,6 @@
 #include "python/bind.hpp"
 #include "runtime/dispatch.hpp"
 
-#include <stdlib.h>
-
 namespace upcast {
 namespace {
 
@@ -28,19 +26,6 @@ bool check_linear(const Tensor &out, const Tensor &x, const Tensor &w, const Ten
         }
     }
     return !residual.present || (require_type(residual, Type::float32) && require_shape(residual, x, N));
-}
-
-// Copied before they are checked: another thread may write to the tensor meanwhile.
-int64_t *copy_integers(const Tensor &tensor) {
-    const int64_t count = tensor.count();
-    int64_t *copy = static_cast<int64_t *>(malloc(sizeof(int64_t) * static_cast<size_t>(count + 1)));
-    if (!copy) {
-        PyErr_NoMemory();
-        return nullptr;
-    }
-    const bool wide = tensor.type == Type::int64;
-    for (int64_t i = 0; i < count; ++i) copy[i] = wide ? tensor.as<int64_t>()[i] : tensor.as<int32_t>()[i];
-    return copy;
 }
 
 bool check_embedding(const Tensor &out, const Tensor &indices, const Tensor &table) {
@@ -134,20 +119,16 @@ PyObject *py_embedding(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!take_count("embedding", count, 4)) return nullptr;
     if (!read_tensor(args[0], out) || !read_tensor(args[1], indices) || !read_tensor(args[2], table)) return nullptr;
     if (!read_threads(args[3], threads) || !check_embedding(out, indices, table)) return nullptr;
-    int64_t *rows = copy_integers(indices);
-    if (!rows) return nullptr;
-    if (!check_indices(rows, indices.count(), table.shape[0])) {
-        free(rows);
-        return nullptr;
-    }
-    const Embedding call = {table.as<const uint16_t>(), table.strides[0], rows, out.as<float>(), indices.count(),
+    const Integers rows(indices); // copied before they are checked
+    if (!rows.data) return PyErr_NoMemory();
+    if (!check_indices(rows.data, indices.count(), table.shape[0])) return nullptr;
+    const Embedding call = {table.as<const uint16_t>(), table.strides[0], rows.data, out.as<float>(), indices.count(),
                             table.shape[1], {}};
     const Level &level = current_level();
     {
         const Released released;
         launch_embedding(level, call, threads);
     }
-    free(rows);
     return finish(Outcome::done);
 }
 
@@ -163,12 +144,9 @@ PyObject *py_grouped(PyObject *, PyObject *const *args, Py_ssize_t count) {
     if (!check_grouped(out, x, w, counts, transposed)) return nullptr;
     EvenRows xs;
     if (!as_rows(x, xs)) return PyLong_FromLong(COPY_FIRST);
-    int64_t *rows = copy_integers(counts);
-    if (!rows) return nullptr;
-    if (!check_counts(rows, counts.shape[0], x.shape[0])) {
-        free(rows);
-        return nullptr;
-    }
+    const Integers rows(counts);
+    if (!rows.data) return PyErr_NoMemory();
+    if (!check_counts(rows.data, counts.shape[0], x.shape[0])) return nullptr;
     Linear call = {};
     call.x = x.as<const float>();
     call.ldx = xs.stride;
@@ -182,9 +160,8 @@ PyObject *py_grouped(PyObject *, PyObject *const *args, Py_ssize_t count) {
     Outcome outcome;
     {
         const Released released;
-        outcome = launch_grouped(level, call, rows, counts.shape[0], w.strides[0], threads);
+        outcome = launch_grouped(level, call, rows.data, counts.shape[0], w.strides[0], threads);
     }
-    free(rows);
     return finish(outcome);
 }
 

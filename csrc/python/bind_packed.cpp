@@ -7,11 +7,6 @@
 namespace upcast {
 namespace {
 
-bool refuse(const char *message) {
-    PyErr_SetString(error_class(), message);
-    return false;
-}
-
 bool refuse_size(const Tensor &blob, int64_t rows, int64_t columns, int64_t escapes, double size) {
     PyErr_Format(error_class(), "a packed matrix has %lld bytes; %lld rows of %lld numbers with %lld escapes take %lld. "
                  "Load the file again, or convert the model again.", static_cast<long long>(blob.count()),
@@ -61,18 +56,6 @@ bool read_numbers(const Tensor &x, Numbers &numbers) {
     for (int i = 0; i + 1 < x.ndim; ++i) numbers.rows *= x.shape[i];
     return require_contiguous(x);
 }
-
-// A copy of integers that another thread may write to meanwhile.
-struct Integers {
-    int64_t *data;
-    explicit Integers(const Tensor &from) : data(static_cast<int64_t *>(malloc(sizeof(int64_t) * static_cast<size_t>(from.count() + 1)))) {
-        const bool wide = from.type == Type::int64;
-        for (int64_t i = 0; data && i < from.count(); ++i) data[i] = wide ? from.as<int64_t>()[i] : from.as<int32_t>()[i];
-    }
-    ~Integers() { free(data); }
-    Integers(const Integers &) = delete;
-    Integers &operator=(const Integers &) = delete;
-};
 
 bool check_counts(const int64_t *counts, int64_t experts, int64_t rows) {
     int64_t left = rows;

@@ -6,6 +6,11 @@
 
 namespace upcast {
 
+bool refuse(const char *message) {
+    PyErr_SetString(error_class(), message);
+    return false;
+}
+
 bool take_count(const char *function, Py_ssize_t given, Py_ssize_t wanted) {
     if (given == wanted) return true;
     PyErr_Format(PyExc_TypeError, "%s takes %zd arguments, %zd given", function, wanted, given);
@@ -138,6 +143,7 @@ PyMethodDef METHODS[] = {
     {"attention", fast(py_attention), METH_FASTCALL, nullptr},
     {"block", fast(py_block), METH_FASTCALL, nullptr},
     {"blocks", fast(py_blocks), METH_FASTCALL, nullptr},
+    {"mixture", fast(py_mixture), METH_FASTCALL, nullptr},
     {"block_layout", py_block_layout, METH_NOARGS, nullptr},
     {"survey", fast(py_survey), METH_FASTCALL, nullptr},
     {"look", fast(py_look), METH_FASTCALL, nullptr},
@@ -157,6 +163,7 @@ PyMethodDef METHODS[] = {
     {"add_up", fast(py_add_up), METH_FASTCALL, nullptr},
     {"multiply_adds", fast(py_multiply_adds), METH_FASTCALL, nullptr},
     {"read_memory", fast(py_read_memory), METH_FASTCALL, nullptr},
+    {"regions", fast(py_regions), METH_FASTCALL, nullptr},
     {"hold_file", fast(py_hold_file), METH_FASTCALL, nullptr},
     {"own", fast(py_own), METH_FASTCALL, nullptr},
     {"drop_part", py_drop_part, METH_O, nullptr},

@@ -48,11 +48,6 @@ Norm norm_of(const BlockNorm &norm, const float *x, float *out, int64_t rows, in
     return {x, width, norm.weight, norm.bias, norm.eps, norm.offset, norm.kind == NormKind::layer, out, rows, width};
 }
 
-// Rows of x times the matrix, those of y `stride` apart.
-Linear product_of(const Matrix &m, const float *x, float *y, int64_t stride, const float *residual, int64_t rows) {
-    return {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, stride, rows, m.rows, m.columns, m.packed};
-}
-
 // Heads of the queries or of the keys of `time` positions, those of one position side by side.
 struct Heads {
     float *data;

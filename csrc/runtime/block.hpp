@@ -1,22 +1,9 @@
 // One transformer block over the thread pool: norm, attention, residual, norm, MLP, residual.
 #pragma once
 
-#include "runtime/launch.hpp"
+#include "runtime/matrix.hpp"
 
 namespace upcast {
-
-enum class Storage { float16, packed };
-
-// [rows, columns] numbers, rows `stride` apart, or packed.
-struct Matrix {
-    Storage storage;
-    const uint16_t *weight;
-    int64_t stride;
-    const float *bias;
-    int64_t rows, columns;
-    PackedRows packed;
-    bool present() const { return weight || packed.records; } // where the block has such a matrix
-};
 
 enum class NormKind { none, rms, layer };
 

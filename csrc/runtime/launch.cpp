@@ -48,15 +48,6 @@ template <class Args> void range_task(void *context, int index) {
     call.kernel(call.args, call.count * index / call.tasks, call.count * (index + 1) / call.tasks);
 }
 
-// `work` counts floats touched; small calls stay on the calling thread.
-int tasks_for(int64_t count, int64_t work, int threads) {
-    constexpr int64_t WORK_PER_THREAD = 16 * 1024;
-    int64_t tasks = work / WORK_PER_THREAD;
-    if (tasks > threads) tasks = threads;
-    if (tasks > count) tasks = count;
-    return tasks < 1 ? 1 : static_cast<int>(tasks);
-}
-
 template <class Args>
 void launch_range(void (*kernel)(const Args &, int64_t, int64_t), const Args &args, int64_t count, int64_t work,
                   int threads) {
@@ -129,7 +120,55 @@ void attention_join_task(void *context, int index) {
                               call.queries * (index + 1) / call.tasks);
 }
 
+// One of several products, and its part of their scratch.
+struct Product {
+    LinearPlan plan;
+    char *scratch;
+};
+
+struct ProductsCall {
+    const Level &level;
+    const Linear *args;
+    const Product *products;
+    int64_t count;
+    int tasks, phase;
+};
+
+// A product that has fewer tasks than there are begins where the one before it ended, so that all threads have work.
+void products_task(void *context, int index) {
+    const ProductsCall &call = *static_cast<const ProductsCall *>(context);
+    for (int64_t i = 0; i < call.count; ++i) {
+        const int task = static_cast<int>((index + i) % call.tasks);
+        const LinearPlan &plan = call.products[i].plan;
+        if (task < plan.tasks[call.phase]) call.level.linear(call.args[i], plan, call.products[i].scratch, call.phase, task);
+    }
+}
+
+void run_products(ProductsCall call) {
+    for (call.phase = 0; call.phase < 2; ++call.phase) {
+        call.tasks = 0;
+        for (int64_t i = 0; i < call.count; ++i) {
+            const int tasks = call.products[i].plan.tasks[call.phase];
+            if (tasks > call.tasks) call.tasks = tasks;
+        }
+        if (call.tasks > 0) parallel(call.tasks, products_task, &call);
+    }
+}
+
+// Scratch of products that run at once: more of them wait for their turn.
+constexpr size_t MOST_SCRATCH = size_t(64) << 20;
+
+size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
+
 } // namespace
+
+int tasks_for(int64_t count, int64_t work, int threads) {
+    constexpr int64_t WORK_PER_THREAD = 16 * 1024;
+    int64_t tasks = work / WORK_PER_THREAD;
+    if (tasks > threads) tasks = threads;
+    if (tasks > count) tasks = count;
+    return tasks < 1 ? 1 : static_cast<int>(tasks);
+}
 
 Outcome launch_linear(const Level &level, const Linear &args, int threads) {
     if (args.M == 0 || args.N == 0) return Outcome::done;
@@ -193,19 +232,48 @@ Outcome launch_hidden(const Level &level, const Linear &gate, const Linear *up, 
     return outcome;
 }
 
+Outcome launch_linears(const Level &level, const Linear *args, int64_t count, int threads) {
+    const Scratch room(sizeof(Product) * static_cast<size_t>(count));
+    if (room.failed()) return Outcome::no_memory;
+    Product *products = static_cast<Product *>(room.data());
+    const Reading reading = tuning(level.isa).reading;
+    for (int64_t i = 0; i < count; ++i) {
+        LinearPlan &plan = products[i].plan = LinearPlan{};
+        if (args[i].M > 0 && args[i].N > 0) plan = level.plan_linear(args[i], threads);
+        plan.reading = reading;
+    }
+    for (int64_t begin = 0, end = 0; begin < count; begin = end) {
+        size_t bytes = 0;
+        for (; end < count; ++end) {
+            const size_t more = whole_lines(products[end].plan.scratch);
+            if (end > begin && bytes + more > MOST_SCRATCH) break;
+            bytes += more;
+        }
+        const Scratch scratch(bytes);
+        if (scratch.failed()) return Outcome::no_memory;
+        char *at = static_cast<char *>(scratch.data());
+        for (int64_t i = begin; i < end; at += whole_lines(products[i++].plan.scratch)) products[i].scratch = at;
+        run_products({level, args + begin, products + begin, end - begin, 0, 0});
+    }
+    return Outcome::done;
+}
+
 Outcome launch_grouped(const Level &level, const Linear &args, const int64_t *counts, int64_t experts,
                        int64_t weight_stride, int threads) {
-    Linear expert = args;
+    const Scratch room(sizeof(Linear) * static_cast<size_t>(experts));
+    if (room.failed()) return Outcome::no_memory;
+    Linear *calls = static_cast<Linear *>(room.data()), expert = args;
     expert.bias = expert.residual = nullptr;
+    int64_t chosen = 0;
     for (int64_t e = 0; e < experts; ++e) {
         expert.M = counts[e];
-        if (launch_linear(level, expert, threads) == Outcome::no_memory) return Outcome::no_memory;
+        if (expert.M > 0) calls[chosen++] = expert;
         expert.x += expert.M * expert.ldx;
         expert.y += expert.M * expert.ldy;
         if (expert.w) expert.w += weight_stride;
         else expert.packed.first += weight_stride;
     }
-    return Outcome::done;
+    return launch_linears(level, calls, chosen, threads);
 }
 
 void launch_embedding(const Level &level, const Embedding &args, int threads) {

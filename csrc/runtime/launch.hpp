@@ -7,7 +7,13 @@ namespace upcast {
 
 enum class Outcome { done, no_memory };
 
+// How many tasks `count` things are worth. `work` counts floats touched; small calls stay on the calling thread.
+int tasks_for(int64_t count, int64_t work, int threads);
+
 Outcome launch_linear(const Level &level, const Linear &args, int threads);
+
+// Products of which none reads what another one writes, all of them in one region for each phase.
+Outcome launch_linears(const Level &level, const Linear *args, int64_t count, int threads);
 
 // The products of an MLP and what follows them: gated.gate is gate.y, gated.up is up->y; without `up` it is as it stands.
 Outcome launch_hidden(const Level &level, const Linear &gate, const Linear *up, const Gated &gated, int threads);

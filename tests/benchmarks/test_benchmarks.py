@@ -314,7 +314,7 @@ def test_a_failed_variant_fails_the_run_after_the_report(
 
 @pytest.mark.slow
 def test_a_dead_and_a_refusing_process_fail_alone(tmp_path: Path) -> None:
-    folder = subject.write_random_checkpoint("pythia-14m", tmp_path)
+    folder = subject.write_random_checkpoint(Config.from_name("pythia-14m"), tmp_path)
     good = subject.Subject("tiny", "", "", folder, tuple(range(8)), (1, 2, 3), (tuple(range(16)),))
     broken = replace(good, checkpoint=tmp_path / "nowhere")
     jobs = [

@@ -18,18 +18,25 @@ from tests.conftest import relative_error
 
 SIZES = {"block_size": 256, "n_layer": 2, "n_embd": 64, "n_head": 4, "n_query_groups": 2, "padded_vocab_size": 96}
 TINY = {**SIZES, "vocab_size": 96, "intermediate_size": 128, "head_size": 16}
-REFUSED = {"pythia-160m": "plain Llama", "Gemma-2-2b": "plain Llama", "Qwen3-0.6B": "plain Llama"}
+LLAMA = "SmolLM2-135M-Instruct"
+# Another head width than the embedding's share, experts narrower than an MLP.
+MODELS: dict[str, dict[str, Any]] = {
+    LLAMA: TINY,
+    "Mixtral-8x7B-v0.1": TINY,
+    "Qwen3-30B-A3B": {**TINY, "head_size": 32, "n_expert": 8, "n_expert_per_token": 3, "moe_intermediate_size": 48},
+}
+REFUSED = dict.fromkeys(("pythia-160m", "Gemma-2-2b", "Qwen3-0.6B"), "not of an architecture")
 
 
-def tiny() -> tuple[Config, dict[str, torch.Tensor]]:
-    config = Config.from_name("SmolLM2-135M-Instruct", **TINY)
+def tiny(name: str = LLAMA) -> tuple[Config, dict[str, torch.Tensor]]:
+    config = Config.from_name(name, **MODELS[name])
     torch.manual_seed(0)
     state = GPT(config).state_dict()  # with numbers that bfloat16 and float16 have: neither's small ones
     return config, {name: torch.where(t.abs() < 2**-14, 0, t).bfloat16().half() for name, t in state.items()}
 
 
-def write(path: Path) -> tuple[Config, dict[str, torch.Tensor]]:
-    config, state = tiny()
+def write(path: Path, name: str = LLAMA) -> tuple[Config, dict[str, torch.Tensor]]:
+    config, state = tiny(name)
     llamacpp.write_gguf(state, config, config.norm_eps, path)
     return config, state
 
@@ -47,9 +54,10 @@ def test_the_file_holds_the_same_weights(tmp_path: Path) -> None:
     assert torch.equal(torch.from_numpy(head.data.copy()), state["lm_head.weight"])
 
 
-def test_logits_are_litgpt_s(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_litgpt_s(name: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is an optional peer")
-    config, state = write(tmp_path / "model.gguf")
+    config, state = write(tmp_path / "model.gguf", name)
     model: Any = GPT(config).eval()
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     tokens = torch.randint(96, (40,), generator=torch.Generator().manual_seed(1))
@@ -75,7 +83,7 @@ def test_logits_are_litgpt_s(tmp_path: Path) -> None:
 def test_other_architectures_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llama_cpp", object())
     assert REFUSED[name] in str(llamacpp.why_not(Config.from_name(name)))
-    assert llamacpp.why_not(tiny()[0]) is None
+    assert [llamacpp.why_not(tiny(each)[0]) for each in MODELS] == [None] * len(MODELS)
 
 
 def test_a_peer_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

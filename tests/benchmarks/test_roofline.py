@@ -53,6 +53,10 @@ def test_the_limits_of_this_machine() -> None:
         kernel_limits.read_memory(numbers, 3)
     with pytest.raises(KernelError):
         kernel_limits.read_memory(torch.ones(4, 4).t(), 1)
+    waits = limits.region_seconds()
+    assert waits.keys() <= {"team", "pool"}
+    assert all(0 < seconds < 1e-2 for seconds in waits.values())
+    kernel_limits.regions(1, together=True)
 
 
 def test_bytes_per_token_leave_out_an_embedding_that_is_only_looked_up() -> None:
@@ -61,5 +65,15 @@ def test_bytes_per_token_leave_out_an_embedding_that_is_only_looked_up() -> None
     model.lm_head.weight = model.transformer.wte.weight
     assert bytes_per_token(model) == weight_bytes(model)
     assert bytes_per_token(upcast.patch(model)) == weight_bytes(model)
-    experts = {"mlp_class_name": "LLaMAMoE", "n_expert": 2, "n_expert_per_token": 1}
-    assert bytes_per_token(tiny(**experts)) is None
+
+
+def test_a_token_reads_the_experts_that_it_chooses() -> None:
+    model = tiny(mlp_class_name="LLaMAMoE", n_expert=8, n_expert_per_token=2)
+    experts = [weight for name, weight in model.named_parameters() if ".experts." in name]
+    chosen = [weight for name, weight in model.named_parameters() if ".experts.1." in name or ".experts.5." in name]
+    idle = sum(weight.nbytes for weight in experts) - sum(weight.nbytes for weight in chosen)
+    assert idle == 3 * sum(weight.nbytes for weight in chosen)
+    assert bytes_per_token(model) == weight_bytes(model) - model.transformer.wte.weight.nbytes - idle
+    others = [each for each in model.transformer.h.parameters() if each.dim() == 2]
+    used = sum(weight.numel() for weight in others) - idle // 4
+    assert prompt_operations(model, 5) == 2 * (5 * used + model.lm_head.weight.numel())

@@ -7,7 +7,9 @@ import torch
 
 from tests.conftest import relative_error
 from tests.fused_models import IDS, make, pair, without_fusion
+from upcast.integrations.litgpt.gpt import FusedGPT
 from upcast.integrations.litgpt.moe import FusedMoE
+from upcast.kernels import native
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
 
@@ -41,7 +43,7 @@ def rows_of_experts(model: Any, block: int) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("changes", [{}, GROUPED], ids=["softmax of the chosen", "groups, shared, scaled"])
-def test_it_is_litgpt_s_mixture_bit_for_bit(changes: dict[str, Any]) -> None:
+def test_it_is_litgpt_s_mixture(changes: dict[str, Any]) -> None:
     model, plain = pair(MIXTRAL, "float32", **changes)
     x = torch.randn(2, 7, model.config.n_embd, generator=torch.Generator().manual_seed(3))
     for got, want in zip(model.transformer.h, plain.transformer.h, strict=True):
@@ -49,6 +51,82 @@ def test_it_is_litgpt_s_mixture_bit_for_bit(changes: dict[str, Any]) -> None:
         assert relative_error(got.mlp(x), want.mlp(x)) < 1e-6
         assert got.mlp.forward.calls == 1
     assert relative_error(model(IDS), plain(IDS)) < 1e-5
+
+
+@pytest.fixture
+def mixtures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The rows of every mixture that ran in one native call."""
+    rows: list[int] = []
+    mixture = native.mixture
+
+    def note(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        rows.append(len(x))
+        return mixture(x, *args)
+
+    monkeypatch.setattr(native, "mixture", note)
+    return rows
+
+
+NORMS = {"post_attention_norm": True, "post_mlp_norm": True}
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not there")
+@pytest.mark.parametrize("changes", [{}, NORMS, GROUPED], ids=["plain", "norms behind", "groups"])
+def test_a_model_of_experts_runs_by_native_calls(changes: dict[str, Any], mixtures: list[int]) -> None:
+    """A prompt and tokens after it: one call for each attention and one for each mixture."""
+    model, plain = pair(MIXTRAL, "float32", **changes)
+    for each in (model, plain):
+        each.set_kv_cache(1, 30)
+    for start, end in ((0, 7), (7, 8), (8, 12)):
+        positions = torch.arange(start, end)
+        assert relative_error(model(IDS[:1, start:end], positions), plain(IDS[:1, start:end], positions)) < 1e-5
+    whole = model.forward
+    assert isinstance(whole, FusedGPT)
+    assert whole.calls == 3
+    layers = model.config.n_layer
+    assert mixtures == [7] * layers + [1] * layers + [4] * layers
+    assert all(block.attn.forward.calls == 0 for block in model.transformer.h)
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not there")
+def test_what_is_done_to_an_expert_is_seen(mixtures: list[int]) -> None:
+    """In place, by another parameter, by another forward: of one that the native call took before."""
+    model, plain = pair(MIXTRAL, "float32")
+
+    def doubled(layer: Any) -> None:
+        layer.weight.mul_(2)
+
+    def exchanged(layer: Any) -> None:
+        layer.weight = torch.nn.Parameter(torch.full(layer.weight.shape, 0.01))
+
+    def wrapped(layer: Any) -> None:
+        layer.forward = lambda x: torch.nn.functional.linear(x, layer.weight) + 1
+
+    with torch.no_grad():
+        for change in (doubled, exchanged, wrapped):
+            before = model(IDS)
+            for each in (model, plain):
+                for expert in each.transformer.h[1].mlp.experts:
+                    change(expert.proj)
+            assert relative_error(model(IDS), plain(IDS)) < 1e-5, change
+            assert relative_error(model(IDS), before) > 1e-2, change
+    assert mixtures
+
+
+def test_fewer_experts_than_the_config_says() -> None:
+    """LitGPT leaves out the ones that are not there."""
+    model, plain = pair(MIXTRAL, "float32")
+    for each in (model, plain):
+        del each.transformer.h[0].mlp.experts[-1]
+    assert relative_error(model(IDS), plain(IDS)) < 1e-5
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not there")
+def test_what_a_prompt_is_computed_from_is_not_known() -> None:
+    """Experts are called as modules, and are no part of what a kept prefix is compared by."""
+    model, _ = pair(MIXTRAL, "float16")
+    model(IDS)
+    assert model.forward.stack.made_with() is None
 
 
 def test_a_token_calls_the_experts_it_chose_and_no_other() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 from tests.kernels.example_block import KINDS, UNEVEN, example
 from upcast.core.errors import UpcastError
 from upcast.kernels import native
-from upcast.kernels.block_spec import PARTS
+from upcast.kernels.block_spec import PARTS, Matrix
 
 WHOLE, ATTENTION, MLP, BOTH = PARTS.values()
 
@@ -44,3 +44,16 @@ def test_parts_that_are_none_are_refused() -> None:
     x, cos, sin, spec = example()
     with pytest.raises(UpcastError, match="a norm after a part of a block"):
         native.block(x, cos, sin, None, None, spec._replace(post_attention=UNEVEN), part=ATTENTION)
+
+
+def test_attention_alone_needs_no_mlp() -> None:
+    x, cos, sin, spec = example()
+    without = spec._replace(gate=Matrix(), up=Matrix(), down=Matrix())
+    attended = native.block(x, cos, sin, None, None, without, part=ATTENTION)
+    assert attended is not None
+    assert torch.equal(attended, run(ATTENTION, x, "sequential"))
+    for part in (WHOLE, MLP):
+        with pytest.raises(UpcastError, match="gate"):
+            native.block(x, cos, sin, None, None, without, part=part)
+    with pytest.raises(UpcastError, match="do not fit"):  # a part of an MLP is none
+        native.block(x, cos, sin, None, None, spec._replace(down=Matrix()), part=ATTENTION)

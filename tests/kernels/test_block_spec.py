@@ -8,11 +8,11 @@ import torch
 from tests.kernels.example_block import example
 from upcast.core.errors import KernelError
 from upcast.kernels import block_spec, native
-from upcast.kernels.block_spec import BlockSpec, Matrix, Norm
+from upcast.kernels.block_spec import BlockSpec, ExpertSpec, Matrix, Norm
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not there")
 
-TUPLES = {"BlockSpec": BlockSpec, "Matrix": Matrix, "Norm": Norm}
+TUPLES = {"BlockSpec": BlockSpec, "ExpertSpec": ExpertSpec, "Matrix": Matrix, "Norm": Norm}
 NUMBERED = ("PARTS", "ACTIVATIONS", "NORMS", "STORAGES")
 
 

@@ -33,6 +33,7 @@ PARTS = {
     "FusedRMSNorm": "norms",
     "FusedLayerNorm": "norms",
     "FusedMoE": "experts",
+    "FusedExperts": "experts",
     "FusedLoRAQKV": "LoRA",
 }
 

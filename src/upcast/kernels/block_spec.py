@@ -1,6 +1,6 @@
-"""What a transformer block is, for the kernel that runs one in a single call.
+"""What transformer blocks and experts are, for the kernels that run them in a single call.
 
-The C++ side reads the fields by their order (csrc/python/bind_block.cpp); tests/kernels/test_block_spec.py holds both
+The C++ side reads the fields by their order (csrc/python/bind_*.cpp); tests/kernels/test_block_spec.py holds both
 against one another, so that they cannot drift apart.
 """
 
@@ -38,6 +38,19 @@ class Matrix(NamedTuple):
         return 0 if self.weight is None else self.weight.shape[0]
 
 
+class ExpertSpec(NamedTuple):
+    """One expert of a mixture: down(activation(gate(x)) * up(x)).
+
+    Attributes:
+        gate, up: (I, C); all experts of a mixture have the same I.
+        down: (C, I).
+    """
+
+    gate: Matrix
+    up: Matrix
+    down: Matrix
+
+
 class Norm(NamedTuple):
     """A norm of a block.
 
@@ -67,7 +80,8 @@ class BlockSpec(NamedTuple):
         scale, softcap: of the scores; a softcap of 0 is none.
         window: how many positions a query sees, itself counted; 0: all before it.
         qkv, key, value: (H D + 2 Hkv D, C) in one matrix, or one for each, the query's as ``qkv``.
-        proj, gate, up, down: the other linear layers; an MLP without gate has no ``up``.
+        proj, gate, up, down: the other linear layers; an MLP without gate has no ``up``. Where only
+            attention is computed there may be no MLP.
         norm_1, norm_2, post_attention, post_mlp, norm_q, norm_k: the norms.
         key_limit, value_limit: the root mean square of a position beyond which a float16 cache refuses it; 0: none.
     """

@@ -1,4 +1,4 @@
-"""What this processor does at most: multiply-adds in registers, and plain reads of memory. For benchmarks."""
+"""What this processor does at most: multiply-adds, reads of memory, regions of all threads. For benchmarks."""
 
 import torch
 from torch import Tensor
@@ -20,3 +20,15 @@ def read_memory(x: Tensor, streams: int) -> None:
     """Read ``x``, a contiguous float32 vector, from end to end, in ``streams`` equal parts side by side per thread."""
     described = x if native_library.exchange else (x.data_ptr(), "float32", "cpu", tuple(x.shape), x.stride(), x)
     native_library.native.read_memory(described, streams, torch.get_num_threads())
+
+
+def regions(rounds: int, together: bool) -> bool:
+    """Have torch's threads begin and end ``rounds`` regions in which they do nothing: what waiting for others costs.
+
+    ``together``: the threads stay at hand between two regions, as within a native call of a whole block, and meet at a
+    barrier; otherwise each region takes them from the pool, as an operation by itself does. Returns whether they all
+    took part: where another program has one of the cores, the calling thread works alone.
+    """
+    threads = torch.get_num_threads()
+    met: int = native_library.native.regions(rounds, threads, together)
+    return met == rounds * (threads - 1)

@@ -16,7 +16,7 @@ from torch.autograd import profiler
 
 from upcast.core.errors import KernelError, UpcastError
 from upcast.kernels import native_library, portable
-from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec, Matrix, Norm
+from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec, ExpertSpec, Matrix, Norm
 from upcast.kernels.native_library import available, info, level, load_error, prefers_torch, set_isa
 from upcast.kernels.reference import Survey
 
@@ -42,6 +42,7 @@ __all__ = [
     "look",
     "matmul",
     "meet",
+    "mixture",
     "prefers_torch",
     "quiet",
     "rms_norm",
@@ -324,6 +325,21 @@ def blocks(
     if 0 < done == len(blocks):
         return out if finish is None else logits, done
     return (x if done == 0 else odd if done % 2 else even), done
+
+
+@_named
+def mixture(x: Tensor, indices: Tensor, weights: Tensor, experts: tuple[ExpertSpec, ...], activation: str) -> Tensor:
+    """The weighted sum of what the chosen experts give: sum_j weights[t, j] * expert[indices[t, j]](x[t]).
+
+    x: (T, C) float32. indices: (T, k) int64, of ``experts``. weights: (T, k) float32. activation: one of ACTIVATIONS.
+    Experts that nobody chose are not read; those of a row are added up in their order. Returns (T, C) float32.
+    """
+    out = _empty(x.shape, dtype=_float32, device=_CPU)
+    given = (out, x.contiguous(), indices.contiguous(), weights.contiguous())
+    if not _exchange:
+        given, experts = tuple(map(_describe, given)), _described(experts)
+    _native.mixture(*given, _threads(), ACTIVATIONS[activation], experts)
+    return out
 
 
 def can_call_blocks() -> bool:

@@ -26,6 +26,7 @@ _PLAIN = ("builtins", "logging", "typing")
 _OPERATORS = [f"__{name}__" for name in ("add", "radd", "sub", "mul", "rmul", "truediv", "neg", "matmul", "getitem")]
 # Under a name that is not its own: nn.Module's door, and a function in a table of Transformers.
 _KNOWN_AS = {"__call__": "_wrapped_call_impl", "sdpa": "sdpa_attention_forward"}
+_KNOWN_AS |= {name: f"{name}_experts_forward" for name in ("batched_mm", "grouped_mm")}
 
 Namespace = dict[str, Any]
 
@@ -244,6 +245,8 @@ def is_own(value: Any, name: str, library: str) -> bool:
         return _alike(value.__name__, name)
     if issubclass(kind, ModuleType):
         return sys.modules.get(value.__name__, value) is value
+    if kind.__module__ == "torch._ops":  # an operation that a library registered
+        return bool(value.__name__ == name)
     if issubclass(kind, type):
         home = _library(value.__module__)
         return home in (library, "torch") or home in sys.stdlib_module_names

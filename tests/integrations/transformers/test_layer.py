@@ -212,7 +212,11 @@ def forward(model: Any) -> None:
     mlp.forward = lambda x: type(mlp).forward(mlp, x) * 2
 
 
-@pytest.mark.parametrize("change", [eager, training, hook, forward])
+# Whose layers run as native calls afterwards; where an MLP has a forward of its own, the call goes as far as attention.
+LEFT = {eager: (False, False), training: (False, False), hook: (True, False), forward: (True, True)}
+
+
+@pytest.mark.parametrize("change", LEFT)
 def test_what_changes_a_model_is_respected(change: Callable[[Any], None]) -> None:
     want, model = rounded(lively()), upcast.patch(lively())
     generated(model)  # the layers have collected their weights
@@ -220,8 +224,8 @@ def test_what_changes_a_model_is_respected(change: Callable[[Any], None]) -> Non
         change(each)
     before = calls(model)
     assert relative_error(generated(model)[0], generated(want)[0]) < 1e-3
-    untouched = [calls(model)[layer] - before[layer] for layer in range(2)]
-    assert untouched == ([0, 0] if change in (eager, training) else [TOKENS - 1, 0])
+    native_calls = [calls(model)[layer] - before[layer] for layer in range(2)]
+    assert native_calls == [(TOKENS - 1) * left for left in LEFT[change]]
 
 
 def weight(model: Any) -> None:

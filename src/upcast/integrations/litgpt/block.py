@@ -14,6 +14,7 @@ from upcast.integrations.litgpt.modules import (
     FusedRMSNorm,
     plain_cache,
 )
+from upcast.integrations.litgpt.moe import FusedMoE
 from upcast.integrations.litgpt.positions import positions
 from upcast.integrations.litgpt.versions import grouped, setting
 from upcast.kernels import native
@@ -98,6 +99,29 @@ class DividedStep(Step):
         return divided.after_mlp(self._call(MLP, read, angles, None), attended)
 
 
+class MixtureStep(Step):
+    """A block whose MLP is a mixture of experts: a call for attention; what follows it runs as modules."""
+
+    def __init__(self, block: Any, divided: DividedBlock | None, *args: Any) -> None:
+        super().__init__(*args)
+        self.block, self.divided = block, divided
+
+    def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
+        """Return the block's output for x (B, T, C); with ``last``, of so many last positions."""
+        block, divided = self.block, self.divided
+        branch = self._call(ATTENTION, x, angles, place)
+        attended = divided.after_attention(branch, x) if divided else block.post_attention_norm(branch) + x
+        if last is not None:
+            attended = attended[:, -last:]
+        branch = block.mlp(block.norm_2(attended))
+        return divided.after_mlp(branch, attended) if divided else block.post_mlp_norm(branch) + attended
+
+
+def called(block: Any) -> list[nn.Module]:
+    """Return the modules inside ``block`` that its step calls as modules, where that is not for want of a step."""
+    return [*block.mlp.modules()] if _is_mixture(block.mlp) else []
+
+
 def step_of(block: Any, index: int) -> Step | None:
     """Return the native call for ``block``, or None if it needs what the kernel does not know."""
     attn, config = block.attn, block.attn.config  # of a divided block, with the heads that are here
@@ -115,13 +139,23 @@ def step_of(block: Any, index: int) -> Step | None:
     indices = setting(config, "rope_indices")
     rope = None if indices is None else indices[index]
     step = (attn, attn.kv_cache, rope, spec)
+    if _is_mixture(block.mlp):
+        return MixtureStep(block, divided, *step)
     return DividedStep(divided, *step) if divided else Step(*step)
 
 
+def _is_mixture(mlp: nn.Module) -> bool:
+    return fuses(mlp, FusedMoE)
+
+
 def _spec(block: Any, divided: bool, scale: float) -> BlockSpec:
-    """Return what ``block`` is made of."""
+    """Return what ``block`` is made of; of a mixture, what comes before the experts."""
     attn, config = block.attn, block.attn.config
-    activation, gate, up, down = _mlp(block.mlp)
+    mixture = _is_mixture(block.mlp)
+    if mixture and config.parallel_residual:
+        raise UnknownLayer
+    activation, gate, up, down = ("silu", None, None, None) if mixture else _mlp(block.mlp)
+    apart = divided or mixture  # then the norms behind the branches are called as modules
     return BlockSpec(
         heads=config.n_head,
         groups=config.n_query_groups,
@@ -143,8 +177,8 @@ def _spec(block: Any, divided: bool, scale: float) -> BlockSpec:
         norm_1=_norm(block.norm_1),
         norm_2=_norm(None if config.shared_attention_norm else block.norm_2),
         # of a divided block these follow the ranks' sum
-        post_attention=_norm(None if divided else block.post_attention_norm),
-        post_mlp=_norm(None if divided else block.post_mlp_norm),
+        post_attention=_norm(None if apart else block.post_attention_norm),
+        post_mlp=_norm(None if apart else block.post_mlp_norm),
         norm_q=_norm(attn.norm_q),
         norm_k=_norm(attn.norm_k),
         key_limit=KEY_LIMIT,

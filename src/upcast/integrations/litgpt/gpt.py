@@ -18,7 +18,7 @@ from upcast.core import scopes
 from upcast.core.errors import KernelError
 from upcast.core.forward_override import Forward
 from upcast.integrations.fused import hooked, unwatched_call
-from upcast.integrations.litgpt.block import Angles, Step, finish_of, step_of
+from upcast.integrations.litgpt.block import Angles, MixtureStep, Step, called, finish_of, step_of
 from upcast.integrations.litgpt.causal_mask import CausalMask
 from upcast.integrations.litgpt.modules import SCORES, LitGPTForward
 from upcast.integrations.litgpt.positions import first_of_run, is_causal
@@ -58,7 +58,9 @@ class Stack:
         self.kind_of = [[*kinds].index(step.kind) for step in self.steps]
         self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
         self._arguments: tuple[tuple[Any, ...], ...] | None = None
-        modules, ends = [*gpt.transformer.h.modules()], [gpt.transformer.ln_f, gpt.lm_head]
+        others = {id(each) for block in gpt.transformer.h for each in called(block)}  # who watches them, they tell
+        modules = [each for each in gpt.transformer.h.modules() if id(each) not in others]
+        ends = [gpt.transformer.ln_f, gpt.lm_head]
         self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=SCORES)
         self._ends = Members(ends, names=_NUMBERS)  # who watches these alone does not watch the blocks
         self._finish = finish_of(*ends)
@@ -71,8 +73,10 @@ class Stack:
     def made_with(self) -> Any:
         """Return what keys and values depend on, beside tokens, embeddings and angles: all that the native call takes.
 
-        None where that is not known: an embedding may do anything.
+        None where that is not known: an embedding may do anything, and so may what is called as a module.
         """
+        if any(isinstance(step, MixtureStep) for step in self.steps):
+            return None
         embedding = self._embedding
         if type(embedding) is not nn.Embedding or embedding.max_norm is not None or not unwatched_call(embedding):
             return None

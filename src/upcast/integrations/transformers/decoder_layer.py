@@ -1,8 +1,9 @@
 """One native call per decoder layer: Transformers' layers of the Llama kind over a float16 cache that holds something.
 
-A token, drafted tokens to be verified, a further chunk of a prompt, of rows that may be padded on the left. The first
-chunk, a layer that someone watches, and all that trains or traces run the forwards of `modules`, one by one, which give
-the same.
+A token, drafted tokens to be verified, a further chunk of a prompt, of rows that may be padded on the left. Where the
+MLP is another than Llama's, of experts say, the call goes as far as attention, and what follows runs as modules. The
+first chunk, a layer that someone watches, and all that trains or traces run the forwards of `modules`, one by one,
+which give the same.
 """
 
 import threading
@@ -30,11 +31,12 @@ from upcast.integrations.transformers.modules import (
 )
 from upcast.integrations.transformers.versions import cache_name
 from upcast.kernels import native, transforms
-from upcast.kernels.block_spec import ACTIVATIONS, BlockSpec, Norm
+from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec, Norm
 from upcast.tensor import autocast
 from upcast.tensor.attention_ops import KEY_LIMIT, VALUE_LIMIT
 from upcast.tensor.genuine import Originals, Root, calls, originals
 
+WHOLE, ATTENTION = PARTS["whole"], PARTS["attention"]
 NUMBERS = ("variance_epsilon", "scaling", "head_dim", "num_key_value_groups", "layer_idx")
 # Whether gradients, autocast or a transformation want to see what is done; the profiler does without.
 _QUESTIONS = [torch.is_grad_enabled, autocast.enabled, *transforms.questions()]
@@ -96,19 +98,25 @@ class FusedDecoderLayer(TransformersForward):
             return None
         [layer], rows, [(keys, values)], first = room
         cos, sin = given["position_embeddings"]
+        part = WHOLE if has_mlp(spec) else ATTENTION
         try:
-            y = native.block(x, cos, sin, keys, values, spec, (rows, rows), first=first)
+            y = native.block(x, cos, sin, keys, values, spec, (rows, rows), part, first=first)
         except KernelError:  # a vector that was converted in place, say: torch has a result, or its error
             return None
-        if y is not None:
-            layer.advance(rows + x.shape[1])
-        return y
+        if y is None:
+            return None
+        layer.advance(rows + x.shape[1])
+        return y if part == WHOLE else self._after_attention(y.add_(x))
+
+    def _after_attention(self, x: Tensor) -> Any:
+        """Return the layer's output where its MLP, experts say, is for itself to run."""
+        return x + self.module.mlp(self.module.post_attention_layernorm(x))
 
     def _current_spec(self) -> BlockSpec | None:
         """Return what the layer is made of, or None if it has what the native call does not know."""
         known = self._known
         if known is None or not known[0].same():
-            inside = [module for module in self.module.modules() if module is not self.module]
+            inside = stood_for(self.module)
             code = originals(layer_roots, *dict.fromkeys(map(type, inside)))
             self._known = known = Members(inside, also=(self.module,), names=NUMBERS), code, spec_of(self.module)
         members, code, spec = known
@@ -195,11 +203,28 @@ def _cache_roots(cache: type) -> list[Root]:
     return [(cache, "update"), (cache_utils.Cache, "update"), (cache_utils.DynamicLayer, "update")]
 
 
+def has_mlp(spec: BlockSpec) -> bool:
+    """Whether the native call knows the MLP as well."""
+    return spec.gate.weight is not None
+
+
+def _gated(layer: Any) -> FusedGatedMLP | None:
+    """Return the fused forward of a layer's MLP; None of another, which runs as a module."""
+    mlp = layer.mlp
+    gated = mlp.__dict__.get("forward")
+    return gated if fuses(mlp, FusedGatedMLP) and activation(mlp) == gated.activation else None
+
+
+def stood_for(layer: Any) -> list[nn.Module]:
+    """Return the modules inside ``layer`` that the native call stands for."""
+    apart = {id(module) for module in layer.mlp.modules()} if _gated(layer) is None else set()
+    return [module for module in layer.modules() if module is not layer and id(module) not in apart]
+
+
 def spec_of(layer: Any) -> BlockSpec | None:
     """Return what ``layer`` is made of, or None if it has what the native call does not know."""
-    attn, mlp = layer.self_attn, layer.mlp
-    gated = mlp.__dict__.get("forward")
-    if not fuses(attn, FusedAttention) or not fuses(mlp, FusedGatedMLP) or activation(mlp) != gated.activation:
+    attn, mlp, gated = layer.self_attn, layer.mlp, _gated(layer)
+    if not fuses(attn, FusedAttention):
         return None
     try:
         query, key = matrix(attn.q_proj), matrix(attn.k_proj)
@@ -210,7 +235,7 @@ def spec_of(layer: Any) -> BlockSpec | None:
             norm_heads="q_norm" in attn._modules,
             parallel=False,
             shared=False,
-            activation=ACTIVATIONS[gated.activation],
+            activation=ACTIVATIONS[gated.activation if gated else "silu"],
             scale=attn.scaling,
             softcap=0.0,
             window=0,
@@ -218,9 +243,9 @@ def spec_of(layer: Any) -> BlockSpec | None:
             key=key,
             value=matrix(attn.v_proj),
             proj=matrix(attn.o_proj),
-            gate=matrix(mlp.gate_proj),
-            up=matrix(mlp.up_proj),
-            down=matrix(mlp.down_proj),
+            gate=matrix(mlp.gate_proj if gated else None),
+            up=matrix(mlp.up_proj if gated else None),
+            down=matrix(mlp.down_proj if gated else None),
             norm_1=_norm(layer.input_layernorm),
             norm_2=_norm(layer.post_attention_layernorm),
             post_attention=Norm(),

@@ -22,6 +22,7 @@ from upcast.integrations import stepping_aside
 from upcast.integrations.fused import fuses as is_fused
 from upcast.integrations.transformers import saving
 from upcast.integrations.transformers.decoder_layer import FusedDecoderLayer
+from upcast.integrations.transformers.experts import FusedExperts
 from upcast.integrations.transformers.kv_cache import LayerKey, downcast
 from upcast.integrations.transformers.layer_stack import FusedModel
 from upcast.integrations.transformers.modules import FusedAttention, FusedGatedMLP, FusedRMSNorm, activation
@@ -137,17 +138,25 @@ def _fuse(module: Any) -> None:
         push(module, FusedGatedMLP(module, name))
     elif code in kinds["attention"] and _rope(module) == kinds["rope"]:
         push(module, FusedAttention(module))
+    elif code == kinds["experts"] and _gates(module) and activation(module):
+        push(module, FusedExperts(module))
+
+
+def _gates(experts: Any) -> bool:
+    """Whether experts are as Mixtral's: a gate, no biases, matrices as `nn.Linear` has them."""
+    settings = (("has_gate", True), ("has_bias", False), ("is_transposed", False))
+    return all(getattr(experts, name, usual) is usual for name, usual in settings)
 
 
 def _is_layer(module: Any) -> bool:
-    """Whether ``module`` is a decoder layer of the Llama kind whose parts are all fused."""
-    parts = {"self_attn": FusedAttention, "mlp": FusedGatedMLP}
+    """Whether ``module`` is a decoder layer of the Llama kind whose attention and norms are fused."""
+    parts: dict[str, type] = {"self_attn": FusedAttention}
     parts |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), FusedRMSNorm)
     inside = module._modules
     if not all(name in inside and isinstance(inside[name].__dict__.get("forward"), parts[name]) for name in parts):
         return False
     code = _code(type(module).forward)
-    return code is not None and bool(code == _patterns()["layer"])
+    return "mlp" in inside and code is not None and code in _patterns()["layer"]
 
 
 def _is_stack(model: Any) -> bool:
@@ -163,20 +172,29 @@ def _is_stack(model: Any) -> bool:
 def _patterns() -> dict[str, Any]:
     from transformers.models.llama import modeling_llama as llama
     from transformers.models.mistral import modeling_mistral as mistral
+    from transformers.models.mixtral import modeling_mixtral as mixtral
     from transformers.models.qwen2 import modeling_qwen2 as qwen2
     from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
     attentions = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention)
     models = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen3.Qwen3Model)
+    layers = (llama.LlamaDecoderLayer, mixtral.MixtralDecoderLayer)  # which hand the same on in another order
     ours = bool(cache_name())
     return {
         "norm": _code(llama.LlamaRMSNorm.forward),
         "mlp": _code(llama.LlamaMLP.forward),
         "attention": [_code(kind.forward) for kind in attentions if ours],
         "model": [_code(kind.forward) for kind in models if ours],
-        "layer": _code(llama.LlamaDecoderLayer.forward) if ours else None,
+        "experts": _experts(mixtral),
+        "layer": [_code(kind.forward) for kind in layers if ours],
         "rope": (_code(llama.apply_rotary_pos_emb), _code(llama.rotate_half)),
     }
+
+
+def _experts(mixtral: Any) -> Any:
+    """Return what Mixtral's experts do, where they lie in one parameter and a config names how: from 5 on."""
+    forward = getattr(getattr(mixtral, "MixtralExperts", None), "forward", None)
+    return _code(forward) if hasattr(forward, "__wrapped__") else None
 
 
 def _rope(module: Any) -> Any:

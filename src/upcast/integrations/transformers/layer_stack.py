@@ -17,6 +17,7 @@ from upcast.integrations.module_snapshot import Members
 from upcast.integrations.transformers.decoder_layer import (
     NUMBERS,
     FusedDecoderLayer,
+    has_mlp,
     layer_roots,
     rooms_for,
     running,
@@ -69,7 +70,7 @@ class Stack:
         self._originals = originals(layer_roots, *dict.fromkeys(map(type, inside)))
         found = [spec_of(layer) if fuses(layer, FusedDecoderLayer) else None for layer in self.layers]
         alike = len({getattr(layer, "attention_type", None) for layer in self.layers}) == 1  # under one mask, then
-        self.specs: list[BlockSpec] = [spec for spec in found if spec is not None]
+        self.specs: list[BlockSpec] = [spec for spec in found if spec is not None and has_mlp(spec)]
         widths = {spec.head_width for spec in self.specs}  # under the same angles, too
         if not alike or len(widths) != 1 or len(self.specs) < len(found):
             self.specs = []
