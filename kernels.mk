@@ -24,7 +24,7 @@ sanitize: | $(KERNEL_BUILD)
 
 # The library itself, in an environment that borrows the other packages, under the tests of what holds files and memory.
 ASAN := build/asan
-ASAN_TESTS := tests/checkpoint/test_mapped.py tests/tensor/test_half_weight.py tests/kernels/test_block_spec.py
+ASAN_TESTS := tests/checkpoint/test_mapped.py tests/tensor/test_half_weight.py tests/kernels/test_block_spec.py tests/kernels/test_mixture.py
 sanitize-library: setup
 	rm -rf $(ASAN) && $(PYTHON) -m venv --without-pip $(ASAN)/venv
 	CXXFLAGS="-O1 -g -fsanitize=address,undefined" $(PIP) wheel --no-deps --wheel-dir $(ASAN) .

@@ -68,7 +68,7 @@ typedef PyObject *Fast(PyObject *self, PyObject *const *args, Py_ssize_t count);
 Fast py_linear, py_embedding, py_grouped;                       // bind_linear.cpp
 Fast py_norm, py_gated, py_rope, py_kv_append, py_attention;    // bind_fused.cpp
 Fast py_block, py_blocks;                                       // bind_block.cpp
-Fast py_mixture;                                                // bind_mixture.cpp
+Fast py_mixture, py_route;                                      // bind_mixture.cpp
 PyObject *py_block_layout(PyObject *self, PyObject *none);
 Fast py_survey, py_look, py_compare;                             // bind_survey.cpp
 Fast py_unchanged, py_quiet;                                    // bind_state.cpp

@@ -1,5 +1,5 @@
 // A transformer block for Python: arguments in, checks, one call with the interpreter released.
-#include "python/bind_matrix.hpp"
+#include "python/bind_layers.hpp"
 #include "runtime/block.hpp"
 #include "runtime/dispatch.hpp"
 
@@ -10,21 +10,6 @@ namespace {
 
 // In the order of the enumerations that they name.
 constexpr const char *PARTS[] = {"whole", "attention", "mlp", "both"};
-constexpr const char *NORMS[] = {"none", "rms", "layer"};
-
-constexpr const char *NORM[] = {"weight", "bias", "kind", "eps", "offset"};
-
-bool read_norm(PyObject *object, BlockNorm &norm, int64_t width) {
-    PyObject *items[5];
-    Tensor weight("norm weight"), bias("norm bias");
-    if (!read_items(object, items, 5, "a norm of the block")) return false;
-    if (!read_tensor(items[0], weight, true) || !read_tensor(items[1], bias, true)) return false;
-    if (!read_kind(items[2], norm.kind, NORMS, "unknown norm; a block has none, RMSNorm or LayerNorm. Use one.")) return false;
-    if (!read_float(items[3], norm.eps) || !read_float(items[4], norm.offset)) return false;
-    norm.weight = weight.as<const float>();
-    norm.bias = bias.as<const float>();
-    return check_vector(weight, width) && check_vector(bias, width);
-}
 
 bool check_activations(const Tensor &out, const Tensor &x, Block &block) {
     if (!require_type(x, Type::float32) || !require_dims(x, 3) || !require_contiguous(x)) return false;

@@ -1,5 +1,5 @@
 // A mixture of experts for Python: arguments in, choices sorted by expert, one call with the interpreter released.
-#include "python/bind_matrix.hpp"
+#include "python/bind_layers.hpp"
 #include "runtime/dispatch.hpp"
 #include "runtime/mixture.hpp"
 
@@ -13,6 +13,11 @@ bool check_choices(const Tensor &out, const Tensor &x, const Tensor &indices, co
     if (!require_type(weights, Type::float32) || !require_dims(weights, 2) || !require_contiguous(weights)) return false;
     const bool fits = indices.shape[0] == x.shape[0] && weights.shape[0] == x.shape[0] && weights.shape[1] == indices.shape[1];
     return fits || refuse("the choices do not fit x; indices and weights must be (T, k) for x (T, C). Check the shapes.");
+}
+
+bool check_residual(const Tensor &residual, const Tensor &x) {
+    if (!residual.present) return true;
+    return require_type(residual, Type::float32) && require_shape(residual, x, x.shape[1]) && require_contiguous(residual);
 }
 
 // What is sorted by expert, in one allocation; without memory `data` is null.
@@ -85,15 +90,16 @@ int64_t read_chosen(PyObject *experts, int64_t all, int64_t width, Choices &choi
 
 } // namespace
 
-// mixture(out, x, indices, weights, threads, activation, experts)
+// mixture(out, x, indices, weights, threads, activation, experts, residual | None)
 PyObject *py_mixture(PyObject *, PyObject *const *args, Py_ssize_t count) {
-    if (!take_count("mixture", count, 7)) return nullptr;
-    Tensor out("out"), x("x"), indices("indices"), weights("weights");
+    if (!take_count("mixture", count, 8)) return nullptr;
+    Tensor out("out"), x("x"), indices("indices"), weights("weights"), residual("residual");
     int threads;
     Mixture call = {};
     if (!read_tensor(args[0], out) || !read_tensor(args[1], x) || !read_tensor(args[2], indices)) return nullptr;
     if (!read_tensor(args[3], weights) || !read_threads(args[4], threads)) return nullptr;
-    if (!read_activation(args[5], call.activation) || !check_choices(out, x, indices, weights)) return nullptr;
+    if (!read_activation(args[5], call.activation) || !read_tensor(args[7], residual, true)) return nullptr;
+    if (!check_choices(out, x, indices, weights) || !check_residual(residual, x)) return nullptr;
     const int64_t all = PyTuple_Check(args[6]) ? PyTuple_Size(args[6]) : -1;
     if (all < 0 && !refuse("experts must be a tuple. Check the arguments.")) return nullptr;
     const Integers given(indices);
@@ -104,6 +110,7 @@ PyObject *py_mixture(PyObject *, PyObject *const *args, Py_ssize_t count) {
     call.count = read_chosen(args[6], all, x.shape[1], choices);
     if (call.count < 0) return nullptr;
     call.x = x.as<const float>();
+    call.residual = residual.as<const float>();
     call.out = out.as<float>();
     call.rows = x.shape[0];
     call.width = x.shape[1];
@@ -116,6 +123,43 @@ PyObject *py_mixture(PyObject *, PyObject *const *args, Py_ssize_t count) {
     {
         const Released released;
         outcome = launch_mixture(level, call, threads);
+    }
+    return finish(outcome);
+}
+
+namespace {
+
+bool check_route(const Tensor &normed, const Tensor &indices, const Tensor &weights, const Tensor &x, const Route &route) {
+    if (!check_choices(normed, x, indices, weights)) return false;
+    const bool fits = route.gate.columns == route.width && route.chosen > 0 && route.chosen <= route.gate.rows;
+    return fits || refuse("the gate does not fit x or the choices; it is (E, C), for 1 to E of E experts. Check the shapes.");
+}
+
+} // namespace
+
+// route(normed, indices, weights, x, threads, norm, gate)
+PyObject *py_route(PyObject *, PyObject *const *args, Py_ssize_t count) {
+    if (!take_count("route", count, 7)) return nullptr;
+    Tensor normed("normed"), indices("indices"), weights("weights"), x("x");
+    int threads;
+    Route call = {};
+    if (!read_tensor(args[0], normed) || !read_tensor(args[1], indices) || !read_tensor(args[2], weights)) return nullptr;
+    if (!read_tensor(args[3], x) || !read_threads(args[4], threads) || !require_dims(x, 2)) return nullptr;
+    call.width = x.shape[1];
+    if (!read_norm(args[5], call.norm, call.width) || !read_matrix(args[6], call.gate, "gate")) return nullptr;
+    if (!require_dims(indices, 2)) return nullptr;
+    call.chosen = indices.shape[1];
+    if (!check_route(normed, indices, weights, x, call)) return nullptr;
+    call.x = x.as<const float>();
+    call.rows = x.shape[0];
+    call.normed = normed.as<float>();
+    call.indices = indices.as<int64_t>();
+    call.weights = weights.as<float>();
+    const Level &level = current_level();
+    Outcome outcome;
+    {
+        const Released released;
+        outcome = launch_route(level, call, threads);
     }
     return finish(outcome);
 }

@@ -144,6 +144,7 @@ PyMethodDef METHODS[] = {
     {"block", fast(py_block), METH_FASTCALL, nullptr},
     {"blocks", fast(py_blocks), METH_FASTCALL, nullptr},
     {"mixture", fast(py_mixture), METH_FASTCALL, nullptr},
+    {"route", fast(py_route), METH_FASTCALL, nullptr},
     {"block_layout", py_block_layout, METH_NOARGS, nullptr},
     {"survey", fast(py_survey), METH_FASTCALL, nullptr},
     {"look", fast(py_look), METH_FASTCALL, nullptr},

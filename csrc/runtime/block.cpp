@@ -43,11 +43,6 @@ class Workspace {
     float *data_;
 };
 
-// Rows of `width` floats, normalised into `out`.
-Norm norm_of(const BlockNorm &norm, const float *x, float *out, int64_t rows, int64_t width) {
-    return {x, width, norm.weight, norm.bias, norm.eps, norm.offset, norm.kind == NormKind::layer, out, rows, width};
-}
-
 // Heads of the queries or of the keys of `time` positions, those of one position side by side.
 struct Heads {
     float *data;

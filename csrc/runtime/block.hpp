@@ -1,17 +1,9 @@
 // One transformer block over the thread pool: norm, attention, residual, norm, MLP, residual.
 #pragma once
 
-#include "runtime/matrix.hpp"
+#include "runtime/layers.hpp"
 
 namespace upcast {
-
-enum class NormKind { none, rms, layer };
-
-struct BlockNorm {
-    NormKind kind;
-    const float *weight, *bias;
-    float eps, offset;
-};
 
 // A block divided between processes runs in parts, whose results the processes add up before anything else: the branch
 // of attention or of the MLP alone, or both branches of a parallel block, without residual and without post norms.

@@ -42,6 +42,12 @@ void add_task(void *context, int index) {
     }
 }
 
+void begin_sum(const Mixture &all) {
+    const size_t bytes = sizeof(float) * static_cast<size_t>(all.rows * all.width);
+    if (all.residual) memcpy(all.out, all.residual, bytes);
+    else memset(all.out, 0, bytes);
+}
+
 class Run {
   public:
     Run(const Level &level, const Mixture &mixture, int threads) : level_(level), all_(mixture), threads_(threads) {}
@@ -50,7 +56,7 @@ class Run {
     Run &operator=(const Run &) = delete;
 
     Outcome run() {
-        memset(all_.out, 0, sizeof(float) * static_cast<size_t>(all_.rows * all_.width));
+        begin_sum(all_);
         if (!allocate()) return Outcome::no_memory;
         Piece next = {all_.experts, all_.experts->begin, 0};
         while (next.expert != all_.experts + all_.count) {
@@ -158,12 +164,83 @@ void run_call(void *context) {
     call.outcome = Run(call.level, call.mixture, call.threads).run();
 }
 
+struct RouteCall {
+    const Level &level;
+    const Route &route;
+    float *scores;
+    int threads, tasks;
+    Outcome outcome;
+};
+
+// e^x for x <= 0 and NaN, within two units in the last place of a double. The C library's is of a newer version than the
+// rest of what is used of it.
+double exponential(double x) {
+    constexpr double SMALLEST = -700, LOG2_E = 1.4426950408889634, LN2_HIGH = 0.6931471803691238, LN2_LOW = 1.9082149292705877e-10;
+    if (x < SMALLEST) return 0;
+    if (x != x) return x;
+    const int64_t power = static_cast<int64_t>(x * LOG2_E - 0.5);
+    const double rest = (x - static_cast<double>(power) * LN2_HIGH) - static_cast<double>(power) * LN2_LOW;
+    double sum = 1;
+    for (int i = 14; i > 0; --i) sum = 1 + sum * rest / i;
+    uint64_t bits = static_cast<uint64_t>(power + 1023) << 52;
+    double scale;
+    memcpy(&scale, &bits, sizeof scale);
+    return sum * scale;
+}
+
+bool higher(float a, float b) { return a > b || (a != a && b == b); }
+
+void choose(const Route &all, int64_t row, const float *scores) {
+    int64_t *best = all.indices + row * all.chosen;
+    float *weights = all.weights + row * all.chosen;
+    for (int64_t e = 0, count = 0; e < all.gate.rows; ++e) {
+        if (count == all.chosen && !higher(scores[e], scores[best[count - 1]])) continue;
+        int64_t at = count < all.chosen ? count++ : count - 1;
+        for (; at > 0 && higher(scores[e], scores[best[at - 1]]); --at) best[at] = best[at - 1];
+        best[at] = e;
+    }
+    double sum = 0;
+    for (int64_t i = 0; i < all.chosen; ++i) {
+        const double above = exponential(static_cast<double>(scores[best[i]]) - scores[best[0]]);
+        sum += above, weights[i] = static_cast<float>(above);
+    }
+    for (int64_t i = 0; i < all.chosen; ++i) weights[i] = static_cast<float>(weights[i] / sum);
+}
+
+void choose_task(void *context, int index) {
+    const RouteCall &call = *static_cast<const RouteCall *>(context);
+    const int64_t rows = call.route.rows, end = rows * (index + 1) / call.tasks;
+    for (int64_t row = rows * index / call.tasks; row < end; ++row) choose(call.route, row, call.scores + row * call.route.gate.rows);
+}
+
+void run_route(void *context) {
+    RouteCall &call = *static_cast<RouteCall *>(context);
+    const Route &all = call.route;
+    if (all.norm.kind == NormKind::none) memcpy(all.normed, all.x, sizeof(float) * static_cast<size_t>(all.rows * all.width));
+    else launch_norm(call.level, norm_of(all.norm, all.x, all.normed, all.rows, all.width), call.threads);
+    const Linear gate = product_of(all.gate, all.normed, call.scores, all.gate.rows, nullptr, all.rows);
+    call.outcome = launch_linear(call.level, gate, call.threads);
+    if (call.outcome != Outcome::done) return;
+    call.tasks = tasks_for(all.rows, all.rows * all.gate.rows * all.chosen, call.threads);
+    parallel(call.tasks, choose_task, &call);
+}
+
 } // namespace
+
+Outcome launch_route(const Level &level, const Route &route, int threads) {
+    if (route.rows == 0) return Outcome::done;
+    float *scores = static_cast<float *>(allocate_aligned(sizeof(float) * static_cast<size_t>(route.rows * route.gate.rows + 1)));
+    if (!scores) return Outcome::no_memory;
+    RouteCall call = {level, route, scores, threads, 1, Outcome::done};
+    together(threads, run_route, &call);
+    free_aligned(scores);
+    return call.outcome;
+}
 
 Outcome launch_mixture(const Level &level, const Mixture &mixture, int threads) {
     if (mixture.rows == 0 || mixture.width == 0) return Outcome::done;
     if (mixture.count == 0) {
-        memset(mixture.out, 0, sizeof(float) * static_cast<size_t>(mixture.rows * mixture.width));
+        begin_sum(mixture);
         return Outcome::done;
     }
     Call call = {level, mixture, threads, Outcome::done};

@@ -10,7 +10,7 @@ from torch import Tensor
 from tests.conftest import relative_error
 from upcast.core.errors import KernelError
 from upcast.kernels import native, packed_native
-from upcast.kernels.block_spec import STORAGES, ExpertSpec, Matrix
+from upcast.kernels.block_spec import NORMS, STORAGES, ExpertSpec, Matrix, Norm
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not there")
 
@@ -119,6 +119,17 @@ def test_strides_that_are_not_even() -> None:
     assert torch.equal(run(apart, "gelu_tanh"), run(made, "gelu_tanh"))
 
 
+def test_a_residual_is_what_the_sum_begins_with() -> None:
+    made, residual = make(CASES["odd sizes"]), torch.randn(5, 67)
+    got = native.mixture(made.x, made.indices, made.weights, made.experts, "silu", residual)
+    torch.testing.assert_close(got, residual + run(made), rtol=1e-5, atol=1e-5)
+    none = make(CASES["no choice"])
+    residual = torch.randn(3, 64)
+    assert torch.equal(native.mixture(*none, "silu", residual), residual)  # type: ignore[arg-type]
+    with pytest.raises(KernelError, match="residual"):
+        native.mixture(made.x, made.indices, made.weights, made.experts, "silu", residual)
+
+
 def test_what_is_not_finite_stays_in_its_row() -> None:
     made = make(Case(6, 2, 4, 64, 64))
     plain = run(made)
@@ -170,3 +181,79 @@ def test_an_expert_that_nobody_chose_is_not_looked_at() -> None:
     made = make(Case(1, 2, 4, 64, 48))._replace(indices=torch.tensor([[0, 2]]))
     others = made._replace(experts=(made.experts[0], "none", made.experts[2], None))  # type: ignore[arg-type]
     assert torch.equal(run(others), run(made))
+
+
+# --- the router -------------------------------------------------------------------------------------------------------
+
+
+class Gate(NamedTuple):
+    rows: int
+    experts: int
+    chosen: int
+    norm: str = "rms"
+    bias: bool = False
+    storage: str = "float16"
+
+
+GATES = {
+    "a token": Gate(1, 8, 2),
+    "a prompt": Gate(70, 128, 8),
+    "all of them": Gate(3, 6, 6, norm="layer", bias=True),
+    "one for all": Gate(5, 1, 1, norm="none"),
+    "packed": Gate(4, 9, 3, storage="packed"),
+    "no token": Gate(0, 4, 2),
+}
+WIDTH = 67
+
+
+def norm_of(kind: str) -> Norm:
+    weight = None if kind == "none" else torch.linspace(0.5, 2, WIDTH)
+    return Norm(weight, torch.linspace(-1, 1, WIDTH) if kind == "layer" else None, NORMS[kind], 1e-5)
+
+
+def normalised(x: Tensor, norm: Norm, kind: str) -> Tensor:
+    if kind == "none":
+        return x
+    if kind == "layer":
+        return F.layer_norm(x, (WIDTH,), norm.weight, norm.bias, norm.eps)
+    return F.rms_norm(x, (WIDTH,), norm.weight, norm.eps)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_a_row_goes_to_the_experts_with_the_highest_scores(isa: str, name: str) -> None:
+    case = GATES[name]
+    x, norm = torch.randn(case.rows, WIDTH), norm_of(case.norm)
+    gate = matrix(case.experts, WIDTH, case.bias, case.storage)
+    normed, indices, weights = native.route(x, norm, gate, case.chosen)
+    torch.testing.assert_close(normed, normalised(x, norm, case.norm), rtol=1e-5, atol=1e-6)
+    plain = gate.weight if isinstance(gate.weight, Tensor) else packed_native.unpack(gate.weight)  # type: ignore[arg-type]
+    scores, best = torch.topk(F.linear(normed, plain.float(), gate.bias), case.chosen)
+    assert torch.equal(indices, best)
+    torch.testing.assert_close(weights, scores.softmax(-1), rtol=1e-5, atol=1e-7)
+
+
+# Scores of four experts, which two are chosen, and their weights.
+SCORES = {
+    "equal ones": ([3.0, 1.0, 3.0, 3.0], [0, 2], [0.5, 0.5]),
+    "far apart": ([0.0, 6e4, -6e4, -1.0], [1, 0], [1.0, 0.0]),
+    "minus infinity": ([-torch.inf, -1.0, -torch.inf, -torch.inf], [1, 0], [1.0, 0.0]),
+    "a NaN is the highest": ([1.0, torch.nan, 5.0, 7.0], [1, 3], [torch.nan, torch.nan]),
+    "infinity": ([1.0, torch.inf, 5.0, 7.0], [1, 3], [torch.nan, torch.nan]),  # as torch's softmax has it
+    "negative ones": ([-3.0, -2.0, -4.0, -1.0], [3, 1], [0.7310586, 0.2689414]),
+}
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_scores_of_every_kind(name: str) -> None:
+    scores, best, expected = SCORES[name]
+    gate = Matrix(torch.zeros(4, 3).half(), torch.tensor(scores))
+    _, indices, weights = native.route(torch.ones(1, 3), Norm(), gate, 2)
+    assert indices.tolist() == [best]
+    torch.testing.assert_close(weights, torch.tensor([expected]), equal_nan=True, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weights, torch.tensor(scores)[best].softmax(0)[None], equal_nan=True, rtol=1e-6, atol=0)
+
+
+def test_gates_that_do_not_fit_are_refused() -> None:
+    for gate, chosen in ((half(4, 66), 2), (half(4, WIDTH), 5), (half(4, WIDTH), 0)):
+        with pytest.raises(KernelError, match="the gate does not fit x or the choices"):
+            native.route(torch.ones(2, WIDTH), Norm(), gate, chosen)

@@ -14,6 +14,7 @@ import torch.autograd.forward_ad
 import torch.autograd.profiler
 import torch.fx._symbolic_trace
 import torch.utils._device
+import torch.utils.hooks
 from torch import nn
 
 from upcast.core.errors import UpcastError
@@ -96,6 +97,11 @@ fx_traces: Callable[[], bool] | None = _find(FX_FUNCTION)
 
 # Whether someone watches the calls of all modules; where it is not known, someone may.
 any_global_hook: Callable[[], bool] = getattr(nn.modules.module, "_has_any_global_hook", _always)
+
+
+def hooks_so_far() -> int | None:
+    """Return a number that grows with every hook on any module; None where it is not known."""
+    return getattr(torch.utils.hooks.RemovableHandle, "next_id", None)
 
 
 check()

@@ -100,26 +100,42 @@ class DividedStep(Step):
 
 
 class MixtureStep(Step):
-    """A block whose MLP is a mixture of experts: a call for attention; what follows it runs as modules."""
+    """A block whose MLP is a mixture of experts: a call for attention, one for the router, and one for the experts."""
 
     def __init__(self, block: Any, divided: DividedBlock | None, *args: Any) -> None:
         super().__init__(*args)
         self.block, self.divided = block, divided
+        self.mixture: FusedMoE = block.mlp.__dict__["forward"]
+        self.norm, self.gate = _router(block, divided is not None)
+        self.post = None if type(block.post_attention_norm) is nn.Identity else block.post_attention_norm
 
     def run(self, x: Tensor, angles: Angles, place: tuple[int, int] | None, last: int | None = None) -> Any:
         """Return the block's output for x (B, T, C); with ``last``, of so many last positions."""
-        block, divided = self.block, self.divided
-        branch = self._call(ATTENTION, x, angles, place)
-        attended = divided.after_attention(branch, x) if divided else block.post_attention_norm(branch) + x
+        block, branch = self.block, self._call(ATTENTION, x, angles, place)
+        if self.divided:
+            attended = self.divided.after_attention(branch, x)
+        else:
+            attended = branch.add_(x) if self.post is None else self.post(branch) + x
         if last is not None:
             attended = attended[:, -last:]
+        if self.gate is not None:
+            return self.mixture.after(attended, self.norm, self.gate)
         branch = block.mlp(block.norm_2(attended))
-        return divided.after_mlp(branch, attended) if divided else block.post_mlp_norm(branch) + attended
+        return self.divided.after_mlp(branch, attended) if self.divided else block.post_mlp_norm(branch) + attended
+
+
+def _router(block: Any, divided: bool) -> tuple[Norm, Matrix | None]:
+    """Return the norm and the gate before the experts, where nothing but the residual follows them."""
+    alone = not divided and type(block.post_mlp_norm) is nn.Identity
+    return _norm(block.norm_2), block.mlp.__dict__["forward"].simple_gate() if alone else None
 
 
 def called(block: Any) -> list[nn.Module]:
-    """Return the modules inside ``block`` that its step calls as modules, where that is not for want of a step."""
-    return [*block.mlp.modules()] if _is_mixture(block.mlp) else []
+    """Return the modules of ``block`` that are called as modules, or of which the mixture tells who watches them."""
+    if not _is_mixture(block.mlp):
+        return []
+    gate = block.mlp.gate if type(block.mlp.gate) is nn.Linear else None
+    return [module for module in block.mlp.modules() if module not in (block.mlp, gate)]
 
 
 def step_of(block: Any, index: int) -> Step | None:

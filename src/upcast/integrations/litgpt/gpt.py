@@ -58,7 +58,7 @@ class Stack:
         self.kind_of = [[*kinds].index(step.kind) for step in self.steps]
         self._plain = native.can_call_blocks() and all(type(step) is Step for step in self.steps)
         self._arguments: tuple[tuple[Any, ...], ...] | None = None
-        others = {id(each) for block in gpt.transformer.h for each in called(block)}  # who watches them, they tell
+        others = {id(each) for block in gpt.transformer.h for each in called(block)}
         modules = [each for each in gpt.transformer.h.modules() if id(each) not in others]
         ends = [gpt.transformer.ln_f, gpt.lm_head]
         self._members = Members(modules, also=(gpt, gpt.transformer), names=_NUMBERS, method=SCORES)

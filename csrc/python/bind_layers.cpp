@@ -1,4 +1,4 @@
-#include "python/bind_matrix.hpp"
+#include "python/bind_layers.hpp"
 
 namespace upcast {
 
@@ -61,6 +61,18 @@ bool read_matrix(PyObject *object, Matrix &matrix, const char *name, bool option
     }
     matrix.bias = bias.as<const float>();
     return check_vector(bias, matrix.rows);
+}
+
+bool read_norm(PyObject *object, BlockNorm &norm, int64_t width) {
+    PyObject *items[5];
+    Tensor weight("norm weight"), bias("norm bias");
+    if (!read_items(object, items, 5, "a norm of the block")) return false;
+    if (!read_tensor(items[0], weight, true) || !read_tensor(items[1], bias, true)) return false;
+    if (!read_kind(items[2], norm.kind, NORMS, "unknown norm; a block has none, RMSNorm or LayerNorm. Use one.")) return false;
+    if (!read_float(items[3], norm.eps) || !read_float(items[4], norm.offset)) return false;
+    norm.weight = weight.as<const float>();
+    norm.bias = bias.as<const float>();
+    return check_vector(weight, width) && check_vector(bias, width);
 }
 
 } // namespace upcast

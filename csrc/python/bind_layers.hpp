@@ -1,16 +1,18 @@
-// Matrices of blocks and experts as Python passes them: tuples (weight, bias | None, storage).
+// Layers of blocks and experts as Python passes them: tuples.
 #pragma once
 
 #include "python/bind_packed.hpp"
-#include "runtime/matrix.hpp"
+#include "runtime/layers.hpp"
 
 namespace upcast {
 
 // In the order of the enumerations that they name.
 constexpr const char *ACTIVATIONS[] = {"silu", "gelu", "gelu_tanh"};
 constexpr const char *STORAGES[] = {"float16", "packed"};
+constexpr const char *NORMS[] = {"none", "rms", "layer"};
 
 constexpr const char *MATRIX[] = {"weight", "bias", "storage"};
+constexpr const char *NORM[] = {"weight", "bias", "kind", "eps", "offset"};
 constexpr const char *EXPERT[] = {"gate", "up", "down"};
 
 // These set the error and return false.
@@ -22,6 +24,8 @@ bool check_vector(const Tensor &vector, int64_t width);
 
 // An absent weight, where allowed, gives a matrix without rows.
 bool read_matrix(PyObject *object, Matrix &matrix, const char *name, bool optional = false);
+
+bool read_norm(PyObject *object, BlockNorm &norm, int64_t width);
 
 bool read_activation(PyObject *object, Activation &activation);
 

@@ -1,4 +1,4 @@
-// The matrix of a linear layer, as blocks and experts have it.
+// Layers as blocks and experts have them: the matrix of a linear one, and a norm.
 #pragma once
 
 #include "runtime/launch.hpp"
@@ -21,6 +21,19 @@ struct Matrix {
 // Rows of x times the matrix, those of y `stride` apart.
 inline Linear product_of(const Matrix &m, const float *x, float *y, int64_t stride, const float *residual, int64_t rows) {
     return {x, m.columns, m.weight, m.stride, false, m.bias, residual, m.rows, y, stride, rows, m.rows, m.columns, m.packed};
+}
+
+enum class NormKind { none, rms, layer };
+
+struct BlockNorm {
+    NormKind kind;
+    const float *weight, *bias;
+    float eps, offset;
+};
+
+// Rows of `width` floats, normalised into `out`.
+inline Norm norm_of(const BlockNorm &norm, const float *x, float *out, int64_t rows, int64_t width) {
+    return {x, width, norm.weight, norm.bias, norm.eps, norm.offset, norm.kind == NormKind::layer, out, rows, width};
 }
 
 } // namespace upcast
