@@ -142,18 +142,29 @@ def test_a_token_calls_the_experts_it_chose_and_no_other() -> None:
     assert all(rows == [1] for rows in seen.values())
 
 
-def test_a_hook_on_an_expert_is_called_as_without_fusion() -> None:
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_hook_on_an_expert_is_called_as_without_fusion(where: str) -> None:
+    """Of every expert, with no token for most; of the gate, once: also where the first call came before the hooks."""
     model = without_fusion(pair(MIXTRAL, "float16")[0])
     fused = pair(MIXTRAL, "float16")[0]
-    calls: list[list[int]] = []
+    found: list[list[tuple[str, int]]] = []
     for each in (model, fused):
-        seen: list[int] = []
-        for expert in each.transformer.h[0].mlp.experts:
-            expert.fc_1.register_forward_hook(lambda _, args, output, seen=seen: seen.append(len(output)))
+        if where == "after":
+            each(IDS[:1, :3])
+        moe, seen, handles = each.transformer.h[0].mlp, list[tuple[str, int]](), list[Any]()
+        for name, module in [("gate", moe.gate), *((str(i), expert.fc_1) for i, expert in enumerate(moe.experts))]:
+
+            def note(_: Any, args: Any, output: Any, name: str = name, seen: Any = seen) -> None:
+                seen.append((name, output.shape[-2]))
+
+            handles.append(module.register_forward_hook(note))
         each(IDS[:1, :3])
-        calls.append(seen)
-    assert calls[0] == calls[1]
-    assert len(calls[0]) == make(MIXTRAL).config.n_expert
+        for handle in handles:
+            handle.remove()
+        each(IDS[:1, :3])
+        found.append(seen)
+    assert found[0] == found[1]
+    assert len(found[0]) == 1 + make(MIXTRAL).config.n_expert
 
 
 def test_an_expert_that_is_replaced_is_called() -> None:
