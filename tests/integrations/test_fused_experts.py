@@ -9,6 +9,7 @@ from tests.conftest import relative_error
 from tests.fused_models import IDS, make, pair, without_fusion
 from upcast.integrations.litgpt.gpt import FusedGPT
 from upcast.integrations.litgpt.moe import FusedMoE
+from upcast.kernels import mixture as kernel
 from upcast.kernels import native
 
 pytestmark = pytest.mark.usefixtures("inference_on_one_thread")
@@ -57,13 +58,13 @@ def test_it_is_litgpt_s_mixture(changes: dict[str, Any]) -> None:
 def mixtures(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows of every mixture that ran in one native call."""
     rows: list[int] = []
-    mixture = native.mixture
+    mixture = kernel.mixture
 
     def note(x: torch.Tensor, *args: Any) -> torch.Tensor:
         rows.append(len(x))
         return mixture(x, *args)
 
-    monkeypatch.setattr(native, "mixture", note)
+    monkeypatch.setattr(kernel, "mixture", note)
     return rows
 
 
@@ -113,12 +114,28 @@ def test_what_is_done_to_an_expert_is_seen(mixtures: list[int]) -> None:
     assert mixtures
 
 
-def test_fewer_experts_than_the_config_says() -> None:
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_fewer_experts_than_the_config_says(where: str) -> None:
     """LitGPT leaves out the ones that are not there."""
     model, plain = pair(MIXTRAL, "float32")
     for each in (model, plain):
+        if where == "after":
+            each(IDS)
         del each.transformer.h[0].mlp.experts[-1]
     assert relative_error(model(IDS), plain(IDS)) < 1e-5
+
+
+@pytest.mark.skipif(not native.available(), reason="the native library is not there")
+def test_native_calls_come_back_when_a_hook_is_gone(mixtures: list[int]) -> None:
+    model, plain = pair(MIXTRAL, "float32")
+    layers, expert = model.config.n_layer, model.transformer.h[0].mlp.experts[1]
+    for hooked in (False, True, True, False, False, True):
+        handle = expert.register_forward_hook(lambda *_: None) if hooked else None
+        assert relative_error(model(IDS[:1]), plain(IDS[:1])) < 1e-5
+        assert len(mixtures) == layers - hooked
+        mixtures.clear()
+        if handle is not None:
+            handle.remove()
 
 
 @pytest.mark.skipif(not native.available(), reason="the native library is not there")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tests.conftest import relative_error
 from upcast.core.errors import KernelError
-from upcast.kernels import native, packed_native
+from upcast.kernels import mixture, native, packed_native
 from upcast.kernels.block_spec import NORMS, STORAGES, ExpertSpec, Matrix, Norm
 
 pytestmark = pytest.mark.skipif(not native.available(), reason="the native library is not there")
@@ -74,7 +74,7 @@ def in_float64(made: Made, activation: str) -> Tensor:
 
 
 def run(made: Made, activation: str = "silu") -> Tensor:
-    return native.mixture(made.x, made.indices, made.weights, made.experts, activation)
+    return mixture.mixture(made.x, made.indices, made.weights, made.experts, activation)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -121,13 +121,13 @@ def test_strides_that_are_not_even() -> None:
 
 def test_a_residual_is_what_the_sum_begins_with() -> None:
     made, residual = make(CASES["odd sizes"]), torch.randn(5, 67)
-    got = native.mixture(made.x, made.indices, made.weights, made.experts, "silu", residual)
+    got = mixture.mixture(made.x, made.indices, made.weights, made.experts, "silu", residual)
     torch.testing.assert_close(got, residual + run(made), rtol=1e-5, atol=1e-5)
     none = make(CASES["no choice"])
     residual = torch.randn(3, 64)
-    assert torch.equal(native.mixture(*none, "silu", residual), residual)  # type: ignore[arg-type]
+    assert torch.equal(mixture.mixture(*none, "silu", residual), residual)  # type: ignore[arg-type]
     with pytest.raises(KernelError, match="residual"):
-        native.mixture(made.x, made.indices, made.weights, made.experts, "silu", residual)
+        mixture.mixture(made.x, made.indices, made.weights, made.experts, "silu", residual)
 
 
 def test_what_is_not_finite_stays_in_its_row() -> None:
@@ -224,7 +224,7 @@ def test_a_row_goes_to_the_experts_with_the_highest_scores(isa: str, name: str) 
     case = GATES[name]
     x, norm = torch.randn(case.rows, WIDTH), norm_of(case.norm)
     gate = matrix(case.experts, WIDTH, case.bias, case.storage)
-    normed, indices, weights = native.route(x, norm, gate, case.chosen)
+    normed, indices, weights = mixture.route(x, norm, gate, case.chosen)
     torch.testing.assert_close(normed, normalised(x, norm, case.norm), rtol=1e-5, atol=1e-6)
     plain = gate.weight if isinstance(gate.weight, Tensor) else packed_native.unpack(gate.weight)  # type: ignore[arg-type]
     scores, best = torch.topk(F.linear(normed, plain.float(), gate.bias), case.chosen)
@@ -247,7 +247,7 @@ SCORES = {
 def test_scores_of_every_kind(name: str) -> None:
     scores, best, expected = SCORES[name]
     gate = Matrix(torch.zeros(4, 3).half(), torch.tensor(scores))
-    _, indices, weights = native.route(torch.ones(1, 3), Norm(), gate, 2)
+    _, indices, weights = mixture.route(torch.ones(1, 3), Norm(), gate, 2)
     assert indices.tolist() == [best]
     torch.testing.assert_close(weights, torch.tensor([expected]), equal_nan=True, rtol=1e-6, atol=0)
     torch.testing.assert_close(weights, torch.tensor(scores)[best].softmax(0)[None], equal_nan=True, rtol=1e-6, atol=0)
@@ -256,4 +256,4 @@ def test_scores_of_every_kind(name: str) -> None:
 def test_gates_that_do_not_fit_are_refused() -> None:
     for gate, chosen in ((half(4, 66), 2), (half(4, WIDTH), 5), (half(4, WIDTH), 0)):
         with pytest.raises(KernelError, match="the gate does not fit x or the choices"):
-            native.route(torch.ones(2, WIDTH), Norm(), gate, chosen)
+            mixture.route(torch.ones(2, WIDTH), Norm(), gate, chosen)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from upcast import kernels
 from upcast.core.errors import KernelError
-from upcast.kernels import native
+from upcast.kernels import mixture, native
 from upcast.kernels.block_spec import ExpertSpec
 
 Specs = tuple[ExpertSpec | None, ...]
@@ -22,6 +22,6 @@ def in_one_call(
     if not specs or kernels.active() is not native or native.prefers_torch(indices.numel() // len(specs)):
         return None
     try:
-        return native.mixture(rows, indices, weights, specs, activation, residual)
+        return mixture.mixture(rows, indices, weights, specs, activation, residual)
     except KernelError:  # an expert that is none, say: the library has a result, or its error
         return None

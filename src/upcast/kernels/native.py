@@ -16,7 +16,7 @@ from torch.autograd import profiler
 
 from upcast.core.errors import KernelError, UpcastError
 from upcast.kernels import native_library, portable
-from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec, ExpertSpec, Matrix, Norm
+from upcast.kernels.block_spec import ACTIVATIONS, PARTS, BlockSpec, Matrix, Norm
 from upcast.kernels.native_library import available, info, level, load_error, prefers_torch, set_isa
 from upcast.kernels.reference import Survey
 
@@ -42,12 +42,10 @@ __all__ = [
     "look",
     "matmul",
     "meet",
-    "mixture",
     "prefers_torch",
     "quiet",
     "rms_norm",
     "rope",
-    "route",
     "set_isa",
     "survey",
     "unchanged",
@@ -326,45 +324,6 @@ def blocks(
     if 0 < done == len(blocks):
         return out if finish is None else logits, done
     return (x if done == 0 else odd if done % 2 else even), done
-
-
-@_named
-def route(x: Tensor, norm: Norm, gate: Matrix, chosen: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The experts of each row: the ``chosen`` ones that the gate scores highest, with the softmax of their scores.
-
-    x: (T, C) float32. norm: what comes before. gate: (E, C). Of equal scores the first ones are taken. Returns (T, C)
-    float32, normalised; (T, chosen) int64, the best first; (T, chosen) float32.
-    """
-    normed = _empty(x.shape, dtype=_float32, device=_CPU)
-    indices = _empty((x.shape[0], chosen), dtype=torch.int64, device=_CPU)
-    weights = _empty((x.shape[0], chosen), dtype=_float32, device=_CPU)
-    given = (normed, indices, weights, x.contiguous())
-    layers = (norm, gate) if _exchange else _described((norm, gate))
-    _native.route(*map(_describe, given), _threads(), *layers)
-    return normed, indices, weights
-
-
-@_named
-def mixture(
-    x: Tensor,
-    indices: Tensor,
-    weights: Tensor,
-    experts: tuple[ExpertSpec | None, ...],
-    activation: str,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The weighted sum of what the chosen experts give: sum_j weights[t, j] * expert[indices[t, j]](x[t]).
-
-    x: (T, C) float32. indices: (T, k) int64, of ``experts``. weights: (T, k) float32. activation: one of ACTIVATIONS.
-    residual: (T, C) float32, which the sum begins with. Experts that nobody chose are not looked at, and may be None;
-    those of a row are added up in their order. Returns (T, C) float32.
-    """
-    out = _empty(x.shape, dtype=_float32, device=_CPU)
-    given = (out, x.contiguous(), indices.contiguous(), weights.contiguous())
-    before = None if residual is None else residual.contiguous()
-    specs = experts if _exchange else _described(experts)
-    _native.mixture(*map(_describe, given), _threads(), ACTIVATIONS[activation], specs, _describe(before))
-    return out
 
 
 def can_call_blocks() -> bool:

@@ -118,7 +118,7 @@ class MixtureStep(Step):
             attended = branch.add_(x) if self.post is None else self.post(branch) + x
         if last is not None:
             attended = attended[:, -last:]
-        if self.gate is not None:
+        if self.gate is not None and self.mixture.complete():
             return self.mixture.after(attended, self.norm, self.gate)
         branch = block.mlp(block.norm_2(attended))
         return self.divided.after_mlp(branch, attended) if self.divided else block.post_mlp_norm(branch) + attended

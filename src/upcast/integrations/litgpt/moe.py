@@ -11,7 +11,7 @@ from upcast.integrations.fused import UnknownLayer, fuses, matrix
 from upcast.integrations.litgpt.modules import FusedGatedMLP, LitGPTForward
 from upcast.integrations.litgpt.versions import setting
 from upcast.integrations.module_snapshot import Members
-from upcast.kernels import native
+from upcast.kernels import mixture, native
 from upcast.kernels.block_spec import ExpertSpec, Matrix, Norm
 from upcast.tensor.genuine import calls, originals
 
@@ -32,8 +32,7 @@ class FusedMoE(LitGPTForward):
     def fused(self, x: Tensor) -> Any:
         """Return the weighted sum of the experts' outputs for x (B, T, C)."""
         moe = self.module
-        plain = type(moe.experts) is nn.ModuleList and len(moe.experts) == moe.config.n_expert
-        if not plain or not self.free(x):
+        if not self.complete() or not self.free(x):
             return self.unfused(x)
         rows = x.reshape(-1, x.shape[-1])
         weights, indices = self._routed(rows)
@@ -44,11 +43,16 @@ class FusedMoE(LitGPTForward):
         y = self._mixed(rows, indices, weights).view(x.shape)
         return y + moe.shared_experts(x) if setting(moe.config, "n_shared_expert") else y
 
+    def complete(self) -> bool:
+        """Whether there are as many experts as the config says; LitGPT leaves others out."""
+        moe = self.module
+        return type(moe.experts) is nn.ModuleList and len(moe.experts) == moe.config.n_expert
+
     def simple_gate(self) -> Matrix | None:
         """Return the gate where the experts' outputs, weighted by the softmax of the best scores, are all there is."""
         moe = self.module
         more = [setting(moe.config, name) for name in ("n_expert_groups", "n_shared_expert")]
-        if any(more) or setting(moe.config, "routed_scaling_factor") != 1.0 or len(moe.experts) != moe.config.n_expert:
+        if any(more) or setting(moe.config, "routed_scaling_factor") != 1.0:
             return None
         try:
             return matrix(moe.gate)
@@ -58,7 +62,7 @@ class FusedMoE(LitGPTForward):
     def after(self, x: Tensor, norm: Norm, gate: Matrix) -> Tensor:
         """Return x (B, T, C) plus what the experts give for its ``norm``, where there is a `simple_gate`."""
         rows = x.reshape(-1, x.shape[-1])
-        normed, indices, weights = native.route(rows, norm, gate, self.module.config.n_expert_per_token)
+        normed, indices, weights = mixture.route(rows, norm, gate, self.module.config.n_expert_per_token)
         self.calls += 1
         return self._mixed(normed, indices, weights, rows).view(x.shape)
 
@@ -96,6 +100,9 @@ def _one_by_one(experts: Any, chosen: list[int], rows: Tensor, indices: Tensor, 
     return y
 
 
+_LOOKS = 2
+
+
 class Expert(NamedTuple):
     """One expert as it is now, and what the native call takes of it; nothing of one that it does not know."""
 
@@ -117,7 +124,7 @@ class Experts:
         inside = [module for each in self._modules for module in each.modules()]
         self._originals = originals(calls, *dict.fromkeys(map(type, inside)))
         self._hooks = [module.__dict__[name] for module in inside for name in ("_forward_hooks", "_forward_pre_hooks")]
-        self._hooked: tuple[int | None, bool] = None, False  # whether there was one, after so many of all modules
+        self._looked: tuple[int | None, int] = None, 0  # at how many hooks of all modules nobody watched, how often
 
     def same(self, chosen: list[int]) -> bool:
         """Whether nothing was replaced since, of the ``chosen`` ones."""
@@ -125,11 +132,17 @@ class Experts:
         return self._list.same() and all(known[each].members.same() for each in chosen if each in known)
 
     def watched(self) -> bool:
-        """Whether someone watches one of the experts."""
-        count = torch_private.hooks_so_far()
-        if count is None or count != self._hooked[0]:
-            self._hooked = count, not native.all_empty(self._hooks)
-        return self._hooked[1] or torch_private.any_global_hook()
+        """Whether someone watches one of the experts. Two looks that find nobody hold until there is another hook.
+
+        One does not: a hook is counted before it is in its place, and another thread may look between.
+        """
+        count, (known, times) = torch_private.hooks_so_far(), self._looked
+        if count is None or count != known or times < _LOOKS:
+            empty = native.all_empty(self._hooks)
+            self._looked = count, (times + 1 if count == known else 1) if empty else 0
+            if not empty:
+                return True
+        return torch_private.any_global_hook()
 
     def in_one_call(
         self, rows: Tensor, chosen: list[int], indices: Tensor, weights: Tensor, residual: Tensor | None

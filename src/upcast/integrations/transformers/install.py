@@ -5,8 +5,10 @@ copy is decided by the code of its forward, compared with theirs in the installe
 does anything else keeps its own. tests/integrations/transformers/test_cache.py checks their forwards against float32.
 """
 
+import dis
 import functools
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 from typing import Any
@@ -178,7 +180,9 @@ def _patterns() -> dict[str, Any]:
 
     attentions = (llama.LlamaAttention, mistral.MistralAttention, qwen2.Qwen2Attention, qwen3.Qwen3Attention)
     models = (llama.LlamaModel, mistral.MistralModel, qwen2.Qwen2Model, qwen3.Qwen3Model)
-    layers = (llama.LlamaDecoderLayer, mixtral.MixtralDecoderLayer)  # which hand the same on in another order
+    layers = [llama.LlamaDecoderLayer]
+    if _same_steps(mixtral.MixtralDecoderLayer.forward, llama.LlamaDecoderLayer.forward):  # in another order
+        layers.append(mixtral.MixtralDecoderLayer)
     ours = bool(cache_name())
     return {
         "norm": _code(llama.LlamaRMSNorm.forward),
@@ -189,6 +193,18 @@ def _patterns() -> dict[str, Any]:
         "layer": [_code(kind.forward) for kind in layers if ours],
         "rope": (_code(llama.apply_rotary_pos_emb), _code(llama.rotate_half)),
     }
+
+
+def _same_steps(one: Any, other: Any) -> bool:
+    """Whether two functions take the same steps, whatever they hand on: by names and kinds of instructions."""
+    if _code(one) is None or _code(other) is None:
+        return False
+    codes: list[CodeType] = [_unwrapped(function).__code__ for function in (one, other)]
+    steps, others = (
+        Counter(each.opname for each in dis.get_instructions(code) if not each.opname.startswith("LOAD_FAST"))
+        for code in codes
+    )
+    return {*codes[0].co_names} == {*codes[1].co_names} and steps == others
 
 
 def _experts(mixtral: Any) -> Any:
@@ -203,10 +219,15 @@ def _rope(module: Any) -> Any:
     return tuple(map(_code, parts))
 
 
-def _code(function: Any) -> Any:
-    """Return what a function does, without its name and its docstring; None for what is no function."""
+def _unwrapped(function: Any) -> Any:
     while type(function) is FunctionType and hasattr(function, "__wrapped__"):
         function = function.__wrapped__
+    return function
+
+
+def _code(function: Any) -> Any:
+    """Return what a function does, without its name and its docstring; None for what is no function."""
+    function = _unwrapped(function)
     if type(function) is not FunctionType:
         return None
     code: CodeType = function.__code__
