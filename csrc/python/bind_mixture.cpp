@@ -26,6 +26,7 @@ class Choices {
     Choices(int64_t experts, int64_t choices)
         : data(malloc(static_cast<size_t>(experts) * (sizeof(int64_t) + sizeof(Expert)) +
                       static_cast<size_t>(choices) * (sizeof(int64_t) + sizeof(float)) + sizeof(int64_t))) {
+        if (!data) return;
         chosen = static_cast<Expert *>(data);
         ends = reinterpret_cast<int64_t *>(chosen + experts);
         rows = ends + experts + 1;
@@ -47,9 +48,9 @@ class Choices {
     }
 
     void *const data;
-    Expert *chosen;
-    int64_t *ends, *rows;
-    float *weights;
+    Expert *chosen = nullptr;
+    int64_t *ends = nullptr, *rows = nullptr;
+    float *weights = nullptr;
 };
 
 bool check_indices(const int64_t *indices, int64_t count, int64_t experts) {

@@ -12,7 +12,7 @@ import torch
 
 from tests.docs import stand_ins
 from tests.docs.pages import PAGES, ROOT, TOP, Block, blocks, name_of
-from upcast.core import config
+from upcast.core import config, messages
 
 pytest.importorskip("litgpt")
 pytest.importorskip("diffusers")
@@ -35,6 +35,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def settings_kept() -> Iterator[None]:
     """What a page sets for the whole process is as it was afterwards."""
+    messages._follow_the_environment()  # otherwise the level may be one that a test before asked for
     logger, threads = logging.getLogger("upcast"), torch.get_num_threads()
     level = logger.level
     yield
