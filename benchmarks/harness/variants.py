@@ -164,9 +164,11 @@ def bytes_per_token(model: GPT) -> int:
     shared = any(
         _storage(each).data_ptr() == embedding.data_ptr() for name, each in named if name != "transformer.wte.weight"
     )
-    experts = {_storage(each).data_ptr(): _storage(each).nbytes() for name, each in named if ".experts." in name}
-    idle = (1 - share_in_use(".experts.", model.config)) * sum(experts.values()) if experts else 0
-    return weight_bytes(model) - round(idle) - (0 if shared else embedding.nbytes())
+    idle = {
+        _storage(each).data_ptr(): (1 - share_in_use(name, model.config)) * _storage(each).nbytes()
+        for name, each in named
+    }
+    return weight_bytes(model) - round(sum(idle.values())) - (0 if shared else embedding.nbytes())
 
 
 def _products(module: torch.nn.Module) -> int:

@@ -114,6 +114,37 @@ def test_what_is_done_to_an_expert_is_seen(mixtures: list[int]) -> None:
     assert mixtures
 
 
+# Functions that the router and the experts stand on, and what a program puts in their place.
+REPLACED: dict[str, tuple[Any, str, Any]] = {
+    "topk": (torch, "topk", lambda own: lambda x, *args, **options: own(-x, *args, **options)),
+    "softmax": (torch.Tensor, "softmax", lambda own: lambda x, *args, **options: own(x * 3, *args, **options)),
+    "silu": (torch.nn.functional, "silu", lambda own: lambda x: x.clamp(min=0)),
+    "Linear": (torch.nn.Linear, "forward", lambda own: lambda layer, x: own(layer, x) * 1.5),
+}
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_what_a_program_replaces_is_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the native calls have run."""
+    owner, attribute, make_other = REPLACED[name]
+    model, plain = pair(MIXTRAL, "float32")
+    before = model(IDS)
+    monkeypatch.setattr(owner, attribute, make_other(getattr(owner, attribute)))
+    assert relative_error(model(IDS), plain(IDS)) < 1e-5
+    assert relative_error(model(IDS), before) > 1e-2
+    monkeypatch.undo()
+    assert torch.equal(model(IDS), before)
+
+
+def test_experts_that_change_places() -> None:
+    model, plain = pair(MIXTRAL, "float32")
+    model(IDS)
+    for each in (model, plain):
+        experts = each.transformer.h[0].mlp.experts
+        experts[0], experts[1] = experts[1], experts[0]
+    assert relative_error(model(IDS), plain(IDS)) < 1e-5
+
+
 @pytest.mark.parametrize("where", ["before", "after"])
 def test_fewer_experts_than_the_config_says(where: str) -> None:
     """LitGPT leaves out the ones that are not there."""

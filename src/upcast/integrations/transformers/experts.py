@@ -4,6 +4,7 @@ Many families have the code of Mixtral's. Which of Transformers' implementations
 compute the same.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from upcast.tensor.genuine import Root, Table, calls, forwards
 from upcast.tensor.half_weight import HalfWeight
 
 _IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
-_GATE = ("_apply_gate", "_default_apply_gate")  # what a class has, and the library's own
 
 
 class FusedExperts(TransformersForward):
@@ -93,10 +93,14 @@ def _rows(matrix: Matrix, begin: int, count: int) -> Matrix:
 
 def _plain_gate(kind: type) -> bool:
     """Whether a class of experts has no gating of its own."""
+    return getattr(kind, "_apply_gate", None) is _default_gate()
+
+
+@functools.cache
+def _default_gate() -> Any:
     from transformers.integrations import moe
 
-    name, default = _GATE
-    return getattr(kind, name, None) is getattr(moe, default, None)
+    return getattr(moe, "_default_apply_gate", None)  # versions that have none give no class one
 
 
 def _roots(experts: type, act: type) -> list[Root]:
